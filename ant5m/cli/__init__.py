@@ -1,0 +1,99 @@
+"""The console program `ant5m`: finds the command, parses its flags, turns errors into exit codes.
+
+Every command is a dataclass with a `run` method in a module of this package; its fields are the flags and its
+docstring is the help text. Modules are imported only when their command is called, so `--help` stays fast.
+"""
+
+import errno
+import importlib
+import sys
+from collections.abc import Callable
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ant5m.errors import UserError
+
+# command -> ("module:Class", what it does)
+COMMANDS = {
+    "tokenizer train": ("ant5m.cli.tokenizer:TokenizerTrain", "learn a byte-level BPE from text"),
+    "tokenizer health": ("ant5m.cli.tokenizer:TokenizerHealth", "is this tokenizer fit for this text?"),
+    "data pack": ("ant5m.cli.data:DataPack", "turn text into token shards"),
+    "train": ("ant5m.cli.train:Train", "pre-train a model (with no flag: everything, on built-in text)"),
+    "eval": ("ant5m.cli.evaluate:Evaluate", "loss, perplexities and bits per byte of a model"),
+    "generate": ("ant5m.cli.generate:Generate", "let a model write"),
+    "doctor": ("ant5m.cli.doctor:Doctor", "examine an architecture before training it"),
+    "export": ("ant5m.cli.export:Export", "write a Hugging Face folder from a checkpoint"),
+}
+
+OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
+
+
+def main() -> None:
+    """Entry point of `ant5m`."""
+    sys.exit(call(sys.argv[1:]))
+
+
+def main_train() -> None:
+    """Entry point of `ant5m-train`, a direct name for `ant5m train`."""
+    sys.exit(call(["train", *sys.argv[1:]], program="ant5m-train"))
+
+
+def call(words: list[str], program: str | None = None) -> int:
+    """Run one command line and return its exit code: 0 done, 2 bad input, 130 interrupted."""
+    name = next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)
+    if name is None:
+        return _unknown(words)
+    flags = words[len(name.split()) :]
+    return guarded(lambda: _load(name, flags, program or f"ant5m {name}").run())
+
+
+def guarded(action: Callable[[], object]) -> int:
+    """Call `action`; errors that a user can mend become one line on stderr and an exit code."""
+    try:
+        action()
+    except UserError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        _stderr().print("interrupted", style="yellow")
+        return INTERRUPTED
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            return _fail(f"no room left on the disk while writing {error.filename or 'a file'}: free some and run again")
+        if isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError):
+            return _fail(f"{error.filename}: {error.strerror}")
+        raise
+    return OK
+
+
+def _load(name: str, flags: list[str], program: str):
+    module, _, cls = COMMANDS[name][0].partition(":")
+    command = getattr(importlib.import_module(module), cls)
+    return tyro.cli(command, args=flags, prog=program)
+
+
+def _unknown(words: list[str]) -> int:
+    group = [name for name in COMMANDS if words and name.split()[0] == words[0]]
+    asked = [word for word in words if word not in ("-h", "--help")]
+    table = Table.grid(padding=(0, 2))
+    for name in group or COMMANDS:
+        table.add_row(f"[bold]ant5m {name}[/bold]", COMMANDS[name][1])
+    if not asked or (group and asked == [words[0]] and words != asked):
+        Console().print(table, "\n[dim]ant5m COMMAND --help shows the flags and examples of a command.[/dim]")
+        return OK
+    _stderr().print(table)
+    return _fail(f"there is no command '{' '.join(asked)}': use one of the above")
+
+
+def _stderr() -> Console:
+    return Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def _fail(message: str) -> int:
+    _stderr().print(f"[bold red]error:[/bold red] {escape(message)}")
+    return BAD_INPUT
+
+
+__all__ = ["call", "guarded", "main", "main_train"]

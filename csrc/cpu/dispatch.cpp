@@ -1,0 +1,54 @@
+// Which instruction set runs: the best that this processor has, unless `use` chose another.
+#include <cstring>
+
+#include "ops.h"
+
+namespace ant5m {
+namespace {
+
+struct Entry {
+    const char* name;
+    bool (*supported)();
+    Ops ops;
+};
+
+const Entry kEntries[] = {
+#if defined(__x86_64__)
+    {"avx512",
+     [] {
+         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                __builtin_cpu_supports("fma");
+     },
+     {avx512::gather}},
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, {avx2::gather}},
+#endif
+    {"portable", [] { return true; }, {portable::gather}},
+};
+
+const Entry* best() {
+    for (const Entry& entry : kEntries)
+        if (entry.supported()) return &entry;
+    return nullptr;  // not reached: portable runs everywhere
+}
+
+const Entry*& current() {
+    static const Entry* entry = best();
+    return entry;
+}
+
+}  // namespace
+
+const Ops& ops() { return current()->ops; }
+const char* instruction_set() { return current()->name; }
+
+bool use(const char* name) {
+    for (const Entry& entry : kEntries) {
+        if (std::strcmp(entry.name, name) != 0 || !entry.supported()) continue;
+        current() = &entry;
+        return true;
+    }
+    return false;
+}
+
+}  // namespace ant5m

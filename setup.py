@@ -1,0 +1,67 @@
+"""Builds `ant5m._cpu` from csrc/cpu with ninja; torch is not needed, and no torch header is included.
+
+`bindings.cpp` and `dispatch.cpp` are compiled once. Every other file is an op: it is compiled once for each
+instruction set below, and `dispatch.cpp` picks one at run time by what the processor has.
+The environment variable ANT5M_SANITIZE=address,undefined makes a build for the sanitizers.
+"""
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+import pybind11
+from ninja import BIN_DIR
+from ninja.ninja_syntax import Writer
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = Path("csrc/cpu")
+ONCE = {"bindings", "dispatch"}
+INSTRUCTION_SETS = {"portable": ""}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS |= {
+        "avx2": "-mavx2 -mfma -mf16c",
+        "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",
+    }
+
+
+class NinjaBuild(build_ext):
+    """Writes one build.ninja and lets ninja do the rest, in parallel and only what changed."""
+
+    def build_extension(self, extension: Extension) -> None:
+        build = Path(self.build_temp).absolute()
+        build.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(extension.name)).absolute()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (build / "build.ninja").open("w") as file:
+            write_ninja(Writer(file), target)
+        self.spawn([str(Path(BIN_DIR) / "ninja"), "-C", str(build)])
+
+
+def write_ninja(ninja: Writer, target: Path) -> None:
+    """One compile edge for each (source, instruction set), one link edge."""
+    import sysconfig
+
+    includes = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')} -I{SOURCES.absolute()}"
+    sanitize = os.environ.get("ANT5M_SANITIZE", "")
+    sanitizer = f"-fsanitize={sanitize} -fno-omit-frame-pointer -g" if sanitize else ""
+    ninja.variable("cxx", os.environ.get("CXX", "c++"))
+    ninja.variable(
+        "flags", f"-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra {sanitizer} {includes}"
+    )
+    ninja.rule("compile", "$cxx $flags $isa -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
+    apple = "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
+    ninja.rule("link", f"$cxx -shared $in -o $out {sanitizer} {apple} -pthread")
+    objects = []
+    for source in sorted(SOURCES.absolute().glob("*.cpp")):
+        if source.stem in ONCE:
+            objects += ninja.build(f"{source.stem}.o", "compile", str(source))
+            continue
+        for name, flags in INSTRUCTION_SETS.items():
+            isa = {"isa": f"{flags} -DANT5M_ISA={name}"}
+            objects += ninja.build(f"{source.stem}.{name}.o", "compile", str(source), variables=isa)
+    ninja.build(str(target), "link", objects)
+
+
+setup(ext_modules=[Extension("ant5m._cpu", sources=[])], cmdclass={"build_ext": NinjaBuild})
