@@ -1,0 +1,145 @@
+"""The five ops of a Llama training step, each with the same signature in every backend.
+
+`reference` (plain PyTorch) is their specification; `cpu` is C++. A backend is a module of this package with a
+function for each op that it has and one `why_not(op, *tensors) -> str | None`: None when it can run the op (on
+these tensors), else the reason. A backend that is asked for by name and cannot run raises; `auto` takes the first
+of `_PREFERENCE` that can.
+"""
+
+import importlib
+import os
+from types import ModuleType
+
+import torch
+
+from ant5m.errors import UserError
+
+OPS = ("rms_norm", "rope", "attention", "swiglu", "linear_cross_entropy")
+BACKENDS = ("reference", "cpu")
+_PREFERENCE = {"cpu": ("cpu", "reference")}  # fastest first; any other device type: the reference
+
+_modules: dict[str, ModuleType] = {}
+_selected = os.environ.get("ANT5M_KERNELS", "auto")
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float = 1e-5,
+    residual: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """RMSNorm of x [..., D] with gains `weight` [D]: x / sqrt(mean(x^2) + eps) * weight, statistics in fp32.
+
+    With `residual` [..., D] the sum s = x + residual is normalised, and (normalised s, s) is returned.
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
+    """
+    return _pick("rms_norm", backend, x, weight).rms_norm(x, weight, eps, residual)
+
+
+def rope(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backend: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary position embedding of q [B, T, H, D] and k [B, T, KV, D]; cos and sin are fp32 [T, D/2].
+
+    Half-rotate layout, as Llama's in Hugging Face: dimension j turns with j + D/2. No gradient reaches cos and sin.
+    Source: Su et al., "RoFormer", 2021.
+    """
+    return _pick("rope", backend, q, k).rope(q, k, cos, sin)
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str | None = None) -> torch.Tensor:
+    """Causal attention: softmax(q k^T / sqrt(D)) v, with q [B, T, H, D] and k, v [B, T, KV, D] -> [B, T, H, D].
+
+    Query head h uses key/value head h // (H / KV); KV must divide H.
+    """
+    return _pick("attention", backend, q, k, v).attention(q, k, v)
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor, backend: str | None = None) -> torch.Tensor:
+    """silu(gate) * up, elementwise on two tensors of one shape. Source: Shazeer, "GLU Variants", 2020."""
+    return _pick("swiglu", backend, gate, up).swiglu(gate, up)
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    ignore_index: int = -100,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Mean cross-entropy in nats of the logits hidden [N, D] @ weight [V, D]^T against `targets` [N] int64.
+
+    Targets equal to `ignore_index` do not count; when none counts the loss is 0 and so are the gradients. The
+    result is a 0-dim fp32 tensor (float64 for float64 inputs). The N x V logits never exist as a whole.
+    """
+    return _pick("linear_cross_entropy", backend, hidden, weight).linear_cross_entropy(
+        hidden, weight, targets, ignore_index
+    )
+
+
+def select(backend: str) -> None:
+    """Make `backend` (or "auto") what `backend=None` means from now on; first set by ANT5M_KERNELS."""
+    global _selected
+    _check_name(backend)
+    if backend != "auto":
+        for op in OPS:
+            _refuse(op, backend, _why_not(op, backend))
+    _selected = backend
+
+
+def selected() -> str:
+    """The backend that `backend=None` means now: a name, or "auto"."""
+    return _selected
+
+
+def available() -> dict[str, dict[str, str]]:
+    """{op: {backend: "ready" or the reason why not}} on this machine."""
+    return {op: {backend: _why_not(op, backend) or "ready" for backend in BACKENDS} for op in OPS}
+
+
+def describe(device: torch.device | str) -> str:
+    """One line for people: which op runs where on this device, and why not elsewhere."""
+    names = {op: _first(op, torch.device(device).type) for op in OPS}
+    chosen = sorted(set(names.values()))
+    if len(chosen) == 1:
+        where = f"all on {chosen[0]}"
+    else:
+        where = ", ".join(f"{op} on {name}" for op, name in names.items())
+    reasons = {reason for op in OPS for b in BACKENDS if (reason := _why_not(op, b)) and _selected == "auto"}
+    return f"kernels ({_selected}): {where}" + (f" ({'; '.join(sorted(reasons))})" if reasons else "")
+
+
+def _pick(op: str, backend: str | None, *tensors: torch.Tensor) -> ModuleType:
+    name = backend or _selected
+    if name != "auto":
+        _check_name(name)
+        _refuse(op, name, _why_not(op, name, *tensors))
+        return _modules[name]
+    for name in _PREFERENCE.get(tensors[0].device.type, ("reference",)):
+        if _why_not(op, name, *tensors) is None:
+            return _modules[name]
+    raise AssertionError("the reference runs everywhere")
+
+
+def _first(op: str, device_type: str) -> str:
+    if _selected != "auto":
+        return _selected
+    order = _PREFERENCE.get(device_type, ("reference",))
+    return next(name for name in order if _why_not(op, name) is None)
+
+
+def _why_not(op: str, backend: str, *tensors: torch.Tensor) -> str | None:
+    if backend not in _modules:
+        _modules[backend] = importlib.import_module(f"ant5m.kernels.{backend}")
+    return _modules[backend].why_not(op, *tensors)
+
+
+def _check_name(backend: str) -> None:
+    if backend not in (*BACKENDS, "auto"):
+        raise UserError(f"there is no kernel backend '{backend}' (use auto, {', '.join(BACKENDS)})")
+
+
+def _refuse(op: str, backend: str, reason: str | None) -> None:
+    if reason is not None:
+        raise UserError(f"the kernel backend '{backend}' cannot run {op}: {reason}")

@@ -1,0 +1,202 @@
+"""The model: Hugging Face's Llama, number for number, over the ops of `ant5m.kernels`.
+
+Parameters carry the names of `LlamaForCausalLM`, so a state dict moves between the two as it is. The matrices stay
+separate (an optimizer such as Muon must see them one by one); the forward pass multiplies by q, k, v together and
+by gate, up together, because at these sizes reading the activations once is what counts.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ant5m import kernels
+from ant5m.errors import UserError
+from ant5m.model.config import ModelConfig
+
+
+class KVCache:
+    """Keys and values of past positions, for generation.
+
+    Args:
+        batch_size: rows B. max_length: positions to make room for.
+
+    `keys` and `values` are [layers, B, max_length, KV, head dim]; `length` positions are filled.
+    """
+
+    def __init__(self, config: ModelConfig, batch_size: int, max_length: int, device=None, dtype=torch.float32):
+        shape = (
+            config.num_hidden_layers,
+            batch_size,
+            max_length,
+            config.num_key_value_heads,
+            config.head_size,
+        )
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+        # First position of each row that is not padding, [B]; earlier ones are never attended to.
+        self.start = torch.zeros(batch_size, device=device, dtype=torch.long)
+
+    @property
+    def max_length(self) -> int:
+        return self.keys.shape[2]
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store k, v [B, T, KV, D] behind the filled positions and return all of them."""
+        end = self.length + k.shape[1]
+        self.keys[layer, :, self.length : end] = k
+        self.values[layer, :, self.length : end] = v
+        return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x, residual=None):
+        return kernels.rms_norm(x, self.weight, self.eps, residual)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.head_size = config.head_size
+        queries = config.num_attention_heads * self.head_size
+        keys = config.num_key_value_heads * self.head_size
+        self.sizes = [queries, keys, keys]
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+    def forward(self, x, cos, sin, cache=None):
+        qkv = F.linear(x, torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)))
+        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in qkv.split(self.sizes, -1))
+        q, k = kernels.rope(q, k, cos, sin)
+        if cache is None:
+            mixed = kernels.attention(q, k, v)
+        else:
+            mixed = _attention_over_cache(q, *cache.append(self.layer, k, v), cache.start)
+        return self.o_proj(mixed.flatten(-2))
+
+
+def _attention_over_cache(q, k, v, start):
+    """Causal attention of the last T positions of k, v [B, S, KV, D]; positions before `start` [B] are padding."""
+    new, total = q.shape[1], k.shape[1]
+    position = torch.arange(total, device=q.device)
+    causal = position <= position[total - new :, None]
+    # A padding row sees itself: a row of nothing would be NaN.
+    seen = causal & ((position >= start[:, None, None]) | (position == position[total - new :, None]))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, seen[:, None], enable_gqa=grouped).transpose(1, 2)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        both = F.linear(x, torch.cat((self.gate_proj.weight, self.up_proj.weight)))
+        return self.down_proj(kernels.swiglu(*both.chunk(2, -1)))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, index)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+
+class Body(nn.Module):
+    """Everything between token ids and the head."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids, cos, sin, cache=None):
+        # Each norm also adds what the block before it made to the residual stream.
+        residual = self.embed_tokens(input_ids)
+        made = None
+        for layer in self.layers:
+            x, residual = _add_and_norm(layer.input_layernorm, made, residual)
+            made = layer.self_attn(x, cos, sin, cache)
+            x, residual = layer.post_attention_layernorm(made, residual)
+            made = layer.mlp(x)
+        return _add_and_norm(self.norm, made, residual)[0]
+
+
+def _add_and_norm(norm, made, residual):
+    return (norm(residual), residual) if made is None else norm(made, residual)
+
+
+class Ant(nn.Module):
+    """A Llama of `config`'s shape with freshly drawn weights (torch's global generator decides them).
+
+    `net(input_ids)` gives the logits [B, T, V] of input_ids [B, T] int64; `net(input_ids, targets)` the mean loss in
+    nats over targets [B, T] (-100: not counted); `net(input_ids, cache=cache)` the logits of new positions, whose
+    keys and values are added to the cache. Raises `UserError` when T is above the context length.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Body(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        cos, sin = rope_table(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.apply(self._initialize)
+
+    def _initialize(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """The head's matrix [V, D]: the token table itself when tied."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(
+        self, input_ids: torch.Tensor, targets: torch.Tensor | None = None, cache: KVCache | None = None
+    ) -> torch.Tensor:
+        past = 0 if cache is None else cache.length
+        end = past + input_ids.shape[1]
+        if end > self.config.max_position_embeddings:
+            raise UserError(
+                f"{end} tokens do not fit into the model's context of {self.config.max_position_embeddings}"
+            )
+        if cache is None:
+            cos, sin = self.cos[:end], self.sin[:end]
+        else:
+            cos, sin = self.cos[past:end], self.sin[past:end]
+        hidden = self.model(input_ids, cos, sin, cache)
+        if cache is not None:
+            cache.length = end
+        if targets is None:
+            return F.linear(hidden, self.head_weight)
+        return kernels.linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten())
+
+
+def rope_table(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, fp32 [context, head dim / 2], of position * base^(-2j / head dim)."""
+    exponent = torch.arange(0, config.head_size, 2, dtype=torch.int64).float() / config.head_size
+    frequency = 1.0 / config.rope_theta**exponent
+    angle = torch.arange(config.max_position_embeddings).float()[:, None] * frequency
+    return angle.cos(), angle.sin()
