@@ -19,11 +19,11 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("use", &ant5m::use, py::arg("name"), "Switch the instruction set; False when this processor lacks it");
     m.def(
         "gather",
-        [](uintptr_t tokens, uintptr_t starts, int64_t rows, int64_t length, uintptr_t inputs, uintptr_t targets) {
+        [](uintptr_t windows, int64_t rows, int64_t length, uintptr_t inputs, uintptr_t targets) {
             py::gil_scoped_release release;
-            ant5m::ops().gather(at<const uint16_t>(tokens), at<const int64_t>(starts), rows, length,
-                                at<int64_t>(inputs), at<int64_t>(targets));
+            ant5m::ops().gather(at<const uint16_t* const>(windows), rows, length, at<int64_t>(inputs),
+                                at<int64_t>(targets));
         },
-        py::arg("tokens"), py::arg("starts"), py::arg("rows"), py::arg("length"), py::arg("inputs"),
-        py::arg("targets"), "See ops.h: uint16 windows to int64 inputs and targets");
+        py::arg("windows"), py::arg("rows"), py::arg("length"), py::arg("inputs"), py::arg("targets"),
+        "See ops.h: uint16 windows to int64 inputs and targets");
 }

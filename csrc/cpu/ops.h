@@ -10,10 +10,9 @@
 namespace ant5m {
 
 struct Ops {
-    // Windows of `length` + 1 tokens, one at each of `starts` [rows], widened to int64:
+    // Each of `windows` [rows] points to `length` + 1 tokens, which are widened to int64:
     // inputs [rows, length] and the same shifted by one, targets [rows, length].
-    void (*gather)(const uint16_t* tokens, const int64_t* starts, int64_t rows, int64_t length, int64_t* inputs,
-                   int64_t* targets);
+    void (*gather)(const uint16_t* const* windows, int64_t rows, int64_t length, int64_t* inputs, int64_t* targets);
 };
 
 // The table in use. `use` switches to "portable", "avx2" or "avx512" and returns false when this processor
@@ -24,7 +23,7 @@ bool use(const char* name);
 
 #define ANT5M_DECLARE(isa) \
     namespace isa {        \
-    void gather(const uint16_t*, const int64_t*, int64_t, int64_t, int64_t*, int64_t*); \
+    void gather(const uint16_t* const*, int64_t, int64_t, int64_t*, int64_t*); \
     }
 ANT5M_DECLARE(portable)
 #if defined(__x86_64__)
