@@ -1,0 +1,255 @@
+"""The tokenizer: byte-level BPE, trained here or loaded from anyone's `tokenizer.json`.
+
+Hugging Face `tokenizers` is the definition of what a tokenizer does. Text in bulk goes through gigatoken,
+which gives the same ids many times faster; where it does not know a foreign tokenizer, or disagrees on the probe below,
+`tokenizers` itself does the work.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+from ant5m.errors import UserError
+from ant5m.files import read_json, write_file, write_json
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+END_OF_TEXT = "<|endoftext|>"
+MAX_VOCAB_SIZE = 65_536
+"""shards hold ids as uint16"""
+MIN_VOCAB_SIZE = 257
+"""256 bytes and the end-of-text id"""
+MAX_TOKEN_LENGTH = 32
+"""characters; a longer token is a ruler of dashes or a line of boilerplate"""
+
+# Qwen2's split: words take their leading space, digits stand alone (a small model learns arithmetic digit by
+# digit), line breaks stay together. gigatoken has it hand-written, which a pattern of our own would not be.
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+PROBE = (
+    "The quick brown fox's 12,345 jumps — over 3.14 lazy dogs; it'll DON'T 'S\r\n\r\n\tif x_1 >= 0:  # yes\n    y = -x",
+    "naïve café e\u0301 ﬁ Å Å ½ ² ٣ 中文字 ひらがな 한국어 עברית العربية नमस्ते ไทย",
+    "👩\u200d👩\u200d👧 🇩🇪 \ufeff\u00a0\u2028\u3000\x00\x1b\x7f\x85 \ue000 \U0010ffff   \t ",
+    f"{END_OF_TEXT} <s></s> <|im_start|>  https://example.org/a?b=c&d=%20 -------- ========\n\n\n",
+    "",
+)
+"""text on which a fast encoder must agree with `tokenizers` before it is trusted"""
+
+
+class Tokenizer:
+    """A BPE tokenizer with an end-of-text token. Make one with `load` or `train_tokenizer`."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, eos_token: str = END_OF_TEXT) -> None:
+        eos_token_id = backend.token_to_id(eos_token)
+        if eos_token_id is None:
+            raise UserError(f"the tokenizer has no end-of-text token '{eos_token}'")
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True  # text that spells a special token stays text
+        self.eos_token = eos_token
+        self.eos_token_id: int = eos_token_id
+        self.backend = backend
+        """the `tokenizers.Tokenizer` beneath"""
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Open a tokenizer folder, or a `tokenizer.json` by its path.
+
+        The end-of-text token is `eos_token` in the `tokenizer_config.json` beside it, else `<|endoftext|>`.
+        Raises `UserError` when there is none, or when the file is missing, broken, or not a BPE.
+        """
+        path = Path(path)
+        file = path / "tokenizer.json" if path.is_dir() else path
+        content = read_json(file)
+        kind = content.get("model", {}).get("type") if isinstance(content, dict) else None
+        if kind is None:
+            raise UserError(f"{file} is not a tokenizer.json: it names no model type")
+        if kind != "BPE":
+            raise UserError(f"{file} is a {kind} tokenizer: only BPE tokenizers can be used")
+        try:
+            backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"{file} is broken ({error})") from None
+        try:
+            return cls(backend, _eos_token(file.with_name("tokenizer_config.json")))
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
+
+    def save(self, folder: str | Path, model_max_length: int = 1_024) -> None:
+        """Write `tokenizer.json` and the two files with which `transformers.AutoTokenizer` opens the folder.
+
+        `model_max_length` is the context length of the model it belongs to, in tokens.
+        """
+        folder = Path(folder)
+        write_file(folder / "tokenizer.json", self.backend.to_str(pretty=True) + "\n")
+        special = {"bos_token": self.eos_token, "eos_token": self.eos_token}
+        write_json(folder / "special_tokens_map.json", special)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **special,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": model_max_length,
+        }
+        write_json(folder / "tokenizer_config.json", config)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without any special token added."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text as uint32 arrays: views of one buffer."""
+        ids, lengths = self.encode_flat(texts)
+        return np.split(ids, np.cumsum(lengths)[:-1]) if len(texts) else []
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts end to end (uint32 [tokens]) and the number of each (int64 [texts]): the fast way."""
+        if self._gigatoken is None:
+            rows = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            lengths = np.fromiter((len(row.ids) for row in rows), np.int64, len(rows))
+            flat = (
+                np.concatenate([np.asarray(row.ids, np.uint32) for row in rows])
+                if rows
+                else np.empty(0, np.uint32)
+            )
+            return flat, lengths
+        layout = self._gigatoken.encode_batch(list(texts)).layout
+        offsets = np.asarray(layout.offsets.data)
+        return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids, special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    @functools.cached_property
+    def vocab(self) -> dict[str, int]:
+        """token -> id, added tokens included, in the spelling of `tokenizer.json`."""
+        return self.backend.get_vocab(with_added_tokens=True)
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id: the rows a token table needs."""
+        return max(self.vocab.values()) + 1
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the content of `tokenizer.json`, however it is laid out on the disk."""
+        content = json.loads(self.backend.to_str())
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    @functools.cached_property
+    def _gigatoken(self) -> Any:
+        """gigatoken's encoder of this tokenizer, or None where it cannot stand in."""
+        import gigatoken
+
+        content = json.loads(self.backend.to_str())
+        # gigatoken parses special tokens in text whenever it knows any.
+        content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
+        try:
+            fast = gigatoken.Tokenizer.from_json(json.dumps(content))
+            agrees = fast.encode_batch_list(list(PROBE)) == [self.encode(text) for text in PROBE]
+        except Exception:  # it raises RuntimeError and ValueError for what it does not support
+            return None
+        return fast if agrees else None
+
+
+def _eos_token(config: Path) -> str:
+    if not config.exists():
+        return END_OF_TEXT
+    token = read_json(config).get("eos_token") or END_OF_TEXT
+    return token["content"] if isinstance(token, dict) else token
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int = 16_384,
+    sample_bytes: int = 100_000_000,
+    progress: "Progress | None" = None,
+) -> Tokenizer:
+    """Learn a byte-level BPE of exactly `vocab_size` entries, `<|endoftext|>` being the first.
+
+    Reads all of `texts` but learns from an evenly spread sample of at most `sample_bytes` bytes, so memory is
+    bounded. The same texts give the same tokenizer. `progress` shows the two phases after the reading.
+    Raises `UserError` when the size is not possible or the text is too small for it.
+    """
+    check_vocab_size(vocab_size)
+    sample = spread_sample(texts, sample_bytes)
+    if not sample:
+        raise UserError("there is no text to learn a tokenizer from")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=MAX_TOKEN_LENGTH,
+        show_progress=False,
+    )
+    backend.train_from_iterator(_counted(sample, progress), trainer)
+    reached = backend.get_vocab_size()
+    if reached < vocab_size:
+        raise UserError(
+            f"the text supports a vocabulary of only {reached:,} entries, not {vocab_size:,}: "
+            f"ask for {reached:,} or fewer, or give more text"
+        )
+    return Tokenizer(backend)
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise `UserError` unless a byte-level vocabulary of this size can be and its ids fit the shards."""
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise UserError(
+            f"a vocabulary of {vocab_size:,} entries does not fit the shards' uint16: "
+            f"at most {MAX_VOCAB_SIZE:,}"
+        )
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise UserError(
+            f"a vocabulary of {vocab_size:,} entries is too small: "
+            f"256 bytes and the end-of-text token need {MIN_VOCAB_SIZE}"
+        )
+
+
+def spread_sample(texts: Iterable[str], max_bytes: int) -> list[str]:
+    """At most about `max_bytes` bytes of documents, evenly spread over `texts`, in order and without chance.
+
+    Every n-th document is kept; whenever the kept ones outgrow the bound, n doubles and every other one goes.
+    """
+    kept: list[str] = []
+    sizes: list[int] = []
+    total, stride = 0, 1
+    for index, text in enumerate(texts):
+        if index % stride:
+            continue
+        kept.append(text)
+        sizes.append(len(text.encode()))
+        total += sizes[-1]
+        while total > max_bytes and len(kept) > 1:
+            kept, sizes, stride = kept[::2], sizes[::2], stride * 2
+            total = sum(sizes)
+    return kept
+
+
+def _counted(sample: list[str], progress: "Progress | None") -> Iterable[str]:
+    """The sample, with a bar for the words counted and a spinner for the merges that follow."""
+    if progress is None:
+        yield from sample
+        return
+    task = progress.add_task("counting words", total=len(sample))
+    for text in sample:
+        yield text
+        progress.advance(task)
+    progress.add_task("learning merges", total=None)
