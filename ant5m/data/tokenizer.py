@@ -1,8 +1,8 @@
 """The tokenizer: byte-level BPE, trained here or loaded from anyone's `tokenizer.json`.
 
 Hugging Face `tokenizers` is the definition of what a tokenizer does. Text in bulk goes through gigatoken,
-which gives the same ids many times faster; where it does not know a foreign tokenizer, or disagrees on the probe below,
-`tokenizers` itself does the work.
+which gives the same ids many times faster; where it does not know a foreign tokenizer, or disagrees with it on
+the probe below, `tokenizers` itself does the work.
 """
 
 import functools
@@ -31,11 +31,14 @@ MAX_TOKEN_LENGTH = 32
 """characters; a longer token is a ruler of dashes or a line of boilerplate"""
 
 # Qwen2's split: words take their leading space, digits stand alone (a small model learns arithmetic digit by
-# digit), line breaks stay together. gigatoken has it hand-written, which a pattern of our own would not be.
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# digit), line breaks stay together. gigatoken has it hand-written, unlike any pattern of our own.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 PROBE = (
-    "The quick brown fox's 12,345 jumps — over 3.14 lazy dogs; it'll DON'T 'S\r\n\r\n\tif x_1 >= 0:  # yes\n    y = -x",
+    "The quick brown fox's 12,345 jumps — over 3.14 lazy dogs; it'll DON'T 'S\r\n\r\n\tif x_1 >= 0:  # y\n    ",
     "naïve café e\u0301 ﬁ Å Å ½ ² ٣ 中文字 ひらがな 한국어 עברית العربية नमस्ते ไทย",
     "👩\u200d👩\u200d👧 🇩🇪 \ufeff\u00a0\u2028\u3000\x00\x1b\x7f\x85 \ue000 \U0010ffff   \t ",
     f"{END_OF_TEXT} <s></s> <|im_start|>  https://example.org/a?b=c&d=%20 -------- ========\n\n\n",
@@ -110,15 +113,11 @@ class Tokenizer:
         return np.split(ids, np.cumsum(lengths)[:-1]) if len(texts) else []
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts end to end (uint32 [tokens]) and the number of each (int64 [texts]): the fast way."""
+        """Ids of all texts end to end (uint32 [tokens]) and how many each has (int64 [texts])."""
         if self._gigatoken is None:
             rows = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
             lengths = np.fromiter((len(row.ids) for row in rows), np.int64, len(rows))
-            flat = (
-                np.concatenate([np.asarray(row.ids, np.uint32) for row in rows])
-                if rows
-                else np.empty(0, np.uint32)
-            )
+            flat = np.fromiter((i for row in rows for i in row.ids), np.uint32, int(lengths.sum()))
             return flat, lengths
         layout = self._gigatoken.encode_batch(list(texts)).layout
         offsets = np.asarray(layout.offsets.data)
