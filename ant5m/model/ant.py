@@ -49,6 +49,36 @@ class KVCache:
         return self.keys[layer, :, :end], self.values[layer, :, :end]
 
 
+class _Split(torch.autograd.Function):
+    """x.split(sizes, -1) whose gradient is not copied together when the op after it made it in one piece already.
+
+    For gate and up of `ant-5m` that copy was 3.6 % of a training step on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx, x, *sizes):
+        return x.split(sizes, -1)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        whole = _side_by_side(grads)
+        return (torch.cat(grads, -1) if whole is None else whole, *(None for _ in grads))
+
+
+def _side_by_side(parts):
+    """The tensor that `parts` split along the last dimension, if they still lie beside one another in memory."""
+    first, offset = parts[0], parts[0].storage_offset()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or part.stride() != first.stride() or part.storage_offset() != offset:
+            return None
+        offset += part.shape[-1]
+    width = offset - first.storage_offset()
+    if first.stride(-1) != 1 or first.stride(-2) != width:
+        return None
+    return first.as_strided((*first.shape[:-1], width), first.stride())
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -74,7 +104,7 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None):
         qkv = F.linear(x, torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)))
-        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in qkv.split(self.sizes, -1))
+        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in _Split.apply(qkv, *self.sizes))
         q, k = kernels.rope(q, k, cos, sin)
         if cache is None:
             mixed = kernels.attention(q, k, v)
@@ -98,13 +128,14 @@ def _attention_over_cache(q, k, v, start):
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
+        self.sizes = [config.intermediate_size] * 2
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
         both = F.linear(x, torch.cat((self.gate_proj.weight, self.up_proj.weight)))
-        return self.down_proj(kernels.swiglu(*both.chunk(2, -1)))
+        return self.down_proj(kernels.swiglu(*_Split.apply(both, *self.sizes)))
 
 
 class Layer(nn.Module):

@@ -1,0 +1,162 @@
+"""The reference ops against the plainest formulas in float64, and the table that picks a backend."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ant5m import kernels
+from ant5m.errors import UserError
+from ant5m.kernels import reference
+
+
+@pytest.fixture(autouse=True)
+def nan_filled(monkeypatch):
+    """Memory that an op asks for and does not write shows up as NaN."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        made = empty(*args, **kwargs)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(torch, "empty_like", lambda x, **kw: poisoned(x.shape, dtype=kw.get("dtype", x.dtype)))
+
+
+def draw(*shape, scale=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).requires_grad_()
+
+
+def assert_same(op, truth, *inputs, tolerance=1e-10):
+    """Outputs and every gradient of `op` and `truth` agree, by RMS error over RMS."""
+    results = []
+    for function in (op, truth):
+        out = function(*inputs)
+        outs = out if isinstance(out, tuple) else (out,)
+        loss = sum((o * torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view_as(o)).sum() for o in outs)
+        wanted = [x for x in inputs if x.requires_grad]
+        results.append([*outs, *torch.autograd.grad(loss, wanted)])
+    for got, expected in zip(*results, strict=True):
+        assert got.dtype == expected.dtype
+        error = (got - expected).square().mean().sqrt()
+        assert error <= tolerance * expected.square().mean().sqrt() + 1e-12, (error, expected.shape)
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (3, 5, 128), (2, 7, 100)])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_rms_norm(shape, with_residual):
+    x, residual, weight = draw(*shape), draw(*shape, seed=1), draw(shape[-1])
+
+    def truth(x, weight, *residual):
+        total = x + residual[0] if residual else x
+        y = total / (total.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+        return (y, total) if residual else y
+
+    def op(x, weight, *residual):
+        return kernels.rms_norm(x, weight, 1e-5, *residual, backend="reference")
+
+    assert_same(op, truth, x, weight, *([residual] if with_residual else []))
+
+
+@pytest.mark.parametrize("length, heads, kv, size", [(1, 8, 2, 16), (15, 4, 4, 64), (33, 3, 1, 6)])
+def test_rope(length, heads, kv, size):
+    q, k = draw(2, length, heads, size), draw(2, length, kv, size)
+    angle = torch.rand(length, size // 2, dtype=torch.float64)
+
+    def truth(q, k):
+        cos, sin = (torch.cat([f(angle)] * 2, -1)[:, None] for f in (torch.cos, torch.sin))
+
+        def turn(x):
+            first, second = x.chunk(2, -1)
+            return x * cos + torch.cat((-second, first), -1) * sin
+
+        return turn(q), turn(k)
+
+    assert_same(lambda q, k: kernels.rope(q, k, angle.cos(), angle.sin(), backend="reference"), truth, q, k)
+
+
+@pytest.mark.parametrize("length", [1, 15, 130])
+@pytest.mark.parametrize("heads, kv, size", [(8, 2, 16), (4, 4, 64), (6, 2, 32), (3, 1, 128)])
+def test_attention(length, heads, kv, size):
+    q, k, v = draw(2, length, heads, size), draw(2, length, kv, size), draw(2, length, kv, size, seed=1)
+
+    def truth(q, k, v):
+        k, v = (x.repeat_interleave(heads // kv, 2) for x in (k, v))
+        scores = torch.einsum("bthd,bshd->bhts", q, k) / size**0.5
+        scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
+        return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v)
+
+    assert_same(lambda *x: kernels.attention(*x, backend="reference"), truth, q, k, v)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5, 516), (2, 3, 7)])
+def test_swiglu(shape):
+    gate, up = draw(*shape, scale=4), draw(*shape, seed=1)
+    assert_same(lambda *x: kernels.swiglu(*x, backend="reference"), lambda g, u: F.silu(g) * u, gate, up)
+
+
+@pytest.mark.parametrize("rows, size, vocab", [(1, 8, 5), (37, 16, 1_003), (64, 100, 257)])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+def test_linear_cross_entropy(rows, size, vocab, scale, monkeypatch):
+    monkeypatch.setattr(reference, "HEAD_CHUNK_BYTES", 8 * vocab * 10)  # 10 rows a chunk: several, and an odd last
+    hidden, weight = draw(rows, size, scale=scale), draw(vocab, size)
+    targets = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(0))
+    targets[::5] = -100
+    targets[0] = 3
+
+    def truth(hidden, weight):
+        return F.cross_entropy(hidden @ weight.T, targets)
+
+    assert_same(
+        lambda h, w: kernels.linear_cross_entropy(h, w, targets, backend="reference"), truth, hidden, weight
+    )
+
+
+def test_linear_cross_entropy_all_ignored():
+    hidden, weight = draw(4, 8), draw(5, 8)
+    loss = kernels.linear_cross_entropy(hidden, weight, torch.full((4,), -100), backend="reference")
+    loss.backward()
+    assert loss == 0 and not hidden.grad.any() and not weight.grad.any()
+
+
+def test_linear_cross_entropy_without_gradient_equals_with():
+    hidden, weight, targets = draw(9, 8).detach(), draw(50, 8).detach(), torch.arange(9)
+    with torch.no_grad():
+        alone = kernels.linear_cross_entropy(hidden, weight, targets, backend="reference")
+    assert alone == kernels.linear_cross_entropy(hidden.requires_grad_(), weight, targets, backend="reference")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_near_float64(dtype):
+    """Under autocast the loss and the gradients come out in fp32 and within the rounding of the products."""
+    hidden = draw(64, 32).float().detach().requires_grad_()
+    weight = draw(500, 32, scale=0.3).float().detach().requires_grad_()
+    targets = torch.arange(64)
+    with torch.autocast("cpu", dtype):
+        loss = kernels.linear_cross_entropy(hidden, weight, targets, backend="reference")
+    loss.backward()
+    exact = F.cross_entropy(hidden.double() @ weight.double().T, targets)
+    truth = torch.autograd.grad(exact, (hidden, weight))
+    assert loss.dtype == torch.float32 and abs(loss - exact) < 2e-2
+    for got, expected in zip((hidden.grad, weight.grad), truth, strict=True):
+        assert got.dtype == torch.float32
+        assert (got - expected).norm() < 1e-2 * expected.norm()
+
+
+def test_unknown_backend():
+    with pytest.raises(UserError, match="no kernel backend 'fast'"):
+        kernels.swiglu(torch.ones(1), torch.ones(1), backend="fast")
+    with pytest.raises(UserError, match="no kernel backend"):
+        kernels.select("fast")
+
+
+def test_a_backend_asked_for_by_name_says_why_it_cannot(monkeypatch):
+    monkeypatch.setattr(reference, "why_not", lambda op, *tensors: "it is switched off")
+    with pytest.raises(UserError, match="'reference' cannot run swiglu: it is switched off"):
+        kernels.swiglu(torch.ones(1), torch.ones(1), backend="reference")
+
+
+def test_available_names_every_op_and_backend():
+    table = kernels.available()
+    assert set(table) == set(kernels.OPS)
+    assert all(set(row) == set(kernels.BACKENDS) and row["reference"] == "ready" for row in table.values())
