@@ -1,0 +1,144 @@
+"""Opening a trained model, wherever it lies: a run folder, one of its checkpoints, or a Hugging Face folder.
+
+A checkpoint is a folder with `model.safetensors` and a `state.json`, which is written last and says
+
+    {"format": "ant5m-checkpoint", "version": 1, "step": 1000, "model": {a ModelConfig},
+     "tokenizer": sha256 of the tokenizer (may be left out), "files": {name: sha256 of every other file}, ...}
+
+so a checkpoint is good if and only if its `state.json` is there and the files have those hashes.
+"""
+
+import re
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ant5m.data.shards import file_sha256
+from ant5m.errors import UserError
+from ant5m.files import read_json
+from ant5m.model.config import ModelConfig, load_config
+from ant5m.model.huggingface import WEIGHTS, check_tokenizer, load_model, save_model
+
+if TYPE_CHECKING:
+    from ant5m.data.tokenizer import Tokenizer
+    from ant5m.model.ant import Ant
+
+FORMAT = "ant5m-checkpoint"
+VERSION = 1
+STATE = "state.json"
+CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer"
+
+__all__ = ["find_run", "latest_checkpoint", "load", "save_model", "verify_checkpoint"]
+
+
+def load(path: str | Path) -> "tuple[Ant, Tokenizer | None]":
+    """A model and its tokenizer from a run folder (its newest good checkpoint), a checkpoint or a Hugging
+    Face folder.
+
+    The model is fp32 and on the CPU. The tokenizer is None where the folder has none. Raises `UserError` when
+    there is nothing to load, or it is damaged, half-written, foreign, or the parts do not belong together.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    if not path.is_dir():
+        raise UserError(f"{path} is a file: give the folder it lies in")
+    if (path / CHECKPOINTS).is_dir():
+        return _load_checkpoint(_latest(path), path / TOKENIZER)
+    if (path / STATE).exists():
+        return _load_checkpoint(path, path.resolve().parent.parent / TOKENIZER)
+    if (path / WEIGHTS).exists() or (path / "config.json").exists():
+        return _load_huggingface(path)
+    raise UserError(
+        f"{path} holds no model: it is neither a run, nor a checkpoint, nor a Hugging Face folder"
+    )
+
+
+def find_run(path: str | Path) -> Path | None:
+    """The run folder that a model path belongs to (itself, or around a checkpoint), or None."""
+    path = Path(path).resolve()
+    if (path / CHECKPOINTS).is_dir():
+        return path
+    return path.parent.parent if path.parent.name == CHECKPOINTS and (path / STATE).exists() else None
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest good checkpoint folder of a run, or None; damaged ones are passed over with a warning."""
+    named = [
+        folder for folder in (run / CHECKPOINTS).glob("step-*") if re.fullmatch(r"step-\d+", folder.name)
+    ]
+    for folder in sorted(named, key=lambda folder: int(folder.name[5:]), reverse=True):
+        try:
+            verify_checkpoint(folder)
+        except UserError as error:
+            warnings.warn(f"{error}; looking for an older one", stacklevel=2)
+            continue
+        return folder
+    return None
+
+
+def verify_checkpoint(folder: Path) -> dict[str, Any]:
+    """The content of `state.json`, after reading every file of the checkpoint and comparing its hash.
+
+    Raises `UserError` when the checkpoint is half-written, damaged, of another program or of a newer version.
+    """
+    if not (folder / STATE).exists():
+        raise UserError(f"{folder} has no {STATE}: it is not a checkpoint, or was not written to the end")
+    state = read_json(folder / STATE)
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{folder} is not a checkpoint of ant5m")
+    if state.get("version") != VERSION:
+        raise UserError(
+            f"{folder} has checkpoint version {state.get('version')!r}, this ant5m reads {VERSION}: "
+            "use the ant5m that wrote it"
+        )
+    files = state.get("files")
+    if not isinstance(files, dict) or WEIGHTS not in files or not isinstance(state.get("model"), dict):
+        raise UserError(
+            f"{folder / STATE} lacks the model or the hashes of the files: the checkpoint is damaged"
+        )
+    for name, expected in files.items():
+        file = folder / name
+        if Path(name).name != name or not file.is_file():
+            raise UserError(f"{file} is missing: the checkpoint is damaged")
+        if file_sha256(file) != expected:
+            raise UserError(f"{file} is not what was saved (its hash differs): the checkpoint is damaged")
+    return state
+
+
+def _latest(run: Path) -> Path:
+    folder = latest_checkpoint(run)
+    if folder is None:
+        raise UserError(f"{run} has no good checkpoint yet")
+    return folder
+
+
+def _load_checkpoint(folder: Path, tokenizer_folder: Path) -> "tuple[Ant, Tokenizer | None]":
+    state = verify_checkpoint(folder)
+    try:
+        config = ModelConfig.from_dict(state["model"])
+    except UserError as error:
+        raise UserError(f"{folder / STATE}: {error}") from None
+    tokenizer = _load_tokenizer(tokenizer_folder, config)
+    if tokenizer is not None and state.get("tokenizer") not in (None, tokenizer.fingerprint):
+        raise UserError(f"{tokenizer_folder} is not the tokenizer that {folder} was trained with")
+    return load_model(config, folder), tokenizer
+
+
+def _load_huggingface(folder: Path) -> "tuple[Ant, Tokenizer | None]":
+    config = load_config(folder)
+    return load_model(config, folder), _load_tokenizer(folder, config)
+
+
+def _load_tokenizer(folder: Path, config: ModelConfig) -> "Tokenizer | None":
+    if not (folder / "tokenizer.json").exists():
+        return None
+    from ant5m.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(folder)
+    try:
+        check_tokenizer(tokenizer, config)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    return tokenizer

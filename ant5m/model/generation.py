@@ -1,0 +1,250 @@
+"""Let a model write, and notice when it goes round in circles.
+
+Prompts of different length need no padding here: every row starts at position 0, all rows advance together,
+and while a row's own prompt lasts its next token is read from the prompt instead of drawn. So each row
+computes exactly what it would compute alone.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ant5m.errors import UserError
+from ant5m.model.ant import KVCache
+
+if TYPE_CHECKING:
+    from ant5m.data.tokenizer import Tokenizer
+    from ant5m.model.ant import Ant
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. The definitions and their order are those of transformers' logits
+    processors.
+
+    Raises `UserError` on an impossible value.
+    """
+
+    temperature: float = 0.8
+    """logits are divided by it; 0 takes the likeliest token"""
+    top_k: int = 0
+    """draw from so many of the likeliest tokens only; 0: no limit"""
+    top_p: float = 1.0
+    """draw from the smallest set of likeliest tokens that has at least this probability"""
+    repetition_penalty: float = 1.0
+    """above 1: logits of tokens that are already in prompt or text are divided by it (multiplied if
+    negative)"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"the temperature must be 0 (no chance) or above, not {self.temperature}")
+        if self.top_k < 0:
+            raise UserError(f"top-k must be 0 (no limit) or above, not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top-p must be above 0 and at most 1, not {self.top_p}")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise UserError(
+                f"the repetition penalty must be above 0 (1: none), not {self.repetition_penalty}"
+            )
+
+
+def generate(
+    net: "Ant",
+    tokenizer: "Tokenizer",
+    prompts: Sequence[str],
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Continue each prompt; returns the continuations, without the prompts.
+
+    A text ends with the end-of-text token (which is left out), after `max_new_tokens`, or where the model's
+    context is full: it never slides, because a model has not learnt positions beyond its context. An empty
+    prompt starts a new text. Row i draws from its own generator, seeded with `seed` + i, so a text does not
+    depend on its batch.
+
+    Args:
+        temperature, top_k, top_p, repetition_penalty: see `Sampling`.
+        on_token: called with (row, token id) for every new token, as it comes.
+
+    Raises `UserError` on an impossible value, or when a prompt leaves no room in the context.
+    """
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
+    if max_new_tokens < 1:
+        raise UserError(f"the number of new tokens must be at least 1, not {max_new_tokens}")
+    rows = [tokenizer.encode(prompt) or [tokenizer.eos_token_id] for prompt in prompts]
+    if not rows:
+        return []
+    context = net.config.max_position_embeddings
+    longest = max(len(row) for row in rows)
+    if longest >= context:
+        raise UserError(
+            f"a prompt of {longest:,} tokens leaves no room in the model's context of {context:,}"
+        )
+    training = net.training
+    net.eval()
+    try:
+        texts = _generate(net, rows, max_new_tokens, sampling, seed, tokenizer.eos_token_id, on_token)
+    finally:
+        net.train(training)
+    return [tokenizer.decode(text) for text in texts]
+
+
+@torch.inference_mode()
+def _generate(
+    net: "Ant",
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    eos_token_id: int,
+    on_token: Callable[[int, int], None] | None,
+) -> list[list[int]]:
+    config, device = net.config, net.device
+    ends = [min(len(prompt) + max_new_tokens, config.max_position_embeddings) for prompt in prompts]
+    # Drawn beforehand on the CPU: the same numbers on every device.
+    chances = torch.stack(
+        [
+            torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed + row))
+            for row in range(len(prompts))
+        ]
+    )
+    seen = torch.zeros(len(prompts), config.vocab_size, dtype=torch.bool, device=device)
+    for row, prompt in enumerate(prompts):
+        seen[row, torch.tensor(prompt, device=device)] = True
+    cache = KVCache(config, len(prompts), max(ends), device=device, dtype=net.head_weight.dtype)
+    texts = [list(prompt) for prompt in prompts]
+    writing = {row for row, end in enumerate(ends) if end > len(prompts[row])}
+    position = min(len(prompt) for prompt in prompts)
+    inputs = torch.tensor([prompt[:position] for prompt in prompts], device=device)
+    while writing:
+        logits = net(inputs, cache=cache)[:, -1].float()
+        steps = [min(max(position - len(prompt), 0), max_new_tokens - 1) for prompt in prompts]
+        chance = chances[range(len(prompts)), steps].to(device)
+        drawn = draw(logits, seen, sampling, chance).tolist()
+        for row in sorted(writing):
+            if position < len(prompts[row]):
+                continue
+            if drawn[row] == eos_token_id:
+                writing.remove(row)
+                continue
+            texts[row].append(drawn[row])
+            seen[row, drawn[row]] = True
+            if on_token:
+                on_token(row, drawn[row])
+            if len(texts[row]) == ends[row]:
+                writing.remove(row)
+        # A row that has ended repeats its last token; nobody looks at what it makes of that.
+        inputs = torch.tensor([[text[min(position, len(text) - 1)]] for text in texts], device=device)
+        position += 1
+    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+
+
+def draw(logits: Tensor, seen: Tensor, sampling: Sampling, chance: Tensor) -> Tensor:
+    """Next token ids [B] of logits [B, V]; `seen` (bool [B, V]): tokens so far; `chance` [B] in [0, 1)."""
+    scores = process(logits, seen, sampling)
+    if sampling.temperature == 0:
+        return scores.argmax(-1)
+    # Inverse of the cumulative distribution, in double precision; a token of probability 0 is never hit.
+    cumulative = scores.double().softmax(-1).cumsum(-1)
+    target = chance.to(cumulative)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+
+
+def process(logits: Tensor, seen: Tensor, sampling: Sampling) -> Tensor:
+    """Scores [B, V] after repetition penalty, temperature, top-k and top-p; removed tokens are -inf."""
+    scores = logits
+    if sampling.repetition_penalty != 1:
+        penalty = sampling.repetition_penalty
+        scores = torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+    if sampling.temperature == 0:
+        return scores
+    scores = scores / sampling.temperature
+    if 0 < sampling.top_k < scores.shape[-1]:
+        scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[:, -1:], -torch.inf)
+    if sampling.top_p < 1:
+        ascending, order = scores.sort()
+        # What lies below the smallest set that reaches top_p; the likeliest token always stays.
+        below = ascending.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
+        below[:, -1] = False
+        scores = scores.masked_fill(torch.zeros_like(below).scatter(1, order, below), -torch.inf)
+    return scores
+
+
+@dataclass(frozen=True)
+class LoopReport:
+    """How much a text repeats itself, and whether that is more than people do."""
+
+    words: int
+    repeated: dict[int, float]
+    """n -> share of the n-grams that occurred before in the text, n = 1..4"""
+    cycle: str
+    """what is repeated back to back over the longest stretch"""
+    times: int
+    """how often in a row"""
+    cycle_words: int
+    """words of that stretch"""
+    looping: bool
+
+    @property
+    def advice(self) -> str:
+        """One line for people, empty when the text does not loop."""
+        if not self.looping:
+            return ""
+        what = f"{self.repeated[4]:.0%} of its 4-grams are repeats"
+        if self.times >= MAX_TIMES:
+            what += f", and {self.cycle[:60]!r} comes {self.times} times in a row"
+        return (
+            f"the text loops: {what}. Now: a repetition penalty of 1.1-1.3 or a temperature of 0.8-1.0. For "
+            "good: train longer, and clean the data of repeated lines, lists and URLs."
+        )
+
+
+MAX_REPEATED = 0.3
+MAX_TIMES = 4
+MIN_CYCLE_WORDS = 12
+
+
+def find_loops(text: str) -> LoopReport:
+    """Measure repetition in a text of any length; below about 20 words there is little to see."""
+    # Long words are cut, so that "aaaa..." is a loop too: 12 is a multiple of the short periods.
+    words = re.findall(r"\w{1,12}|[^\w\s]", text)
+    ids = np.unique(words, return_inverse=True)[1]
+    repeated = {n: _repeated_share(ids, n) for n in range(1, 5)}
+    start, period, length = _longest_cycle(ids)
+    times = length // period if period else 0
+    looping = (repeated[4] > MAX_REPEATED) or (times >= MAX_TIMES and length >= MIN_CYCLE_WORDS)
+    cycle = " ".join(words[start : start + period])
+    return LoopReport(len(words), repeated, cycle, times, length, looping)
+
+
+def _repeated_share(ids: np.ndarray, n: int) -> float:
+    """1 - distinct / all n-grams: "rep-n" of Welleck et al., "Neural Text Generation with Unlikelihood"."""
+    if len(ids) < n:
+        return 0.0
+    grams = np.lib.stride_tricks.sliding_window_view(ids, n)
+    return 1 - len(np.unique(grams, axis=0)) / len(grams)
+
+
+def _longest_cycle(ids: np.ndarray) -> tuple[int, int, int]:
+    """(start, period, length) of the longest stretch that repeats its first `period` ids at least twice."""
+    best = (0, 0, 0)
+    for period in range(1, len(ids) // 2 + 1):
+        same = np.concatenate([[False], ids[period:] == ids[:-period], [False]])
+        edges = np.flatnonzero(same[1:] != same[:-1]).reshape(-1, 2)
+        if not len(edges):
+            continue
+        run = int((edges[:, 1] - edges[:, 0]).argmax())
+        start, matched = int(edges[run, 0]), int(edges[run, 1] - edges[run, 0])
+        if matched >= period and matched + period > best[2]:
+            best = (start, period, matched + period)
+    return best
