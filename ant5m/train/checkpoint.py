@@ -1,0 +1,85 @@
+"""Writing checkpoints, and taking up a run from one. `ant5m.model.checkpoint` defines which folder is a good one.
+
+A checkpoint is a folder `step-00001000` with `model.safetensors`, `optimizer.safetensors` and `state.json`, which
+holds the sha256 of the two and every other thing that a resumed run needs. Nothing in it executes when it is read.
+"""
+
+import base64
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save as to_safetensors
+
+from ant5m.errors import UserError
+from ant5m.files import new_folder, read_json
+from ant5m.model.ant import Ant
+from ant5m.train.optimizer import Optimizer
+
+FORMAT = {"format": "ant5m-checkpoint", "version": 1}
+
+
+def save_checkpoint(folder: Path, step: int, net: Ant, optimizer: Optimizer, state: dict[str, Any]) -> Path:
+    """Write `folder`/step-XXXXXXXX aside and rename it into place; one that is there already is kept.
+
+    `state` is what else the run must remember, in plain values for JSON.
+    """
+    path = folder / f"step-{step:08d}"
+    if path.exists():
+        return path
+    files = {
+        "model.safetensors": to_safetensors(_to_cpu(net.state_dict()), metadata={"format": "pt"}),
+        "optimizer.safetensors": to_safetensors(_to_cpu(optimizer.tensors())),
+    }
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    described = {**FORMAT, "step": step, "model": net.config.to_dict(), "files": hashes, **state}
+    with new_folder(path) as aside:
+        for name, data in files.items():
+            (aside / name).write_bytes(data)
+        (aside / "state.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def load_checkpoint(folder: Path, net: Ant, optimizer: Optimizer) -> dict[str, Any]:
+    """Fill `net` and `optimizer` from a checkpoint and return its state. It must have been verified before."""
+    state = read_json(folder / "state.json")
+    if state.get("model") != net.config.to_dict():
+        raise UserError(f"{folder} is a checkpoint of another model than the run's: start a new run")
+    net.load_state_dict(parse_safetensors((folder / "model.safetensors").read_bytes()))
+    optimizer.load_tensors(parse_safetensors((folder / "optimizer.safetensors").read_bytes()))
+    return state
+
+
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Remove all but the `keep` last checkpoints."""
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        # Renamed first: a removal that is cut short leaves nothing that looks like a checkpoint.
+        aside = old.with_name(f".{old.name}.removed")
+        old.rename(aside)
+        shutil.rmtree(aside)
+
+
+def random_state(device: torch.device) -> dict[str, str]:
+    """The state of torch's generators, as base64."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()}
+
+
+def set_random_state(states: dict[str, str], device: torch.device) -> None:
+    """The inverse of `random_state`; a run that moved to another kind of device keeps what applies."""
+    decoded = {
+        name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for name, text in states.items()
+    }
+    torch.set_rng_state(decoded["cpu"])
+    if device.type == "cuda" and "cuda" in decoded:
+        torch.cuda.set_rng_state(decoded["cuda"], device)
+
+
+def _to_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

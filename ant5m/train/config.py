@@ -1,0 +1,158 @@
+"""The flags of `ant5m train`: what a run is asked to do."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ant5m.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What to train, on what, for how long and how. `None` means: decided at the start, and written to the run.
+
+    Raises `UserError` when a value is impossible. `ant5m.train.plan` fills in what is left open.
+    """
+
+    model: str = "ant-5m"
+    """preset or config file"""
+    data: Path | None = None
+    """folder of shards (from `ant5m data pack`); default: built-in English text, packed into the run folder"""
+    tokenizer: Path | None = None
+    """tokenizer folder; default: the one beside the shards, or a new one trained on the built-in text"""
+    out: Path | None = None
+    """run folder to make; default: runs/MODEL-NUMBER"""
+    resume: Path | None = None
+    """run folder to continue; every other flag comes from it (device, data and max-minutes may be given anew)"""
+
+    steps: int | None = None
+    """optimizer steps of the whole run"""
+    tokens: int | None = None
+    """or: training tokens of the whole run; default: one pass over --data, ten minutes on the built-in text"""
+    max_minutes: float | None = None
+    """save and stop after so many minutes; alone, it also decides the number of steps"""
+    batch_size: int | None = None
+    """sequences of one optimizer step; default: by the number of tokens of the run"""
+    micro_batch_size: int | None = None
+    """sequences computed at once (the rest is accumulated); default: what fits the device"""
+    sequence_length: int | None = None
+    """tokens of one sequence; default: the model's context"""
+
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """muon: Muon for the matrices of the layers, AdamW for the rest"""
+    learning_rate: float = 4e-3
+    """peak learning rate of AdamW"""
+    muon_learning_rate: float = 0.014
+    """peak learning rate of Muon"""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW's"""
+    eps: float = 1e-8
+    """AdamW's"""
+    weight_decay: float = 0.1
+    """decoupled; norms have none"""
+    grad_clip: float = 1.0
+    """largest 2-norm of the gradient; 0: no limit"""
+    schedule: Literal["linear", "cosine", "wsd"] = "linear"
+    """how the learning rate falls; wsd: warm-up, stable, linear decay"""
+    warmup: float = 0.03
+    """share of the steps in which the learning rate rises"""
+    decay: float = 0.4
+    """share of the steps in which wsd falls"""
+    final_rate: float = 0.0
+    """learning rate at the end, as a share of the peak"""
+
+    seed: int = 1
+    """of weights and data order"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: fp32 on a CPU, bf16 on compute capability 8.0 and above, fp16 below"""
+    kernels: str = "auto"
+    """kernel backend"""
+
+    eval_every: int | None = None
+    """steps between validations; default: a tenth of the run"""
+    eval_tokens: int | None = None
+    """validation tokens each time (the last time: all); default: about 1.5 % of the training tokens"""
+    sample_every: int | None = None
+    """steps between sample texts, 0 for none; default: as --eval-every"""
+    checkpoint_every: int | None = None
+    """steps between checkpoints; default: a tenth of the run"""
+    keep_last: int = 2
+    """checkpoints to keep"""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "tokens", "batch_size", "micro_batch_size", "sequence_length", "eval_every"):
+            _check_count(self, name, 1)
+        for name in ("eval_tokens", "checkpoint_every", "keep_last"):
+            _check_count(self, name, 1)
+        for name in ("sample_every", "seed"):
+            _check_count(self, name, 0)
+        for name in ("learning_rate", "muon_learning_rate", "eps", "max_minutes"):
+            _check_range(self, name, above=0)
+        for name in ("weight_decay", "grad_clip"):
+            _check_range(self, name, least=0)
+        for name in ("warmup", "decay", "final_rate"):
+            _check_range(self, name, least=0, most=1)
+        if len(self.betas) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"{_flag('betas')} must be two numbers from 0 to below 1, not {self.betas}")
+        for field in dataclasses.fields(self):
+            choices = get_args(field.type)
+            value = getattr(self, field.name)
+            if choices and isinstance(choices[0], str) and value not in choices:
+                raise UserError(f"{_flag(field.name)} must be one of {', '.join(choices)}, not {value!r}")
+        if self.steps and self.tokens:
+            raise UserError("--steps and --tokens say the same thing twice: give one of them")
+        if self.batch_size and self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise UserError(
+                f"--micro-batch-size ({self.micro_batch_size}) must divide --batch-size ({self.batch_size})"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        values = dataclasses.asdict(self)
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
+        """The inverse of `to_dict`. Raises `UserError` on an unknown name or an impossible value."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UserError(f"unknown in a training config: {', '.join(unknown)}")
+        paths = {name: Path(values[name]) for name in _PATHS if values.get(name) is not None}
+        betas = {"betas": tuple(values["betas"])} if "betas" in values else {}
+        return cls(**{**values, **paths, **betas})
+
+
+_PATHS = ("data", "tokenizer", "out", "resume")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and value == value and abs(value) != float("inf")
+
+
+def _check_count(config: TrainConfig, name: str, least: int) -> None:
+    value = getattr(config, name)
+    if value is not None and (type(value) is not int or value < least):
+        raise UserError(f"{_flag(name)} must be a whole number of at least {least}, not {value!r}")
+
+
+def _check_range(
+    config: TrainConfig, name: str, least: float | None = None, above: float | None = None, most: float | None = None
+) -> None:
+    value = getattr(config, name)
+    if value is None and name == "max_minutes":
+        return
+    if not _is_number(value):
+        raise UserError(f"{_flag(name)} must be a number, not {value!r}")
+    if above is not None and value <= above:
+        raise UserError(f"{_flag(name)} must be above {above}, not {value}")
+    if (least is not None and value < least) or (most is not None and value > most):
+        limits = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise UserError(f"{_flag(name)} must be {limits}, not {value}")

@@ -1,0 +1,121 @@
+"""What the flags leave open, decided before the first step and written to the run: after that nothing depends on
+how fast the machine happens to be, and a resumed run repeats exactly.
+"""
+
+import copy
+import dataclasses
+import time
+from collections.abc import Callable
+
+import torch
+
+from ant5m.errors import UserError
+from ant5m.model.ant import Ant
+from ant5m.model.config import ModelConfig
+from ant5m.model.doctor import fitting_tokens
+from ant5m.train.config import TrainConfig
+from ant5m.train.optimizer import Optimizer
+from ant5m.train.precision import autocast
+
+BUILTIN_MINUTES = 10.0
+"""of training when nothing else is said"""
+BUILTIN_EPOCHS = 8
+"""and at most this often over the built-in text: more is learnt by heart"""
+CPU_MICRO_TOKENS = 4_096
+"""tokens computed at once on a CPU: more does not go faster, it only takes memory"""
+LEAST_BATCH_TOKENS = 2_048
+TIME_FOR_TRAINING = 0.9
+"""of a time limit; the rest is for validation, samples and checkpoints"""
+
+
+def complete(
+    config: TrainConfig, model: ModelConfig, num_tokens: int, device: torch.device, seconds_per_token: Callable[[int], float]
+) -> TrainConfig:
+    """`config` with every `None` that a run needs filled in.
+
+    Args:
+        num_tokens: of the training split.
+        seconds_per_token: measures the training speed at a sequence length; called only when time decides.
+    """
+    length = config.sequence_length or model.max_position_embeddings
+    if length > model.max_position_embeddings:
+        raise UserError(
+            f"--sequence-length ({length}) is above the model's context of {model.max_position_embeddings}"
+        )
+    steps, batch = config.steps, config.batch_size
+    if steps is None:
+        tokens = config.tokens or _tokens(config, num_tokens, lambda: seconds_per_token(length))
+        batch = batch or batch_for_tokens(tokens, length)
+        steps = max(1, round(tokens / (batch * length)))
+    batch = batch or batch_for_steps(steps, length)
+    tokens = steps * batch * length
+    tenth = max(1, steps // 10)
+    eval_every = config.eval_every or tenth
+    return dataclasses.replace(
+        config,
+        steps=steps,
+        tokens=None,
+        batch_size=batch,
+        micro_batch_size=config.micro_batch_size or _micro_batch(model, batch, length, device),
+        sequence_length=length,
+        eval_every=eval_every,
+        eval_tokens=config.eval_tokens or max(length, round(0.015 * tokens)),
+        sample_every=eval_every if config.sample_every is None else config.sample_every,
+        checkpoint_every=config.checkpoint_every or tenth,
+    )
+
+
+def batch_for_tokens(tokens: int, length: int) -> int:
+    """Sequences a step for a run of so many tokens: the nearest power of two to 0.58 D^0.571 tokens.
+
+    Source: Li et al., "Predictable Scale: Part I, Step Law", 2025. It gives 62k tokens for the 655M of the published
+    recipe.
+    """
+    return _power_of_two(max(LEAST_BATCH_TOKENS, 0.58 * tokens**0.571) / length)
+
+
+def batch_for_steps(steps: int, length: int) -> int:
+    """The same law solved for a given number of steps: D = steps x batch tokens."""
+    return _power_of_two(max(LEAST_BATCH_TOKENS, (0.58 * steps**0.571) ** (1 / (1 - 0.571))) / length)
+
+
+def measure_speed(net: Ant, config: TrainConfig, precision: str, length: int) -> float:
+    """Seconds per training token, from a few steps on a copy of the model, whose own state stays as it is."""
+    twin = copy.deepcopy(net)
+    optimizer = Optimizer(twin, config.optimizer)
+    rows = max(1, LEAST_BATCH_TOKENS * 2 // length)
+    tokens = torch.zeros(rows, length, dtype=torch.int64, device=net.device)
+    tokens += torch.arange(length, device=net.device) % net.config.vocab_size
+    seconds = []
+    for _ in range(4):
+        start = time.monotonic()
+        with autocast(precision, net.device):
+            loss = twin(tokens, tokens)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()  # waits for the device
+        seconds.append(time.monotonic() - start)
+    return min(seconds[1:]) / tokens.numel()
+
+
+def _tokens(config: TrainConfig, num_tokens: int, seconds_per_token: Callable[[], float]) -> int:
+    if config.max_minutes is None and config.data is not None:
+        return num_tokens
+    minutes = config.max_minutes or BUILTIN_MINUTES
+    affordable = int(60 * minutes * TIME_FOR_TRAINING / seconds_per_token())
+    return affordable if config.data is not None else min(affordable, BUILTIN_EPOCHS * num_tokens)
+
+
+def _micro_batch(model: ModelConfig, batch: int, length: int, device: torch.device) -> int:
+    if device.type == "cpu":
+        fitting = CPU_MICRO_TOKENS
+    else:
+        memory = torch.cuda.get_device_properties(device).total_memory
+        fitting = fitting_tokens(model, memory, half=True)
+    most = max(1, fitting // length)
+    return next(rows for rows in range(min(most, batch), 0, -1) if batch % rows == 0)
+
+
+def _power_of_two(value: float) -> int:
+    return 1 << max(0, round(torch.log2(torch.tensor(value)).item()))

@@ -1,0 +1,108 @@
+"""In which precision a device trains, and the dynamic loss scale that fp16 needs.
+
+Weights, gradients and optimizer states are fp32 everywhere; the precision is that of the products (autocast).
+"""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+
+from ant5m.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# 2^16, the usual start, overflows on the first steps of a small model, and every overflow is a lost step.
+FIRST_SCALE = 2.0**13
+GROWTH_INTERVAL = 2_000
+
+
+def choose_device(name: str) -> torch.device:
+    """"auto", "cpu", "cuda" or "cuda:1" -> a device that is there, else `UserError`."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"there is no device '{name}' (use auto, cpu, cuda or cuda:1)") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"the device '{name}' is not supported (use auto, cpu, cuda or cuda:1)")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(f"the device '{name}' is not there: {count or 'no'} GPU{'s' * (count != 1)} found")
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """"auto" -> fp32 on a CPU, bf16 on compute capability >= 8.0, fp16 below; a name is checked and kept.
+
+    Capability decides, because `torch.cuda.is_bf16_supported()` is also True where bf16 is emulated.
+    """
+    native = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    if name == "auto":
+        return "fp32" if device.type == "cpu" else "bf16" if native else "fp16"
+    if name not in DTYPES:
+        raise UserError(f"there is no precision '{name}' (use auto, {', '.join(DTYPES)})")
+    if name == "bf16" and not native:
+        raise UserError(f"{torch.cuda.get_device_name(device)} has no bf16: use --precision fp16")
+    return name
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """The context in which the forward pass runs."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, DTYPES[precision])
+
+
+@dataclass
+class LossScaler:
+    """Dynamic loss scale for fp16: halves after an overflow, doubles after `GROWTH_INTERVAL` good steps.
+
+    Source: Micikevicius et al., "Mixed Precision Training", 2017.
+    """
+
+    scale: float = FIRST_SCALE
+    good_steps: int = 0
+
+    def unscale(self, gradients: list[torch.Tensor]) -> None:
+        """Divide the gradients by the scale, in place."""
+        torch._foreach_mul_(gradients, 1 / self.scale)
+
+    def update(self, finite: bool) -> None:
+        """Learn whether the last step's gradients were finite."""
+        if not finite:
+            self.scale, self.good_steps = self.scale / 2, 0
+            return
+        self.good_steps += 1
+        if self.good_steps == GROWTH_INTERVAL:
+            self.scale, self.good_steps = self.scale * 2, 0
+
+
+# Dense fp16/bf16 tensor-core peaks with fp32 accumulation, in TFLOP/s, by the device's exact name, from NVIDIA's data
+# sheets and architecture white papers. A device that is not here has no known peak, and so no MFU.
+PEAKS = {
+    "Tesla T4": 65.0,
+    "Tesla V100-SXM2-16GB": 125.0,
+    "Tesla V100-SXM2-32GB": 125.0,
+    "NVIDIA A10": 125.0,
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA A100-PCIE-40GB": 312.0,
+    "NVIDIA A100 80GB PCIe": 312.0,
+    "NVIDIA L4": 121.0,
+    "NVIDIA L40S": 362.0,
+    "NVIDIA H100 80GB HBM3": 989.4,
+    "NVIDIA H100 PCIe": 756.5,
+    "NVIDIA H200": 989.4,
+    "NVIDIA GeForce RTX 3090": 71.0,
+    "NVIDIA GeForce RTX 4090": 165.2,
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """The device's peak in FLOP/s at this precision, or None where it is not known."""
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    peak = PEAKS.get(torch.cuda.get_device_name(device))
+    return None if peak is None else peak * 1e12

@@ -1,0 +1,66 @@
+"""What a run shows on the terminal: a bar where there is one, else a plain line now and then. Always on stderr."""
+
+import time
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+PLAIN_SECONDS = 30.0
+
+
+class TrainingProgress:
+    """Shows step, loss, learning rate, tokens/s, MFU (only where the device's peak is known) and the time left.
+
+    Args:
+        steps: of the whole run. done: steps that are behind it already.
+        flops_per_token: of a training step. peak: FLOP/s of the device, or None when not known.
+    """
+
+    def __init__(self, steps: int, done: int, flops_per_token: float, peak: float | None):
+        self.steps = steps
+        self._done = done
+        self._flops_per_token = flops_per_token
+        self._peak = peak
+        self._console = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._started = self._last_line = time.monotonic()
+        self._first = done
+        columns = ("step {task.completed:,.0f}/{task.total:,.0f}", "{task.fields[numbers]}")
+        self._bar = Progress(
+            BarColumn(bar_width=20),
+            *(TextColumn(column) for column in columns),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            speed_estimate_period=120,
+        )
+        self._task = self._bar.add_task("", total=steps, completed=done, numbers="")
+
+    def __enter__(self) -> "TrainingProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def update(self, step: int, loss: float, learning_rate: float, tokens_per_second: float) -> None:
+        """Show where the run is."""
+        numbers = f"loss {loss:.3f}  lr {learning_rate:.1e}  {tokens_per_second:,.0f} tokens/s"
+        if self._peak:
+            numbers += f"  MFU {tokens_per_second * self._flops_per_token / self._peak:.1%}"
+        self._done = step
+        self._bar.update(self._task, completed=step, numbers=numbers)
+        now = time.monotonic()
+        if not self._console.is_terminal and (now - self._last_line >= PLAIN_SECONDS or step == self.steps):
+            self._last_line = now
+            self._console.print(f"step {step:,}/{self.steps:,}  {numbers}  {self._time_left(now)} left")
+
+    def print(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        self._bar.console.print(escape(text))
+
+    def _time_left(self, now: float) -> str:
+        per_step = (now - self._started) / max(1, self._done - self._first)
+        seconds = round(per_step * (self.steps - self._done))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

@@ -1,0 +1,123 @@
+"""The run folder: where everything of one training run lies, and its config.json."""
+
+import dataclasses
+import itertools
+import platform
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ant5m.errors import UserError
+from ant5m.files import read_json, write_json
+from ant5m.model.config import ModelConfig, load_config
+from ant5m.train.config import TrainConfig
+
+# What may be given anew when a run is resumed: where it computes, where its data lie now, and until when.
+RENEWABLE = ("device", "data", "max_minutes")
+
+
+@dataclass
+class Run:
+    """One run: its folder, what it was asked to do, and the model's shape."""
+
+    folder: Path
+    config: TrainConfig
+    model: ModelConfig
+    data: dict[str, Any]
+    """what is known of the training data, once it is there"""
+
+    @classmethod
+    def create(cls, config: TrainConfig) -> "Run":
+        """A new run folder with its config.json. Raises `UserError` when `config.out` has other content."""
+        model = load_config(config.model)
+        folder = config.out or _next_folder(config.model)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(
+                f"{folder} exists already: continue it with --resume {folder}, or choose another --out"
+            )
+        run = cls(folder, config, model, {})
+        run.write()
+        return run
+
+    @classmethod
+    def open(cls, config: TrainConfig) -> "Run":
+        """The run that `config.resume` names, with what `config` gives anew."""
+        folder = config.resume
+        assert folder is not None
+        _refuse_changes(config)
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a run folder: it does not exist")
+        values = read_json(folder / "config.json")
+        if not isinstance(values, dict) or not isinstance(values.get("train"), dict) or "model" not in values:
+            raise UserError(f"{folder / 'config.json'} is not of a run: --resume takes a folder made by ant5m train")
+        kept = TrainConfig.from_dict(values["train"])
+        anew = {name: getattr(config, name) for name in RENEWABLE if _given(config, name)}
+        if kept.data is None and "data" in anew:
+            raise UserError(f"{folder} was made with the built-in text: resume it without --data")
+        merged = dataclasses.replace(kept, max_minutes=None, **anew)
+        return cls(folder, merged, ModelConfig.from_dict(values["model"]), values.get("data", {}))
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.folder / "tokenizer"
+
+    @property
+    def shards(self) -> Path:
+        """Given by the user, or made from the built-in text inside the run folder, so that nothing is hidden."""
+        return self.config.data or self.folder / "data"
+
+    def write(self) -> None:
+        """Write config.json: everything needed to repeat the run."""
+        values = {
+            "model": self.model.to_dict(),
+            "train": self.config.to_dict(),
+            "data": self.data,
+            "versions": versions(),
+        }
+        write_json(self.folder / "config.json", values)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what took part, and the commit where the package lies in a git checkout."""
+    from importlib.metadata import version
+
+    import ant5m
+
+    found = {"ant5m": ant5m.__version__, "python": platform.python_version()}
+    found |= {name: version(name) for name in ("torch", "tokenizers", "numpy")}
+    commit = _commit(Path(ant5m.__file__).parent)
+    return found | ({"commit": commit} if commit else {})
+
+
+def _commit(folder: Path) -> str | None:
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def _next_folder(model: str) -> Path:
+    name = re.sub(r"[^\w.-]", "-", Path(model).stem if model.endswith(".json") else Path(model).name)
+    return next(folder for n in itertools.count(1) if not (folder := Path("runs") / f"{name}-{n}").exists())
+
+
+def _given(config: TrainConfig, name: str) -> bool:
+    default = next(field.default for field in dataclasses.fields(config) if field.name == name)
+    return getattr(config, name) != default
+
+
+def _refuse_changes(config: TrainConfig) -> None:
+    fields = [field.name for field in dataclasses.fields(config) if field.name != "resume"]
+    changed = [f"--{name.replace('_', '-')}" for name in fields if _given(config, name) and name not in RENEWABLE]
+    if changed:
+        raise UserError(
+            f"a resumed run keeps its own settings: leave out {', '.join(changed)} (or start a new run)"
+        )

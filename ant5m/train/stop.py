@@ -1,0 +1,46 @@
+"""When a run must end before its last step: Ctrl-C, SIGTERM, or the time limit."""
+
+import signal
+import threading
+import time
+from types import FrameType
+
+EXIT_CODES = {"interrupted": 130, "terminated": 143, "time limit": 0}
+
+
+class Stop:
+    """A context in which SIGINT and SIGTERM only leave a note, so that the run can save itself first.
+
+    A second Ctrl-C raises KeyboardInterrupt at once. Outside the main thread, where Python delivers no signals,
+    only the time limit counts.
+
+    Args:
+        deadline: value of `time.monotonic()` at which to stop, or None.
+    """
+
+    def __init__(self, deadline: float | None = None):
+        self.deadline = deadline
+        self._signal: str | None = None
+        self._before: dict[int, object] = {}
+
+    @property
+    def reason(self) -> str | None:
+        """A key of `EXIT_CODES`, or None to go on."""
+        if self._signal is None and self.deadline is not None and time.monotonic() >= self.deadline:
+            return "time limit"
+        return self._signal
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._signal == "interrupted":
+            raise KeyboardInterrupt
+        self._signal = "interrupted" if number == signal.SIGINT else "terminated"

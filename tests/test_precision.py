@@ -1,0 +1,94 @@
+"""Which precision a device gets, devices that are not there, and the loss scaler."""
+
+import pytest
+import torch
+
+from ant5m.errors import UserError
+from ant5m.train import precision
+from ant5m.train.precision import (
+    FIRST_SCALE,
+    GROWTH_INTERVAL,
+    LossScaler,
+    choose_device,
+    choose_precision,
+    peak_flops,
+)
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    def be(name, capability):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+
+    return be
+
+
+def test_capability_decides(gpu):
+    assert choose_precision("auto", CPU) == "fp32"
+    gpu("Tesla T4", (7, 5))
+    assert choose_precision("auto", CUDA) == "fp16"
+    assert choose_precision("fp32", CUDA) == "fp32"
+    with pytest.raises(UserError, match="Tesla T4 has no bf16"):
+        choose_precision("bf16", CUDA)
+    gpu("NVIDIA A100-SXM4-40GB", (8, 0))
+    assert choose_precision("auto", CUDA) == "bf16"
+    with pytest.raises(UserError, match="no precision 'int8'"):
+        choose_precision("int8", CPU)
+
+
+def test_a_peak_is_never_guessed(gpu):
+    gpu("Tesla T4", (7, 5))
+    assert peak_flops(CUDA, "fp16") == 65e12
+    assert peak_flops(CUDA, "fp32") is None
+    gpu("NVIDIA T4000", (7, 5))
+    assert peak_flops(CUDA, "fp16") is None
+    assert peak_flops(CPU, "fp32") is None
+
+
+def test_devices_that_are_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == CPU
+    assert choose_device("cpu") == CPU
+    with pytest.raises(UserError, match="'cuda' is not there: no GPUs found"):
+        choose_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert choose_device("auto").type == "cuda"
+    assert choose_device("cuda:0").index == 0
+    with pytest.raises(UserError, match="'cuda:1' is not there: 1 GPU found"):
+        choose_device("cuda:1")
+    for name in ("tpu", "meta", "cpu:x"):
+        with pytest.raises(UserError, match=f"'{name}'"):
+            choose_device(name)
+
+
+def test_scaler_halves_and_doubles():
+    scaler = LossScaler()
+    assert scaler.scale == FIRST_SCALE == 2**13
+    scaler.update(finite=False)
+    assert scaler.scale == FIRST_SCALE / 2
+    for _ in range(GROWTH_INTERVAL - 1):
+        scaler.update(finite=True)
+    assert scaler.scale == FIRST_SCALE / 2
+    scaler.update(finite=True)
+    assert (scaler.scale, scaler.good_steps) == (FIRST_SCALE, 0)
+    scaler.update(finite=True)
+    scaler.update(finite=False)
+    assert scaler.good_steps == 0
+
+
+def test_unscale():
+    gradients = [torch.full((2,), 4.0 * FIRST_SCALE)]
+    LossScaler().unscale(gradients)
+    assert gradients[0].tolist() == [4.0, 4.0]
+
+
+def test_autocast_dtype():
+    weight = torch.ones(2, 2)
+    for name, dtype in precision.DTYPES.items():
+        with precision.autocast(name, CPU):
+            assert (weight @ weight).dtype == dtype
