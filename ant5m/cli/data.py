@@ -1,0 +1,88 @@
+"""`ant5m data pack`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+
+@dataclass
+class DataPack:
+    """Turn text into token shards: memory-mapped uint16, split into train and validation by document.
+
+    Can be stopped at any time (Ctrl-C): the same command goes on from there, with the same result.
+
+    Examples:
+      ant5m data pack books/ more.jsonl.zst --tokenizer my-tokenizer --out data/books
+      ant5m data pack hf:roneneldan/TinyStories --tokenizer my-tokenizer --out data/stories
+      ant5m data pack builtin --tokenizer my-tokenizer --out data/builtin --validation-fraction 0.02
+    """
+
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """.txt, .jsonl (also .gz, .xz, .zst) and .parquet files, folders or globs of them, hf:OWNER/NAME[:SPLIT],
+    or builtin"""
+    tokenizer: Path
+    """tokenizer folder, or a tokenizer.json"""
+    out: Path
+    """folder for the shards: new, or an unfinished one of the same command"""
+    validation_fraction: float = 0.005
+    """share of the documents that is held out"""
+    text_column: str = "text"
+    """field of .jsonl, .parquet and hf: rows that holds the text"""
+    shard_tokens: int = 1 << 26
+    """tokens of a shard file"""
+    seed: int = 0
+    """of the split"""
+
+    def run(self) -> None:
+        from ant5m.data.corpus import Corpus
+        from ant5m.data.packing import pack
+        from ant5m.data.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.load(self.tokenizer)
+        corpus = Corpus.open(self.inputs, self.text_column)
+        with _progress() as progress:
+            meta = pack(
+                corpus,
+                tokenizer,
+                self.out,
+                validation_fraction=self.validation_fraction,
+                seed=self.seed,
+                shard_tokens=self.shard_tokens,
+                progress=progress,
+            )
+        Console().print(_table(meta["splits"]), f"packed into {self.out}")
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+def _table(splits: dict) -> Table:
+    table = Table("split", "documents", "tokens", "bytes", "words", "bytes per token")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, split in splits.items():
+        counts = [f"{split[key]:,}" for key in ("documents", "tokens", "bytes", "words")]
+        table.add_row(name, *counts, f"{split['bytes'] / split['tokens']:.2f}")
+    return table

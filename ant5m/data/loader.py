@@ -1,0 +1,154 @@
+"""Batches out of shards: a seeded permutation for training, reading order for evaluation.
+
+Sequence i of a split is tokens [i*T, i*T + T); its targets are the same shifted by one. Document borders are
+not special: the end-of-text id between documents is a token like any other.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ant5m.data.shards import Shards, Tokens
+from ant5m.errors import UserError
+
+IGNORE = -100
+"""The target that no loss counts, as in `torch.nn.functional.cross_entropy`."""
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+class Loader:
+    """Endless training batches. Every sequence comes exactly once an epoch, in an order new for each epoch.
+
+    The state is the number of sequences that all ranks together have taken, so a run may be resumed with
+    another batch size or number of ranks. A batch at the end of an epoch is filled up from the next one.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        batch_size: int,
+        sequence_length: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """Each of `world_size` ranks takes its own `batch_size` rows of every step.
+
+        Raises `UserError` when the split is shorter than one sequence and the target of its last token.
+        """
+        if batch_size < 1 or sequence_length < 1 or not 0 <= rank < world_size:
+            raise UserError(
+                f"batch_size ({batch_size}) and sequence_length ({sequence_length}) must be above 0, "
+                f"and rank ({rank}) below world_size ({world_size})"
+            )
+        self.num_sequences = (shards.num_tokens - 1) // sequence_length
+        if self.num_sequences < 1:
+            raise UserError(
+                f"the {shards.split} split of {shards.folder} has {shards.num_tokens:,} tokens, too few "
+                f"for one sequence of {sequence_length:,}: pack more text or use a shorter sequence"
+            )
+        self.batch_size = batch_size
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self._tokens = shards.tokens
+        self._fingerprint = shards.fingerprint
+        self._rank = rank
+        self._world_size = world_size
+        self._position = 0
+        self._order_epoch = -1
+        self._order: NDArray[np.int64] = np.empty(0, np.int64)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch, from 0, of the first sequence of the next batch."""
+        return self._position // self.num_sequences
+
+    def next(self) -> Batch:
+        """The next (input_ids, targets), int64 [batch_size, sequence_length], new tensors each time."""
+        first = self._position + self._rank * self.batch_size
+        numbers = self._sequences_at(np.arange(first, first + self.batch_size))
+        self._position += self.batch_size * self._world_size
+        return _gather(self._tokens, numbers * self.sequence_length, self.sequence_length)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: where the loader is, and on what data."""
+        return {
+            "position": self._position,
+            "seed": self.seed,
+            "sequence_length": self.sequence_length,
+            "data": self._fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state` was taken. Raises `UserError` when data, seed or length differ."""
+        current = self.state_dict()
+        if set(state) != set(current) or not isinstance(state["position"], int) or state["position"] < 0:
+            raise UserError("the saved position in the data is damaged: resume from another checkpoint")
+        if state["data"] != current["data"]:
+            raise UserError(
+                "the shards are not those of the checkpoint: resume with the same data, or start a new run"
+            )
+        for name in ("seed", "sequence_length"):
+            if state[name] != current[name]:
+                raise UserError(
+                    f"the checkpoint has {name} {state[name]}, not {current[name]}: resume with the same one"
+                )
+        self._position = state["position"]
+
+    def _sequences_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Sequence numbers at global positions; a batch may span epochs."""
+        epochs, places = np.divmod(positions, self.num_sequences)
+        numbers = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            inside = epochs == epoch
+            numbers[inside] = self._permutation(int(epoch))[places[inside]]
+        return numbers
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        if epoch != self._order_epoch:
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(self.num_sequences)
+            self._order_epoch = epoch
+        return self._order
+
+
+def sequences(
+    shards: Shards, batch_size: int, sequence_length: int, limit_tokens: int | None = None
+) -> Iterator[Batch]:
+    """A split in reading order: every token after the first is a target exactly once.
+
+    Yields (input_ids, targets), int64 [rows, sequence_length] with rows <= batch_size. What is missing in the
+    last row is padded: inputs with the end-of-text id, targets with -100. `limit_tokens` stops after so many
+    targets.
+    """
+    if batch_size < 1 or sequence_length < 1 or (limit_tokens is not None and limit_tokens < 1):
+        raise UserError("batch_size, sequence_length and limit_tokens must be above 0")
+    scored = shards.num_tokens - 1 if limit_tokens is None else min(limit_tokens, shards.num_tokens - 1)
+    if scored < 1:
+        raise UserError(f"the {shards.split} split of {shards.folder} has nothing to predict: pack more text")
+    whole, rest = divmod(scored, sequence_length)
+    for first in range(0, whole, batch_size):
+        starts = np.arange(first, min(first + batch_size, whole), dtype=np.int64) * sequence_length
+        yield _gather(shards.tokens, starts, sequence_length)
+    if rest:
+        yield _padded(shards, whole * sequence_length, rest, sequence_length)
+
+
+def _padded(shards: Shards, start: int, rest: int, length: int) -> Batch:
+    """One row [1, length] whose first `rest` tokens have targets."""
+    inputs = torch.full((1, length), shards.eos_token_id, dtype=torch.int64)
+    targets = torch.full((1, length), IGNORE, dtype=torch.int64)
+    window = torch.from_numpy(shards.tokens[start : start + rest + 1].astype(np.int64))
+    inputs[0, :rest] = window[:-1]
+    targets[0, :rest] = window[1:]
+    return inputs, targets
+
+
+def _gather(tokens: Tokens, starts: NDArray[np.int64], length: int) -> Batch:
+    inputs = torch.empty(len(starts), length, dtype=torch.int64)
+    targets = torch.empty_like(inputs)
+    tokens.gather(starts, length, inputs.numpy(), targets.numpy())
+    return inputs, targets

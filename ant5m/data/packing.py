@@ -1,0 +1,443 @@
+"""Text to token shards: encode, split by document, write, and be able to stop at any moment.
+
+Only `progress.json` says how far packing came. It is replaced in one step, after the tokens that it counts
+are on the disk; what was written after it is cut off when packing goes on. So Ctrl-C, a full disk and a power
+cut are one case, and the result is the same, byte for byte, as without them.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import importlib.metadata
+import io
+import os
+import random
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import ant5m
+from ant5m.data.corpus import Corpus, Cursor, Position
+from ant5m.data.shards import COUNTS, FORMAT, META, PROGRESS, TOKEN, file_sha256
+from ant5m.data.tokenizer import MAX_VOCAB_SIZE, Tokenizer
+from ant5m.errors import UserError
+from ant5m.files import fsync, read_json, write_json
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+SHARD_TOKENS = 1 << 26
+"""128 MiB a shard file"""
+BATCH_BYTES = 1 << 22
+"""text that is encoded at once"""
+JOURNAL_BYTES = 1 << 26
+"""text that is encoded again, at most, after a stop"""
+SAMPLES, SAMPLE_CHARACTERS = 8, 2048
+"""excerpts of every batch that `tokenizers` encodes too"""
+HASHES = 1 << 64
+WIDE_SPACES = (
+    (2, (0xC2, 0xC2), [0xC285, 0xC2A0]),
+    (
+        3,
+        (0xE1, 0xE3),
+        [int.from_bytes(chr(code).encode(), "big") for code in range(0x1000, 0x4000) if chr(code).isspace()],
+    ),
+)
+"""white space outside ASCII: bytes in UTF-8, range of the first byte, all bytes as one number"""
+OPTIONS = ("text_column", "validation_fraction", "seed", "shard_tokens")
+
+
+def pack(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    out: str | Path,
+    validation_fraction: float = 0.005,
+    seed: int = 0,
+    shard_tokens: int = SHARD_TOKENS,
+    progress: "Progress | None" = None,
+) -> dict[str, Any]:
+    """Write the folder that `Shards.open` reads, and return its `meta.json`.
+
+    Every document is followed by the end-of-text id. A document is for validation when its seeded hash falls
+    into the lowest `validation_fraction`: its neighbours do not matter, and equal documents stay together.
+    Where that leaves validation empty, the document with the lowest hash goes there. Every shard file but the
+    last of its split holds `shard_tokens` tokens.
+
+    A folder with an unfinished packing of the same corpus, tokenizer and options is continued. Raises
+    `UserError` when the folder holds anything else, the ids do not fit uint16, the text cannot be split, or
+    the disk is full.
+
+    `meta.json`: `format`, `vocab_size`, `eos_token_id`, `tokenizer_fingerprint`, `sources` (names, and bytes
+    on the disk), `options`, `versions`, and `splits`: for train and validation the number of `documents`,
+    `tokens` (end-of-text ids included), `bytes` of UTF-8 text and `words` (`str.split`), and the `shards`,
+    each with `name`, `tokens` and `sha256`. The folder also gets a copy of the tokenizer in `tokenizer/`.
+    """
+    out = Path(out)
+    options = dict(zip(OPTIONS, (corpus.text_column, validation_fraction, seed, shard_tokens), strict=True))
+    _check(tokenizer, validation_fraction, shard_tokens)
+    with _full_disk_explained(out):
+        journal = _begin(out, _plan(corpus, tokenizer, options))
+        while again := _pack(journal, corpus, tokenizer, out, progress):
+            journal = again
+            journal.write(out)
+        return _finish(journal, corpus, tokenizer, out)
+
+
+@dataclass
+class _Journal:
+    """The content of progress.json."""
+
+    plan: dict[str, Any]
+    """what decides the result: only the same plan may go on"""
+    limit: int
+    """documents with a hash up to here are for validation"""
+    trusted: bool = True
+    """whether gigatoken agreed with `tokenizers` on every sample"""
+    position: tuple[int, int] = (0, 0)
+    """of the corpus"""
+    lowest: int = HASHES
+    """the lowest hash of a document"""
+    splits: dict[str, dict[str, Any]] = field(
+        default_factory=lambda: {
+            name: {**dict.fromkeys(COUNTS, 0), "shards": []} for name in ("train", "validation")
+        }
+    )
+    """as in meta.json, so far"""
+
+    def write(self, out: Path) -> None:
+        write_json(out / PROGRESS, dataclasses.asdict(self))
+
+
+def _check(tokenizer: Tokenizer, validation_fraction: float, shard_tokens: int) -> None:
+    if not 0 < validation_fraction < 1:
+        raise UserError(f"the validation fraction must lie between 0 and 1, not {validation_fraction}")
+    if shard_tokens < 1:
+        raise UserError(f"a shard must hold at least one token, not {shard_tokens}")
+    if tokenizer.vocab_size > MAX_VOCAB_SIZE:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size:,} entries, a shard's uint16 {MAX_VOCAB_SIZE:,}: "
+            "take or train a smaller one"
+        )
+
+
+@contextlib.contextmanager
+def _full_disk_explained(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"no room left on the disk for {out}: free some and repeat the command, it goes on from there"
+        ) from None
+
+
+def _plan(corpus: Corpus, tokenizer: Tokenizer, options: dict[str, Any]) -> dict[str, Any]:
+    inputs = [[source.name, source.size, _modified(source.name)] for source in corpus.sources]
+    return {"format": FORMAT, "inputs": inputs, "tokenizer": tokenizer.fingerprint, **options}
+
+
+def _modified(name: str) -> int | None:
+    return os.stat(name).st_mtime_ns if os.path.exists(name) else None  # hf:... and builtin are no files
+
+
+def _begin(out: Path, plan: dict[str, Any]) -> _Journal:
+    """A new journal in a new or empty folder, or the one of a packing that was stopped."""
+    if (out / META).exists():
+        raise UserError(f"{out} is packed already: choose another folder, or remove it")
+    if (out / PROGRESS).exists():
+        return _resume(out, plan)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists with other content: choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    journal = _Journal(plan, limit=int(plan["validation_fraction"] * HASHES))
+    journal.write(out)
+    return journal
+
+
+def _resume(out: Path, plan: dict[str, Any]) -> _Journal:
+    try:
+        journal = _Journal(**read_json(out / PROGRESS))
+        changed = [name for name in plan if journal.plan.get(name) != plan[name]]
+    except (TypeError, AttributeError):
+        raise UserError(f"{out / PROGRESS} is damaged: remove {out} and pack again") from None
+    if changed:
+        raise UserError(
+            f"{out} holds an unfinished packing of other {', '.join(changed)}: "
+            "repeat the command that began it, choose another folder, or remove it"
+        )
+    return journal
+
+
+def _pack(
+    journal: _Journal, corpus: Corpus, tokenizer: Tokenizer, out: Path, progress: "Progress | None"
+) -> _Journal | None:
+    """Go from the journal's position to the end. Returns the journal to start again with, if that is
+    needed."""
+    if not journal.trusted:
+        tokenizer._gigatoken = None  # from here on `tokenizers` does the work
+    cursor = corpus.documents(Position(*journal.position))
+    bar = progress.add_task("packing", total=corpus.size or None) if progress else None
+    unsaved = 0
+    with contextlib.ExitStack() as stack:
+        writers = {
+            name: stack.enter_context(_Writer(out, name, split, journal.plan["shard_tokens"]))
+            for name, split in journal.splits.items()
+        }
+        for batch in _encoded(_batches(cursor, journal.plan["seed"]), tokenizer):
+            if not batch.verified:
+                warnings.warn(
+                    "gigatoken and tokenizers disagree on this text: packing with tokenizers", stacklevel=3
+                )
+                return _Journal(journal.plan, journal.limit, trusted=False)
+            _write(batch, journal, writers)
+            unsaved += int(batch.counts["bytes"].sum())
+            if unsaved >= JOURNAL_BYTES:
+                for writer in writers.values():
+                    writer.sync()
+                journal.write(out)
+                unsaved = 0
+            if progress and bar is not None:
+                progress.update(bar, completed=batch.bytes_read)
+        for writer in writers.values():
+            writer.end_shard()
+    journal.write(out)
+    if journal.splits["validation"]["documents"] or journal.limit == journal.lowest:
+        return None
+    return _Journal(journal.plan, limit=journal.lowest, trusted=journal.trusted)
+
+
+def _finish(journal: _Journal, corpus: Corpus, tokenizer: Tokenizer, out: Path) -> dict[str, Any]:
+    """Write meta.json, which makes the folder a data set."""
+    for name, split in journal.splits.items():
+        if not split["documents"]:
+            _remove_shards(out, keep=set())
+            (out / PROGRESS).unlink()
+            raise UserError(
+                f"the text is too small: no document is left for {name}, give at least two different ones"
+            )
+    # What the journal does not list is the next shard, still empty, or comes from a start that was given up.
+    _remove_shards(
+        out, keep={shard["name"] for split in journal.splits.values() for shard in split["shards"]}
+    )
+    tokenizer.save(out / "tokenizer")
+    meta = {
+        "format": FORMAT,
+        "vocab_size": tokenizer.vocab_size,
+        "eos_token_id": tokenizer.eos_token_id,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "splits": journal.splits,
+        "sources": [dataclasses.asdict(source) for source in corpus.sources],
+        "options": {name: journal.plan[name] for name in OPTIONS},
+        "versions": {
+            "ant5m": ant5m.__version__,
+            **{name: importlib.metadata.version(name) for name in ("tokenizers", "gigatoken")},
+        },
+    }
+    write_json(out / META, meta)
+    (out / PROGRESS).unlink()
+    return meta
+
+
+def _remove_shards(out: Path, keep: set[str]) -> None:
+    for path in [*out.glob("*.bin"), *out.glob("*.bin.partial")]:
+        if path.name not in keep:
+            path.unlink()
+
+
+@dataclass
+class _Batch:
+    """Documents on their way; arrays are [documents] unless said otherwise."""
+
+    texts: list[str]
+    raw: list[bytes]
+    """the texts in UTF-8"""
+    hashes: NDArray[np.uint64]
+    end: Position
+    """of the corpus, after the last document"""
+    bytes_read: int
+
+
+@dataclass
+class _Encoded:
+    """What a batch becomes."""
+
+    tokens: NDArray[np.uint16]
+    """[tokens], every document with its end-of-text id"""
+    counts: dict[str, NDArray[np.int64]]
+    """`documents` (ones), `tokens`, `bytes` and `words` of each document"""
+    hashes: NDArray[np.uint64]
+    end: Position
+    bytes_read: int
+    verified: bool
+
+
+def _batches(cursor: Cursor, seed: int) -> Iterator[_Batch]:
+    salt = seed.to_bytes(hashlib.blake2b.SALT_SIZE, "little", signed=True)
+    texts: list[str] = []
+    raw: list[bytes] = []
+    size = 0
+
+    def batch() -> _Batch:
+        digests = b"".join(hashlib.blake2b(piece, digest_size=8, salt=salt).digest() for piece in raw)
+        return _Batch(texts, raw, np.frombuffer(digests, "<u8"), cursor.position, cursor.bytes_read)
+
+    for text in cursor:
+        texts.append(text)
+        raw.append(text.encode())
+        size += len(raw[-1])
+        if size >= BATCH_BYTES:
+            yield batch()
+            texts, raw, size = [], [], 0
+    if texts:
+        yield batch()
+
+
+def _encoded(batches: Iterator[_Batch], tokenizer: Tokenizer) -> Iterator[_Encoded]:
+    """Encode each batch while the next one is read."""
+    with ThreadPoolExecutor(1) as pool:
+        running: Future[_Encoded] | None = None
+        for batch in batches:
+            following = pool.submit(_encode, batch, tokenizer)
+            if running:
+                yield running.result()
+            running = following
+        if running:
+            yield running.result()
+
+
+def _encode(batch: _Batch, tokenizer: Tokenizer) -> _Encoded:
+    ids, lengths = tokenizer.encode_flat(batch.texts)
+    lengths = lengths + 1
+    ends = np.cumsum(lengths) - 1
+    tokens = np.empty(len(ids) + len(ends), TOKEN)
+    inside = np.ones(len(tokens), bool)
+    inside[ends] = False
+    tokens[inside] = ids
+    tokens[ends] = tokenizer.eos_token_id
+    counts = {
+        "documents": np.ones_like(lengths),
+        "tokens": lengths,
+        "bytes": np.array([len(piece) for piece in batch.raw]),
+        "words": count_words(batch.raw),
+    }
+    verified = _verify(batch.texts, tokenizer)
+    return _Encoded(tokens, counts, batch.hashes, batch.end, batch.bytes_read, verified)
+
+
+def count_words(raw: list[bytes]) -> NDArray[np.int64]:
+    """Words of each UTF-8 text as `len(text.split())` counts them, without building them; int64 [texts]."""
+    text = np.frombuffer(b"\n" + b"\n".join(raw) + b"\n\n", np.uint8)  # two more, to look ahead
+    space = (text == 32) | (text - np.uint8(9) < 5) | (text - np.uint8(28) < 4)  # what is less wraps around
+    for width, (low, high), codes in WIDE_SPACES:
+        at = np.flatnonzero((text >= low) & (text <= high))
+        code: NDArray[Any] = np.zeros(len(at), np.uint32)
+        for place in range(width):
+            code = code << 8 | text[at + place]
+        found = at[np.isin(code, codes)]
+        for place in range(width):
+            space[found + place] = True
+    begins = np.flatnonzero(space[:-1] & ~space[1:])
+    ends = np.cumsum([len(piece) + 1 for piece in raw])
+    return np.diff(np.searchsorted(begins, ends), prepend=0)
+
+
+def _verify(texts: list[str], tokenizer: Tokenizer) -> bool:
+    """Whether `tokenizers` itself gives the same ids for excerpts of some documents."""
+    chosen = random.Random(len(texts)).sample(texts, min(SAMPLES, len(texts)))
+    excerpts = [text[:SAMPLE_CHARACTERS] for text in chosen]
+    return all(
+        ids.tolist() == tokenizer.encode(text)
+        for ids, text in zip(tokenizer.encode_batch(excerpts), excerpts, strict=True)
+    )
+
+
+def _write(batch: _Encoded, journal: _Journal, writers: dict[str, "_Writer"]) -> None:
+    """Give each split its documents of a batch, and count them."""
+    for_validation = batch.hashes <= np.uint64(journal.limit)
+    for name, rows in (("validation", for_validation), ("train", ~for_validation)):
+        if rows.any():
+            writers[name].write(batch.tokens[np.repeat(rows, batch.counts["tokens"])])
+        for count in COUNTS:
+            journal.splits[name][count] += int(batch.counts[count][rows].sum())
+    journal.lowest = min(journal.lowest, int(batch.hashes.min()))
+    journal.position = batch.end
+
+
+class _Writer:
+    """The shard files of one split. The one being written is `NAME.partial`, and its length is the journal's
+    matter.
+
+    Keeps the `shards` of the split's entry in the journal.
+    """
+
+    def __init__(self, folder: Path, name: str, split: dict[str, Any], shard_tokens: int) -> None:
+        self._folder = folder
+        self._name = name
+        self._split = split
+        self._shard_tokens = shard_tokens
+        self._filled = split["tokens"] - sum(shard["tokens"] for shard in split["shards"])
+        self._file = self._open()
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @property
+    def _path(self) -> Path:
+        return self._folder / f"{self._name}-{len(self._split['shards']):05d}.bin"
+
+    @property
+    def _partial(self) -> Path:
+        return self._path.with_suffix(".bin.partial")
+
+    def write(self, tokens: NDArray[np.uint16]) -> None:
+        while len(tokens):
+            room = self._shard_tokens - self._filled
+            piece, tokens = tokens[:room], tokens[room:]
+            _write_all(self._file, piece.tobytes())
+            self._filled += len(piece)
+            if self._filled == self._shard_tokens:
+                self.end_shard()
+
+    def sync(self) -> None:
+        """Put what was written on the disk, so that the journal may count it."""
+        os.fsync(self._file.fileno())
+
+    def end_shard(self) -> None:
+        """Give the file its name, and begin the next one."""
+        if not self._filled:
+            return
+        self.sync()
+        self._file.close()
+        self._partial.replace(self._path)
+        fsync(self._folder)
+        shard = {"name": self._path.name, "tokens": self._filled, "sha256": file_sha256(self._path)}
+        self._split["shards"].append(shard)
+        self._filled = 0
+        self._file = self._open()
+
+    def _open(self) -> io.FileIO:
+        if self._path.exists():  # it was ended after the journal was written
+            self._path.replace(self._partial)
+        file = io.FileIO(self._partial, "ab")
+        kept = self._filled * TOKEN.itemsize
+        if os.fstat(file.fileno()).st_size < kept:
+            raise UserError(f"{self._partial} is shorter than when packing stopped: remove {self._folder}")
+        file.truncate(kept)
+        return file
+
+
+def _write_all(file: io.FileIO, data: bytes) -> None:
+    view = memoryview(data)
+    while view:  # a nearly full disk takes a part
+        view = view[file.write(view) :]

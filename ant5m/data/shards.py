@@ -1,0 +1,211 @@
+"""Packed tokens on disk: a folder of raw little-endian uint16 files and `meta.json`, memory-mapped.
+
+The shard files of a split are one logical sequence of tokens; where one file ends has no meaning.
+`ant5m.data.packing` writes the folder, `meta.json` last, so a folder without it is not a data set.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ant5m import _cpu
+from ant5m.errors import UserError
+from ant5m.files import read_json
+
+Split = Literal["train", "validation"]
+
+META = "meta.json"
+PROGRESS = "progress.json"
+FORMAT = "ant5m-shards-1"
+TOKEN = np.dtype("<u2")
+COUNTS = ("documents", "tokens", "bytes", "words")
+READ_BYTES = 1 << 20
+
+
+class Tokens:
+    """The tokens of one split: shard files laid end to end, uint16, read-only, never copied whole.
+
+    `tokens[i:j]` is an array (a view where the slice lies in one file, a copy where it crosses).
+    """
+
+    def __init__(self, parts: list[NDArray[np.uint16]]) -> None:
+        self._parts = parts
+        self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        self._addresses = np.array([part.ctypes.data for part in parts], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, window: slice) -> NDArray[np.uint16]:
+        start, stop, step = window.indices(len(self))
+        if step != 1:
+            raise ValueError("tokens are read in order: use a step of 1")
+        pieces = []
+        while start < stop:
+            part = int(np.searchsorted(self._ends, start, side="right"))
+            base = int(self._ends[part]) - len(self._parts[part])
+            end = min(stop, int(self._ends[part]))
+            pieces.append(self._parts[part][start - base : end - base])
+            start = end
+        if not pieces:
+            return np.empty(0, TOKEN)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def gather(
+        self, starts: NDArray[np.int64], length: int, inputs: NDArray[np.int64], targets: NDArray[np.int64]
+    ) -> None:
+        """Write the windows [start, start + length] to `inputs` and, shifted by one, to `targets`.
+
+        `starts` is [rows]; `inputs` and `targets` are [rows, length], C-contiguous, int64.
+        Raises `IndexError` when a window, with the target of its last token, leaves the tokens.
+        """
+        _check_gather(starts, length, inputs, targets)
+        if len(starts) == 0:
+            return
+        last = starts + length  # the position of each window's last target
+        if starts.min() < 0 or last.max() >= len(self):
+            raise IndexError(f"a window of {length} + 1 tokens leaves the {len(self)} tokens of the split")
+        part = np.searchsorted(self._ends, starts, side="right")
+        bases = np.concatenate([[0], self._ends[:-1]])
+        windows = self._addresses[part] + (starts - bases[part]) * TOKEN.itemsize
+        crossing = np.flatnonzero(last >= self._ends[part])
+        copies = [np.ascontiguousarray(self[int(starts[row]) : int(last[row]) + 1]) for row in crossing]
+        windows[crossing] = [copy.ctypes.data for copy in copies]
+        _cpu.gather(windows.ctypes.data, len(starts), length, inputs.ctypes.data, targets.ctypes.data)
+
+
+class Shards:
+    """One split of a packed data set, opened read-only."""
+
+    def __init__(self, folder: Path, split: Split, meta: dict[str, Any], tokens: Tokens) -> None:
+        self.folder = folder
+        self.split = split
+        self.meta = meta
+        """`meta.json`: see `ant5m.data.packing.pack`"""
+        self.tokens = tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """`documents`, `tokens`, `bytes` (of UTF-8 text) and `words` (`str.split`) of this split."""
+        return {name: self.meta["splits"][self.split][name] for name in COUNTS}
+
+    @property
+    def vocab_size(self) -> int:
+        return self.meta["vocab_size"]
+
+    @property
+    def eos_token_id(self) -> int:
+        """The id that follows every document."""
+        return self.meta["eos_token_id"]
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        return self.meta["tokenizer_fingerprint"]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of what a training run sees: this split's shards in order and the tokenizer."""
+        shards = [[shard["sha256"], shard["tokens"]] for shard in self.meta["splits"][self.split]["shards"]]
+        seen = json.dumps([self.tokenizer_fingerprint, shards])
+        return hashlib.sha256(seen.encode()).hexdigest()
+
+    @classmethod
+    def open(cls, folder: str | Path, split: Split = "train", verify: bool = True) -> "Shards":
+        """Map a split into memory. `verify` reads every shard once and compares its sha256.
+
+        Raises `UserError` that names the file when it is missing, truncated or edited.
+        """
+        folder = Path(folder)
+        meta = _read_meta(folder)
+        if split not in meta["splits"]:
+            raise UserError(f"{folder} has no {split} split (it has {', '.join(meta['splits'])})")
+        parts = [_map(folder, shard, verify) for shard in meta["splits"][split]["shards"]]
+        if not parts:
+            raise UserError(f"the {split} split of {folder} is empty: pack more text")
+        return cls(folder, split, meta, Tokens(parts))
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(READ_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder of shards: make one with `ant5m data pack`")
+    if not (folder / META).exists():
+        unfinished = (folder / PROGRESS).exists()
+        raise UserError(
+            f"packing into {folder} was not finished: run the same `ant5m data pack` command again"
+            if unfinished
+            else f"{folder} has no {META}: it was not made by `ant5m data pack`"
+        )
+    meta = read_json(folder / META)
+    if not _is_meta(meta):
+        raise UserError(f"{folder / META} is not a description of {FORMAT}: pack the text again")
+    return meta
+
+
+def _is_meta(meta: Any) -> bool:
+    try:
+        splits = list(meta["splits"].values())
+        numbers = [
+            meta["vocab_size"],
+            meta["eos_token_id"],
+            *(split[name] for split in splits for name in COUNTS),
+        ]
+        return (
+            meta["format"] == FORMAT
+            and isinstance(meta["tokenizer_fingerprint"], str)
+            and all(isinstance(number, int) for number in numbers)
+            and all(_is_shard(shard) for split in splits for shard in split["shards"])
+        )
+    except (KeyError, TypeError, AttributeError):
+        return False
+
+
+def _is_shard(shard: dict[str, Any]) -> bool:
+    name, tokens = shard["name"], shard["tokens"]
+    plain = isinstance(name, str) and Path(name).name == name  # never a path out of the folder
+    return plain and isinstance(tokens, int) and tokens > 0 and isinstance(shard["sha256"], str)
+
+
+def _map(folder: Path, shard: dict[str, Any], verify: bool) -> NDArray[np.uint16]:
+    path = folder / shard["name"]
+    if not path.is_file():
+        raise UserError(f"{path} is missing: pack the text again")
+    size, expected = path.stat().st_size, shard["tokens"] * TOKEN.itemsize
+    if size != expected:
+        raise UserError(
+            f"{path} has {size:,} bytes instead of {expected:,}: it was cut or edited, pack again"
+        )
+    if verify and file_sha256(path) != shard["sha256"]:
+        raise UserError(f"{path} does not have the sha256 in {META}: it was edited or damaged, pack again")
+    return np.memmap(path, TOKEN, mode="r")
+
+
+def _check_gather(
+    starts: NDArray[np.int64], length: int, inputs: NDArray[np.int64], targets: NDArray[np.int64]
+) -> None:
+    # The C++ side sees only addresses: everything it relies on is checked here.
+    if length < 1:
+        raise ValueError("a window holds at least one token")
+    if starts.dtype != np.int64 or starts.ndim != 1:
+        raise ValueError("starts must be one-dimensional int64")
+    for name, array in (("inputs", inputs), ("targets", targets)):
+        if array.dtype != np.int64 or array.shape != (len(starts), length):
+            raise ValueError(f"{name} must be int64 of shape {(len(starts), length)}")
+        if not array.flags.c_contiguous or not array.flags.writeable:
+            raise ValueError(f"{name} must be contiguous and writable")
