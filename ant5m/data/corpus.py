@@ -4,7 +4,9 @@ A document is a str. Nothing is ever read whole: a large .txt file is cut at par
 document by document. The order is stable, and every document has a position from which reading can go on.
 """
 
+import atexit
 import codecs
+import gc
 import glob
 import gzip
 import json
@@ -79,7 +81,7 @@ class Corpus:
 
 
 class Cursor(Iterator[str]):
-    """An iterator over documents that knows where it is. Documents of nothing but white space are left out."""
+    """An iterator over documents that knows where it is. Documents of mere white space are left out."""
 
     def __init__(self, corpus: Corpus, start: Position) -> None:
         self.position = Position(*start)
@@ -285,19 +287,28 @@ def _read_parquet(name: str, column: str, skip: int, report: Report) -> Iterator
 
 
 def _read_hub(name: str, column: str, skip: int) -> Iterator[str]:
-    dataset = _open_hub(name)
-    if skip:
-        dataset = dataset.skip(skip)
+    batches = _open_hub(name).skip(skip).iter(batch_size=256)
+
+    def stop() -> None:
+        batches.close()
+        gc.collect()
+
+    # pyarrow's reading threads hang the interpreter's exit unless the iterator is really gone by then
+    # (apache/arrow#45214).
+    atexit.register(stop)
     try:
-        for batch in dataset.iter(batch_size=256):
+        for batch in batches:
             if column not in batch:
                 raise UserError(f"{name}: {_no_column(column, batch)}")
             for value in batch[column]:
                 yield _text(value, name, column)
     except UserError:
         raise
-    except Exception as error:
+    except Exception as error:  # of the network or of any file format
         raise UserError(f"{name} cannot be read ({_first_line(error)})") from None
+    finally:
+        atexit.unregister(stop)
+        stop()
 
 
 def _open_hub(name: str) -> Any:
@@ -330,7 +341,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _blocks(name: str, report: Report) -> Iterator[str]:
-    """The text of a file, plain or compressed, in blocks of about `BLOCK` bytes; a byte order mark is left out."""
+    """The text of a file, plain or compressed, in blocks of `BLOCK` bytes; a byte order mark is left out."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     offset = 0
     with open(name, "rb") as raw, _decompressed(name, raw) as stream:
@@ -351,9 +362,7 @@ def _decoded(
         return decoder.decode(block, final)
     except UnicodeDecodeError as error:
         where = offset - kept + error.start
-        raise UserError(
-            f"{name} is not UTF-8 text (byte {where:,}): convert it, for example with iconv"
-        ) from None
+        raise UserError(f"{name} is not UTF-8 text (byte {where:,}): convert it, try iconv") from None
 
 
 @contextmanager
@@ -366,7 +375,7 @@ def _decompressed(name: str, raw: BinaryIO) -> Iterator[BinaryIO]:
         elif name.lower().endswith(".xz"):
             yield lzma.LZMAFile(raw)  # type: ignore[misc]  # noqa: SIM115
         elif name.lower().endswith(".zst"):
-            yield zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)  # type: ignore[misc]
+            yield zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
         else:
             yield raw
     except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError, EOFError) as error:

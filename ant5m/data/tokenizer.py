@@ -1,8 +1,8 @@
 """The tokenizer: byte-level BPE, trained here or loaded from anyone's `tokenizer.json`.
 
 Hugging Face `tokenizers` is the definition of what a tokenizer does. Text in bulk goes through gigatoken,
-which gives the same ids many times faster; where it does not know a foreign tokenizer, or disagrees with it on
-the probe below, `tokenizers` itself does the work.
+which gives the same ids many times faster; where it does not know a foreign tokenizer, or disagrees with it
+on the probe below, `tokenizers` itself does the work.
 """
 
 import functools
@@ -38,7 +38,7 @@ SPLIT = (
 )
 
 PROBE = (
-    "The quick brown fox's 12,345 jumps — over 3.14 lazy dogs; it'll DON'T 'S\r\n\r\n\tif x_1 >= 0:  # y\n    ",
+    "The quick brown fox's 12,345 jumps — over 3.14 lazy dogs; it'll DON'T 'S\r\n\r\n\tif x_1 >= 0:\n    ",
     "naïve café e\u0301 ﬁ Å Å ½ ² ٣ 中文字 ひらがな 한국어 עברית العربية नमस्ते ไทย",
     "👩\u200d👩\u200d👧 🇩🇪 \ufeff\u00a0\u2028\u3000\x00\x1b\x7f\x85 \ue000 \U0010ffff   \t ",
     f"{END_OF_TEXT} <s></s> <|im_start|>  https://example.org/a?b=c&d=%20 -------- ========\n\n\n",
