@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import re
 
 import pytest
 import torch
@@ -158,13 +159,8 @@ def test_ways_into_the_envelope_keep_it():
     config = PRESETS["ant-5m"]
     remedy = findings(config, max_params=4_000_000)["envelope"].remedy
     changes = {
-        word: int(number)
-        for word, number in zip(
-            remedy.split(),
-            remedy.replace(",", "").replace(";", "").replace(".", "").split()[1:],
-            strict=False,
-        )
-        if word in ("vocab_size", "intermediate_size")
+        name: int(size.replace(",", ""))
+        for name, size in re.findall(r"(vocab_size|intermediate_size) ([\d,]*\d)", remedy)
     }
     assert set(changes) == {"vocab_size", "intermediate_size"}
     for name, value in changes.items():

@@ -29,7 +29,7 @@ STATE = "state.json"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 
-__all__ = ["find_run", "latest_checkpoint", "load", "save_model", "verify_checkpoint"]
+__all__ = ["find_run", "latest_checkpoint", "load", "load_with_tokenizer", "save_model", "verify_checkpoint"]
 
 
 def load(path: str | Path) -> "tuple[Ant, Tokenizer | None]":
@@ -44,8 +44,7 @@ def load(path: str | Path) -> "tuple[Ant, Tokenizer | None]":
         raise UserError(f"{path} does not exist")
     if not path.is_dir():
         raise UserError(f"{path} is a file: give the folder it lies in")
-    if (path / CHECKPOINTS).is_dir():
-        return _load_checkpoint(_latest(path), path / TOKENIZER)
+    path = resolve(path)
     if (path / STATE).exists():
         return _load_checkpoint(path, path.resolve().parent.parent / TOKENIZER)
     if (path / WEIGHTS).exists() or (path / "config.json").exists():
@@ -53,6 +52,25 @@ def load(path: str | Path) -> "tuple[Ant, Tokenizer | None]":
     raise UserError(
         f"{path} holds no model: it is neither a run, nor a checkpoint, nor a Hugging Face folder"
     )
+
+
+def load_with_tokenizer(path: str | Path) -> "tuple[Ant, Tokenizer]":
+    """`load`, but a folder without a tokenizer raises `UserError` too."""
+    net, tokenizer = load(path)
+    if tokenizer is None:
+        raise UserError(f"{path} has no tokenizer: put its tokenizer.json beside the model")
+    return net, tokenizer
+
+
+def resolve(path: str | Path) -> Path:
+    """The folder that `load` reads: a run's newest good checkpoint (`UserError` if none), else `path`."""
+    path = Path(path)
+    if not (path / CHECKPOINTS).is_dir():
+        return path
+    checkpoint = latest_checkpoint(path)
+    if checkpoint is None:
+        raise UserError(f"{path} has no good checkpoint yet")
+    return checkpoint
 
 
 def find_run(path: str | Path) -> Path | None:
@@ -105,13 +123,6 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
         if file_sha256(file) != expected:
             raise UserError(f"{file} is not what was saved (its hash differs): the checkpoint is damaged")
     return state
-
-
-def _latest(run: Path) -> Path:
-    folder = latest_checkpoint(run)
-    if folder is None:
-        raise UserError(f"{run} has no good checkpoint yet")
-    return folder
 
 
 def _load_checkpoint(folder: Path, tokenizer_folder: Path) -> "tuple[Ant, Tokenizer | None]":

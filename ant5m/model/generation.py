@@ -96,7 +96,12 @@ def generate(
         texts = _generate(net, rows, max_new_tokens, sampling, seed, tokenizer.eos_token_id, on_token)
     finally:
         net.train(training)
-    return [tokenizer.decode(text) for text in texts]
+    return [_continuation(tokenizer, row, text) for row, text in zip(rows, texts, strict=True)]
+
+
+def _continuation(tokenizer: "Tokenizer", prompt: list[int], text: list[int]) -> str:
+    """What `text` adds to `prompt`: some decoders treat the beginning of a text apart."""
+    return tokenizer.decode(prompt + text)[len(tokenizer.decode(prompt)) :]
 
 
 @torch.inference_mode()
@@ -209,9 +214,10 @@ class LoopReport:
         )
 
 
-MAX_REPEATED = 0.3
-MAX_TIMES = 4
-MIN_CYCLE_WORDS = 12
+# Where people end and loops begin. Of 22,500 excerpts (40-800 words) from textbooks and novels these take 9
+# for a loop (0.04 %), mostly fairy tales that repeat on purpose; of 777 from children's stories, 12.
+MAX_REPEATED = 0.3  # share of repeated 4-grams
+MAX_TIMES, MIN_CYCLE_WORDS = 4, 12  # back to back
 
 
 def find_loops(text: str) -> LoopReport:

@@ -1,0 +1,134 @@
+"""`ant5m generate`."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+
+if TYPE_CHECKING:
+    from ant5m.data.tokenizer import Tokenizer
+
+
+@dataclass
+class Generate:
+    """Let a model continue a text.
+
+    Ends at the end-of-text token, after --max-new-tokens, or where the model's context is full. Warns when
+    the text falls into a loop. The same seed gives the same text.
+
+    For example:
+
+        ant5m generate runs/my-run --prompt "Once upon a time"
+        ant5m generate runs/my-run --prompt "The ant" "The tree" --temperature 0.7 --top-p 0.95 --seed 3
+        ant5m generate runs/my-run/hf --prompt "The ant" --temperature 0 --repetition-penalty 1.2 --json
+    """
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """run folder, checkpoint or Hugging Face folder"""
+    prompt: tuple[str, ...] = ("",)
+    """one or more texts to continue; without one the model begins a text of its own"""
+    max_new_tokens: int = 200
+    """tokens to write at most"""
+    temperature: float = 0.8
+    """below 1: likelier tokens, above: bolder; 0 always takes the likeliest"""
+    top_k: int = 0
+    """draw from so many of the likeliest tokens only; 0: no limit"""
+    top_p: float = 1.0
+    """draw from the smallest set of likeliest tokens with this probability"""
+    repetition_penalty: float = 1.0
+    """above 1: tokens that are already there become less likely"""
+    seed: int = 0
+    """of the draws"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1"""
+    json: bool = False
+    """print JSON and nothing else"""
+
+    def run(self) -> None:
+        from ant5m.model.checkpoint import load_with_tokenizer
+        from ant5m.model.generation import find_loops, generate
+        from ant5m.train.precision import choose_device
+
+        device = choose_device(self.device)
+        net, tokenizer = load_with_tokenizer(self.model)
+        written = [0] * len(self.prompt)
+        stream = _Stream(self.prompt[0], tokenizer) if len(self.prompt) == 1 and not self.json else None
+
+        def on_token(row: int, token: int) -> None:
+            written[row] += 1
+            if stream:
+                stream.add(token)
+
+        texts = generate(
+            net.to(device),
+            tokenizer,
+            self.prompt,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+            on_token=on_token,
+        )
+        reports = [find_loops(text) for text in texts]
+        if self.json:
+            rows = zip(self.prompt, texts, written, reports, strict=True)
+            print(json.dumps([_row(*row) for row in rows], indent=2, ensure_ascii=False))
+        elif stream:
+            stream.end()
+        else:
+            for prompt, text in zip(self.prompt, texts, strict=True):
+                Console(highlight=False, soft_wrap=True).print(
+                    f"[bold]{escape(prompt)}[/bold]{escape(text)}\n"
+                )
+        context = net.config.max_position_embeddings
+        for prompt, count, report in zip(self.prompt, written, reports, strict=True):
+            if max(1, len(tokenizer.encode(prompt))) + count == context:
+                _warn(f"the text ends here because the model's context of {context:,} tokens is full")
+            if report.looping:
+                _warn(report.advice)
+
+
+class _Stream:
+    """Prints a text token by token; a character whose bytes have not all come waits."""
+
+    def __init__(self, prompt: str, tokenizer: "Tokenizer") -> None:
+        self._tokenizer = tokenizer
+        self._tokens = tokenizer.encode(prompt)
+        self._shown = len(tokenizer.decode(self._tokens))
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._console.print(f"[bold]{escape(prompt)}[/bold]", end="")
+
+    def add(self, token: int) -> None:
+        self._tokens.append(token)
+        text = self._tokenizer.decode(self._tokens)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._show(text)
+
+    def end(self) -> None:
+        self._show(self._tokenizer.decode(self._tokens) + "\n")
+
+    def _show(self, text: str) -> None:
+        self._console.print(text[self._shown :], end="", markup=False)
+        self._console.file.flush()
+        self._shown = len(text)
+
+
+def _row(prompt: str, text: str, tokens: int, report) -> dict:
+    return {
+        "prompt": prompt,
+        "text": text,
+        "tokens": tokens,
+        "looping": report.looping,
+        "repeated_ngrams": report.repeated,
+        "advice": report.advice,
+    }
+
+
+def _warn(text: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[yellow]warning:[/yellow] {escape(text)}")

@@ -1,0 +1,155 @@
+"""Three numbers with three units, equal to what the logits say, over exactly the text that is named."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ant5m.data.corpus import Corpus
+from ant5m.data.packing import pack
+from ant5m.data.shards import Shards
+from ant5m.data.tokenizer import Tokenizer, train_tokenizer
+from ant5m.errors import UserError
+from ant5m.eval.perplexity import Evaluation, encode_texts, evaluate, open_data, record, run_data
+from ant5m.model.ant import Ant
+from ant5m.model.config import ModelConfig
+
+SENTENCE = "the ant carries a leaf along the path and the other ants follow it to the nest by the old tree"
+DOCUMENTS = [" ".join(SENTENCE.split()[i:] + SENTENCE.split()[: i // 2]) + f" née {i}.\n" for i in range(19)]
+CONFIG = ModelConfig(
+    vocab_size=300,
+    hidden_size=32,
+    intermediate_size=52,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=32,
+    initializer_range=0.2,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(DOCUMENTS * 20, vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def net() -> Ant:
+    torch.manual_seed(0)
+    return Ant(CONFIG)
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Corpus:
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
+    return Corpus.open([file])
+
+
+def nats_by_hand(net, ids, window):
+    """Sum over windows of -log p(next token), from the full logits."""
+    total = 0.0
+    for start in range(0, len(ids) - 1, window):
+        part = torch.tensor(ids[start : start + window + 1])
+        with torch.inference_mode():
+            total += F.cross_entropy(net(part[None, :-1])[0], part[1:], reduction="sum").item()
+    return total
+
+
+def test_texts_are_scored_to_the_last_token(net, tokenizer, corpus):
+    eos = [tokenizer.eos_token_id]
+    ids = eos + [token for text in DOCUMENTS for token in tokenizer.encode(text) + eos]
+    shards = encode_texts(corpus, tokenizer)
+    assert shards.tokens[:].tolist() == ids
+    for batch_size, window in ((1, 32), (3, 32), (8, 7)):
+        result = evaluate(net, shards, batch_size, window, text="ants")
+        assert result.tokens == len(ids) - 1
+        assert result.nats == pytest.approx(nats_by_hand(net, ids, window), rel=1e-5)
+        assert result.bytes == len("".join(DOCUMENTS).encode())
+        assert result.words == sum(len(text.split()) for text in DOCUMENTS)
+        assert (result.text, result.window) == ("ants", window)
+    assert evaluate(net, shards).window == 32
+
+
+def test_a_part_leaves_words_and_bytes_unknown(net, tokenizer, corpus):
+    shards = encode_texts(corpus, tokenizer)
+    result = evaluate(net, shards, limit_tokens=40)
+    assert result.tokens == 40 and result.nats == pytest.approx(
+        nats_by_hand(net, shards.tokens[:41].tolist(), 32)
+    )
+    assert (result.words, result.bytes, result.word_perplexity, result.bits_per_byte) == (None,) * 4
+    assert evaluate(net, shards, limit_tokens=10**9) == evaluate(net, shards)
+
+
+def test_three_numbers():
+    result = Evaluation("text", nats=420.0, tokens=100, words=60, bytes=300, window=32)
+    assert result.loss == 4.2
+    assert result.token_perplexity == pytest.approx(math.exp(4.2))
+    assert result.word_perplexity == pytest.approx(math.exp(7.0))
+    assert result.bits_per_byte == pytest.approx(420 / math.log(2) / 300)
+    assert set(result.to_dict()) == {
+        *(
+            "text",
+            "loss",
+            "token_perplexity",
+            "word_perplexity",
+            "bits_per_byte",
+            "tokens",
+            "words",
+            "bytes",
+            "window",
+        )
+    }
+    assert Evaluation("text", 1e5, 10, 1, 1, 32).word_perplexity == math.inf
+
+
+def test_an_untrained_model_knows_nothing(tokenizer, corpus):
+    flat = Ant(CONFIG)
+    torch.nn.init.zeros_(flat.model.embed_tokens.weight)
+    assert evaluate(flat, encode_texts(corpus, tokenizer)).loss == pytest.approx(math.log(300), rel=1e-6)
+    assert flat.training
+
+
+def test_shards(net, tokenizer, corpus, tmp_path):
+    pack(corpus, tokenizer, tmp_path / "data", validation_fraction=0.4)
+    shards, text = open_data([tmp_path / "data"], tokenizer)
+    assert shards.split == "validation" and "validation split" in text
+    result = evaluate(net, shards)
+    assert result.tokens == shards.num_tokens - 1
+    assert result.bytes == shards.counts["bytes"] < len("".join(DOCUMENTS).encode())
+    assert result.nats == pytest.approx(nats_by_hand(net, shards.tokens[:].tolist(), 32), rel=1e-5)
+    other = train_tokenizer(DOCUMENTS * 20, vocab_size=290)
+    with pytest.raises(UserError, match="another tokenizer"):
+        open_data([tmp_path / "data"], other)
+    with pytest.raises(UserError, match="alone"):
+        open_data([tmp_path / "data", tmp_path / "text.jsonl"], tokenizer)
+    assert Shards.open(tmp_path / "data", "train").num_tokens > 0
+
+
+def test_run_data(tmp_path):
+    (tmp_path / "config.json").write_text('{"train": {"data": "data/books"}}')
+    assert str(run_data(tmp_path)) == "data/books"
+    (tmp_path / "config.json").write_text('{"train": {"data": null}}')
+    assert run_data(tmp_path) == tmp_path / "data"
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="give --data"):
+        run_data(tmp_path)
+
+
+def test_record_keeps_what_else_is_known(tmp_path):
+    first = Evaluation("a", 4.0, 2, 1, 5, 32)
+    (tmp_path / "eval.json").write_text('{"zero_shot": {"blimp": 0.7}}')
+    record(tmp_path, "step-00000005", first)
+    record(tmp_path, "step-00000005", Evaluation("b", 4.0, 2, 1, 5, 32))
+    record(tmp_path, "step-00000010", Evaluation("a", 2.0, 2, 1, 5, 32))
+    values = json.loads((tmp_path / "eval.json").read_text())
+    assert values["zero_shot"] == {"blimp": 0.7}
+    assert [(one["text"], one["loss"], one["checkpoint"]) for one in values["perplexity"]] == [
+        ("b", 2.0, "step-00000005"),
+        ("a", 1.0, "step-00000010"),
+    ]
+    (tmp_path / "eval.json").write_text("[]")
+    with pytest.raises(UserError, match="move it away"):
+        record(tmp_path, "step-00000010", first)
