@@ -13,10 +13,11 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+
+import zstandard
 
 from ant5m.errors import UserError
 
@@ -344,14 +345,14 @@ def _blocks(name: str, report: Report) -> Iterator[str]:
     """The text of a file, plain or compressed, in blocks of `BLOCK` bytes; a byte order mark is left out."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     offset = 0
-    with open(name, "rb") as raw, _decompressed(name, raw) as stream:
-        while block := stream.read(BLOCK):
+    with open(name, "rb") as raw:
+        for block in _decompressed(name, raw):
             if b"\0" in block:
                 raise UserError(f"{name} is binary, not text (byte {offset + block.index(0):,} is NUL)")
             yield _decoded(decoder, block, name, offset)
             offset += len(block)
             report(raw.tell())
-        _decoded(decoder, b"", name, offset, final=True)
+    yield _decoded(decoder, b"", name, offset, final=True)
 
 
 def _decoded(
@@ -365,20 +366,35 @@ def _decoded(
         raise UserError(f"{name} is not UTF-8 text (byte {where:,}): convert it, try iconv") from None
 
 
-@contextmanager
-def _decompressed(name: str, raw: BinaryIO) -> Iterator[BinaryIO]:
-    import zstandard
-
+def _decompressed(name: str, raw: BinaryIO) -> Iterator[bytes]:
+    suffix = Path(name).suffix.lower()
     try:
-        if name.lower().endswith(".gz"):
-            yield gzip.GzipFile(fileobj=raw)  # type: ignore[misc]
-        elif name.lower().endswith(".xz"):
-            yield lzma.LZMAFile(raw)  # type: ignore[misc]  # noqa: SIM115
-        elif name.lower().endswith(".zst"):
-            yield zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        else:
-            yield raw
+        if suffix == ".zst":
+            yield from _zstandard_frames(raw)
+            return
+        stream: Any = raw
+        if suffix == ".gz":
+            stream = gzip.GzipFile(fileobj=raw)
+        elif suffix == ".xz":
+            stream = lzma.LZMAFile(raw)  # noqa: SIM115  (the file beneath is closed by the caller)
+        while block := stream.read(BLOCK):
+            yield block
     except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError, EOFError) as error:
         raise UserError(
             f"{name} is damaged or not compressed as its name says ({_first_line(error)})"
         ) from None
+
+
+def _zstandard_frames(raw: BinaryIO) -> Iterator[bytes]:
+    # The library's own stream takes a file that breaks off for one that ends.
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    frame = decompressor.decompressobj()
+    while chunk := raw.read(BLOCK >> 4):
+        while chunk:
+            if frame.eof:
+                frame = decompressor.decompressobj()
+            if block := frame.decompress(chunk):
+                yield block
+            chunk = frame.unused_data
+    if not frame.eof:
+        raise EOFError("it breaks off in the middle of a frame")
