@@ -39,6 +39,8 @@ BATCH_BYTES = 1 << 22
 """text that is encoded at once"""
 JOURNAL_BYTES = 1 << 26
 """text that is encoded again, at most, after a stop"""
+CACHE_BYTES = 1 << 28
+"""text after which the encoder starts over: its cache of words has no bound of its own"""
 SAMPLES, SAMPLE_CHARACTERS = 8, 2048
 """excerpts of every batch that `tokenizers` encodes too"""
 HASHES = 1 << 64
@@ -181,8 +183,6 @@ def _pack(
 ) -> _Journal | None:
     """Go from the journal's position to the end. Returns the journal to start again with, if that is
     needed."""
-    if not journal.trusted:
-        tokenizer._gigatoken = None  # from here on `tokenizers` does the work
     cursor = corpus.documents(Position(*journal.position))
     bar = progress.add_task("packing", total=corpus.size or None) if progress else None
     unsaved = 0
@@ -191,7 +191,7 @@ def _pack(
             name: stack.enter_context(_Writer(out, name, split, journal.plan["shard_tokens"]))
             for name, split in journal.splits.items()
         }
-        for batch in _encoded(_batches(cursor, journal.plan["seed"]), tokenizer):
+        for batch in _encoded(_batches(cursor, journal.plan["seed"]), tokenizer, journal.trusted):
             if not batch.verified:
                 warnings.warn(
                     "gigatoken and tokenizers disagree on this text: packing with tokenizers", stacklevel=3
@@ -300,17 +300,29 @@ def _batches(cursor: Cursor, seed: int) -> Iterator[_Batch]:
         yield batch()
 
 
-def _encoded(batches: Iterator[_Batch], tokenizer: Tokenizer) -> Iterator[_Encoded]:
+def _encoded(batches: Iterator[_Batch], tokenizer: Tokenizer, trusted: bool) -> Iterator[_Encoded]:
     """Encode each batch while the next one is read."""
     with ThreadPoolExecutor(1) as pool:
         running: Future[_Encoded] | None = None
+        encoder, size = _encoder(tokenizer, trusted), 0
         for batch in batches:
-            following = pool.submit(_encode, batch, tokenizer)
+            following = pool.submit(_encode, batch, encoder)
+            size += sum(map(len, batch.raw))
+            if size >= CACHE_BYTES:
+                encoder, size = _encoder(tokenizer, trusted), 0
             if running:
                 yield running.result()
             running = following
         if running:
             yield running.result()
+
+
+def _encoder(tokenizer: Tokenizer, trusted: bool) -> Tokenizer:
+    """The same tokenizer with an empty cache."""
+    encoder = Tokenizer(tokenizer.backend, tokenizer.eos_token)
+    if not trusted:
+        encoder._gigatoken = None  # so `tokenizers` does the work
+    return encoder
 
 
 def _encode(batch: _Batch, tokenizer: Tokenizer) -> _Encoded:

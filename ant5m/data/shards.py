@@ -66,14 +66,13 @@ class Tokens:
         _check_gather(starts, length, inputs, targets)
         if len(starts) == 0:
             return
-        last = starts + length  # the position of each window's last target
-        if starts.min() < 0 or last.max() >= len(self):
+        if starts.min() < 0 or starts.max() >= len(self) - length:
             raise IndexError(f"a window of {length} + 1 tokens leaves the {len(self)} tokens of the split")
         part = np.searchsorted(self._ends, starts, side="right")
         bases = np.concatenate([[0], self._ends[:-1]])
         windows = self._addresses[part] + (starts - bases[part]) * TOKEN.itemsize
-        crossing = np.flatnonzero(last >= self._ends[part])
-        copies = [np.ascontiguousarray(self[int(starts[row]) : int(last[row]) + 1]) for row in crossing]
+        crossing = np.flatnonzero(starts + length >= self._ends[part])
+        copies = [self[start : start + length + 1] for start in starts[crossing].tolist()]
         windows[crossing] = [copy.ctypes.data for copy in copies]
         _cpu.gather(windows.ctypes.data, len(starts), length, inputs.ctypes.data, targets.ctypes.data)
 
