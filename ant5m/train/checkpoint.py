@@ -18,35 +18,43 @@ from safetensors.torch import save as to_safetensors
 from ant5m.errors import UserError
 from ant5m.files import new_folder, read_json
 from ant5m.model.ant import Ant
+from ant5m.model.checkpoint import FORMAT, STATE, VERSION, verify_checkpoint
 from ant5m.train.optimizer import Optimizer
-
-FORMAT = {"format": "ant5m-checkpoint", "version": 1}
 
 
 def save_checkpoint(folder: Path, step: int, net: Ant, optimizer: Optimizer, state: dict[str, Any]) -> Path:
-    """Write `folder`/step-XXXXXXXX aside and rename it into place; one that is there already is kept.
+    """Write `folder`/step-XXXXXXXX aside and rename it into place; a good one that is there already is kept.
 
     `state` is what else the run must remember, in plain values for JSON.
     """
     path = folder / f"step-{step:08d}"
     if path.exists():
-        return path
+        if _is_good(path):
+            return path
+        _remove(path)
     files = {
         "model.safetensors": to_safetensors(_to_cpu(net.state_dict()), metadata={"format": "pt"}),
         "optimizer.safetensors": to_safetensors(_to_cpu(optimizer.tensors())),
     }
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    described = {**FORMAT, "step": step, "model": net.config.to_dict(), "files": hashes, **state}
+    described = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": step,
+        "model": net.config.to_dict(),
+        "files": hashes,
+        **state,
+    }
     with new_folder(path) as aside:
         for name, data in files.items():
             (aside / name).write_bytes(data)
-        (aside / "state.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        (aside / STATE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     return path
 
 
 def load_checkpoint(folder: Path, net: Ant, optimizer: Optimizer) -> dict[str, Any]:
     """Fill `net` and `optimizer` from a checkpoint and return its state. It must have been verified before."""
-    state = read_json(folder / "state.json")
+    state = read_json(folder / STATE)
     if state.get("model") != net.config.to_dict():
         raise UserError(f"{folder} is a checkpoint of another model than the run's: start a new run")
     net.load_state_dict(parse_safetensors((folder / "model.safetensors").read_bytes()))
@@ -57,10 +65,7 @@ def load_checkpoint(folder: Path, net: Ant, optimizer: Optimizer) -> dict[str, A
 def prune_checkpoints(folder: Path, keep: int) -> None:
     """Remove all but the `keep` last checkpoints."""
     for old in sorted(folder.glob("step-*"))[:-keep]:
-        # Renamed first: a removal that is cut short leaves nothing that looks like a checkpoint.
-        aside = old.with_name(f".{old.name}.removed")
-        old.rename(aside)
-        shutil.rmtree(aside)
+        _remove(old)
 
 
 def random_state(device: torch.device) -> dict[str, str]:
@@ -79,6 +84,22 @@ def set_random_state(states: dict[str, str], device: torch.device) -> None:
     torch.set_rng_state(decoded["cpu"])
     if device.type == "cuda" and "cuda" in decoded:
         torch.cuda.set_rng_state(decoded["cuda"], device)
+
+
+def _is_good(path: Path) -> bool:
+    try:
+        verify_checkpoint(path)
+    except UserError:
+        return False
+    return True
+
+
+def _remove(path: Path) -> None:
+    # Renamed first: a removal that is cut short leaves nothing that looks like a checkpoint.
+    aside = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    shutil.rmtree(aside)
 
 
 def _to_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

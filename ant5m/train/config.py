@@ -37,7 +37,7 @@ class TrainConfig:
     micro_batch_size: int | None = None
     """sequences computed at once (the rest is accumulated); default: what fits the device"""
     sequence_length: int | None = None
-    """tokens of one sequence; default: the model's context"""
+    """tokens of one sequence, which becomes the model's context; default: the context of --model"""
 
     optimizer: Literal["adamw", "muon"] = "muon"
     """muon: Muon for the matrices of the layers, AdamW for the rest"""
@@ -68,8 +68,8 @@ class TrainConfig:
     """auto, cpu, cuda, cuda:1"""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: fp32 on a CPU, bf16 on compute capability 8.0 and above, fp16 below"""
-    kernels: str = "auto"
-    """kernel backend"""
+    kernels: str | None = None
+    """kernel backend, or auto; default: what ANT5M_KERNELS says, else auto"""
 
     eval_every: int | None = None
     """steps between validations; default: a tenth of the run"""

@@ -122,6 +122,8 @@ class Optimizer:
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """The inverse of `tensors`. Raises `UserError` when they belong to another model or optimizer."""
+        if not tensors:
+            return  # saved before the first step
         states: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
         for label, value in tensors.items():
             name, _, key = label.rpartition("/")

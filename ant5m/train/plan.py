@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import torch
 
-from ant5m.errors import UserError
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
 from ant5m.model.doctor import fitting_tokens
@@ -29,22 +28,18 @@ TIME_FOR_TRAINING = 0.9
 
 
 def complete(
-    config: TrainConfig, model: ModelConfig, num_tokens: int, device: torch.device, seconds_per_token: Callable[[int], float]
+    config: TrainConfig, model: ModelConfig, num_tokens: int, device: torch.device, seconds_per_token: Callable[[], float]
 ) -> TrainConfig:
     """`config` with every `None` that a run needs filled in.
 
     Args:
         num_tokens: of the training split.
-        seconds_per_token: measures the training speed at a sequence length; called only when time decides.
+        seconds_per_token: measures the training speed; called only when time decides.
     """
-    length = config.sequence_length or model.max_position_embeddings
-    if length > model.max_position_embeddings:
-        raise UserError(
-            f"--sequence-length ({length}) is above the model's context of {model.max_position_embeddings}"
-        )
+    length = model.max_position_embeddings
     steps, batch = config.steps, config.batch_size
     if steps is None:
-        tokens = config.tokens or _tokens(config, num_tokens, lambda: seconds_per_token(length))
+        tokens = config.tokens or _tokens(config, num_tokens, seconds_per_token)
         batch = batch or batch_for_tokens(tokens, length)
         steps = max(1, round(tokens / (batch * length)))
     batch = batch or batch_for_steps(steps, length)
@@ -79,8 +74,9 @@ def batch_for_steps(steps: int, length: int) -> int:
     return _power_of_two(max(LEAST_BATCH_TOKENS, (0.58 * steps**0.571) ** (1 / (1 - 0.571))) / length)
 
 
-def measure_speed(net: Ant, config: TrainConfig, precision: str, length: int) -> float:
+def measure_speed(net: Ant, config: TrainConfig, precision: str) -> float:
     """Seconds per training token, from a few steps on a copy of the model, whose own state stays as it is."""
+    length = net.config.max_position_embeddings
     twin = copy.deepcopy(net)
     optimizer = Optimizer(twin, config.optimizer)
     rows = max(1, LEAST_BATCH_TOKENS * 2 // length)

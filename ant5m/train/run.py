@@ -30,16 +30,17 @@ class Run:
 
     @classmethod
     def create(cls, config: TrainConfig) -> "Run":
-        """A new run folder with its config.json. Raises `UserError` when `config.out` has other content."""
+        """A run that is not on the disk yet. Raises `UserError` when `config.out` has other content."""
         model = load_config(config.model)
+        if config.sequence_length is not None:
+            # A model's context is what it was trained on.
+            model = dataclasses.replace(model, max_position_embeddings=config.sequence_length)
         folder = config.out or _next_folder(config.model)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(
                 f"{folder} exists already: continue it with --resume {folder}, or choose another --out"
             )
-        run = cls(folder, config, model, {})
-        run.write()
-        return run
+        return cls(folder, config, model, {})
 
     @classmethod
     def open(cls, config: TrainConfig) -> "Run":
@@ -56,7 +57,7 @@ class Run:
         anew = {name: getattr(config, name) for name in RENEWABLE if _given(config, name)}
         if kept.data is None and "data" in anew:
             raise UserError(f"{folder} was made with the built-in text: resume it without --data")
-        merged = dataclasses.replace(kept, max_minutes=None, **anew)
+        merged = dataclasses.replace(kept, **{"max_minutes": None, **anew})
         return cls(folder, merged, ModelConfig.from_dict(values["model"]), values.get("data", {}))
 
     @property

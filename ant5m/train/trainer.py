@@ -151,16 +151,17 @@ class Trainer:
         return finite
 
     def _after_step(self) -> None:
-        config, last = self.config, self.step == self.steps
         if time.monotonic() - self._read_at >= READ_SECONDS:
             self._read()
-        if self.step % (config.eval_every or 1) == 0 and not last:
-            self._validate()
-        if config.sample_every and self.step % config.sample_every == 0 and not last:
-            self._sample()
-        if self.step % (config.checkpoint_every or 1) == 0 and not last:
-            self._read()
-            self._save()
+        for every, action in (
+            (self.config.eval_every, self._validate),
+            (self.config.sample_every, self._sample),
+            (self.config.checkpoint_every, self._save),
+        ):
+            # What the last step owes is done when the run is finished.
+            if every and self.step % every == 0 and self.step < self.steps:
+                self._read()
+                action()
 
     def _read(self) -> None:
         """Bring the pending losses over from the device and write them down."""
@@ -232,6 +233,8 @@ class Trainer:
     def _resume(self) -> None:
         folder = latest_checkpoint(self.run.folder)
         if folder is None:
+            if any(self.run.checkpoints.glob("step-*")):
+                raise UserError(f"no checkpoint in {self.run.checkpoints} is good: start a new run")
             return
         state = load_checkpoint(folder, self.net, self.optimizer)
         if state["tokenizer"] != self.tokenizer.fingerprint:

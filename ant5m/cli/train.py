@@ -1,0 +1,48 @@
+"""`ant5m train`."""
+
+import sys
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from ant5m.train.config import TrainConfig
+
+
+@dataclass
+class Train:
+    """Pre-train a model, and leave a run folder with checkpoints, metrics, a Hugging Face export and a report.
+
+    Without any flag it does everything on text that every machine has: it trains a tokenizer, packs the text and
+    trains ant-5m for about ten minutes. Ctrl-C, SIGTERM and --max-minutes save first; --resume goes on exactly
+    there.
+
+    For example:
+
+        ant5m train
+        ant5m train --model ant-5m-fit --data data/books --steps 10000 --batch-size 64
+        ant5m train --data data/books --max-minutes 60 --out runs/books
+        ant5m train --resume runs/books
+    """
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+
+    def run(self) -> None:
+        from ant5m.train.pretraining import pretrain
+        from ant5m.train.stop import EXIT_CODES
+
+        result = pretrain(self.config)
+        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        if result.stopped:
+            console.print(
+                f"{result.stopped} at step {result.step:,} of {result.steps:,}, saved. Go on with: "
+                f"ant5m train --resume {result.run}",
+                markup=False,
+            )
+            sys.exit(EXIT_CODES[result.stopped])
+        assert result.evaluation
+        numbers = f"validation loss {result.evaluation.loss:.4f}"
+        if result.evaluation.bits_per_byte is not None:
+            numbers += f", {result.evaluation.bits_per_byte:.4f} bits per byte"
+        console.print(f"done: {numbers}. Read {result.run / 'report.md'}", markup=False)

@@ -1,0 +1,203 @@
+"""What a finished run leaves behind: loss.png, eval.json, hf/ and report.md."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from ant5m.eval.perplexity import Evaluation, record
+from ant5m.files import write_file
+from ant5m.model.generation import find_loops, generate
+from ant5m.model.huggingface import ModelCard, export
+from ant5m.train.metrics import read_metrics
+from ant5m.train.run import Run, versions
+from ant5m.train.trainer import PROMPTS, Trainer
+
+SAMPLE_TOKENS = 100
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One text of the finished model."""
+
+    prompt: str
+    text: str
+    looping: bool
+
+
+def finish(run: Run, trainer: Trainer) -> Evaluation:
+    """Evaluate on the whole validation split, let the model write, export it and write the report."""
+    evaluation = trainer.evaluate(limit_tokens=None)
+    record(run.folder, f"step-{trainer.step:08d}", evaluation)
+    samples = write_samples(trainer)
+    lines = read_metrics(run.folder / "metrics.jsonl")
+    plot_loss(lines, (trainer.step, evaluation.loss), run.folder / "loss.png")
+    _export(run, trainer, evaluation, samples)
+    write_file(run.folder / "report.md", report(run, trainer, lines, evaluation, samples))
+    return evaluation
+
+
+def write_samples(trainer: Trainer) -> list[Sample]:
+    """The first text for each of the standard prompts, and for one the greedy text, which loops most easily."""
+    texts = generate(trainer.net, trainer.tokenizer, PROMPTS, SAMPLE_TOKENS, seed=trainer.config.seed)
+    greedy = generate(trainer.net, trainer.tokenizer, PROMPTS[:1], SAMPLE_TOKENS, temperature=0)
+    pairs = zip((*PROMPTS, PROMPTS[0]), (*texts, *greedy), strict=True)
+    return [Sample(prompt, text, find_loops(text).looping) for prompt, text in pairs]
+
+
+def plot_loss(lines: list[dict[str, Any]], final: tuple[int, float], path: Path) -> None:
+    """Draw training loss (each step, and a running mean), validation loss and the `final` (step, loss)."""
+    train = [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
+    validation = [(line["step"], line["loss"]) for line in lines if line["kind"] == "validation"]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    if train:
+        steps, losses = zip(*train, strict=True)
+        axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+        axes.plot(steps, _running_mean(losses, len(losses) // 50 + 1), color="tab:blue", label="training")
+    axes.plot(*zip(*validation, final, strict=True), "o-", color="tab:orange", markersize=4, label="validation")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def report(
+    run: Run, trainer: Trainer, lines: list[dict[str, Any]], evaluation: Evaluation, samples: list[Sample]
+) -> str:
+    """The text of report.md."""
+    model, config, data = run.model, run.config, run.data
+    parameters = sum(p.numel() for p in trainer.net.parameters())
+    seconds = max((line["seconds"] for line in lines if line["kind"] == "train"), default=0.0)
+    device = torch.cuda.get_device_name(trainer.net.device) if trainer.net.device.type == "cuda" else _processor()
+    source = "the built-in text" if config.data is None else str(config.data.name)
+    return _REPORT.format(
+        name=run.folder.name,
+        parameters=f"{parameters:,}",
+        model=config.model,
+        shape=f"{model.num_hidden_layers} layers, width {model.hidden_size}, vocabulary {model.vocab_size:,}",
+        source=source,
+        documents=f"{data['train']['documents']:,}",
+        unique=f"{data['train']['tokens']:,}",
+        megabytes=f"{data['train']['bytes'] / 1e6:.1f}",
+        tokens=f"{trainer.tokens:,}",
+        epochs=f"{trainer.tokens / data['train']['tokens']:.1f}",
+        steps=f"{trainer.step:,}",
+        batch=f"{config.batch_size} x {config.sequence_length}",
+        optimizer="Muon and AdamW" if config.optimizer == "muon" else "AdamW",
+        device=device,
+        precision=trainer.precision,
+        minutes=f"{seconds / 60:.1f}",
+        speed=f"{trainer.tokens / seconds:,.0f}" if seconds else "?",
+        versions=", ".join(f"{name} {version}" for name, version in versions().items()),
+        results=_results(evaluation),
+        samples="\n\n".join(_quoted(sample) for sample in samples),
+        loops=_remark(samples),
+        folder=run.folder,
+    )
+
+
+def _results(evaluation: Evaluation) -> str:
+    words, size = evaluation.word_perplexity, evaluation.bits_per_byte
+    rows = [("loss", f"{evaluation.loss:.4f} nats per token", f"{evaluation.tokens:,} tokens")]
+    rows.append(("token perplexity", f"{evaluation.token_perplexity:.2f}", f"{evaluation.tokens:,} tokens"))
+    if words is not None:
+        rows.append(("word perplexity", f"{words:,.2f}", f"{evaluation.words:,} words"))
+    if size is not None:
+        rows.append(("bits per byte", f"{size:.4f}", f"{evaluation.bytes:,} bytes"))
+    return "\n".join(f"| {name} | {value} | {over} |" for name, value, over in rows)
+
+
+def _quoted(sample: Sample) -> str:
+    note = " (falls into a loop)" if sample.looping else ""
+    body = f"{sample.prompt}{sample.text}".replace("\n", "\n> ")
+    return f"**{sample.prompt}** ...{note}\n\n> {body}"
+
+
+def _remark(samples: list[Sample]) -> str:
+    loops = sum(sample.looping for sample in samples)
+    verdict = f"{loops} of these {len(samples)} texts fall into a loop." if loops else "None of these texts loops."
+    return (
+        f"{verdict} The last one is greedy (temperature 0), the others are drawn at temperature 0.8; all are "
+        "unselected. Models of this size write locally plausible text without meaning, and greedy text loops."
+    )
+
+
+def _export(run: Run, trainer: Trainer, evaluation: Evaluation, samples: list[Sample]) -> None:
+    folder = run.folder / "hf"
+    if folder.exists():
+        shutil.rmtree(folder)  # of this same run, finished before
+    source = "docstrings of the Python standard library and of installed packages"
+    card = ModelCard(
+        name=run.folder.name,
+        data=source if run.config.data is None else None,
+        tokens=trainer.tokens,
+        validation={**evaluation.to_dict(), "text": "the held-out part of the same text"},
+        samples=[(sample.prompt, sample.text) for sample in samples],
+    )
+    export(trainer.net, trainer.tokenizer, folder, card)
+
+
+def _running_mean(values: tuple[float, ...], width: int) -> list[float]:
+    """Mean over the last `width` values, of fewer at the beginning."""
+    means, total = [], 0.0
+    for index, value in enumerate(values):
+        total += value - (values[index - width] if index >= width else 0.0)
+        means.append(total / min(index + 1, width))
+    return means
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it, and the threads in use."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        name = next(line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = "CPU"
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+_REPORT = """\
+# {name}
+
+`{model}`: {parameters} parameters, {shape}.
+
+## Training
+| | |
+| --- | --- |
+| text | {source}: {documents} documents, {megabytes} MB, {unique} tokens |
+| trained on | {tokens} tokens ({epochs} epochs): {steps} steps of {batch} |
+| optimizer | {optimizer} |
+| device | {device}, {precision} |
+| time | {minutes} minutes of training, {speed} tokens/s with validation and saving |
+| versions | {versions} |
+
+![loss](loss.png)
+
+## Result
+On the validation split, documents that training never saw:
+
+| measure | value | over |
+| --- | --- | --- |
+{results}
+
+Token perplexity is exp(loss); word perplexity is exp(total nats / words), another number; bits per byte compares
+models with different tokenizers.
+
+## Samples
+{samples}
+
+{loops}
+
+## Go on
+```
+ant5m generate {folder} --prompt "The"     # let it write
+ant5m eval {folder}                        # measure it
+ant5m train --resume {folder}              # repeat this report; or continue, where the run was stopped
+```
+`hf/` opens with `transformers`; `config.json` holds every setting, and the same settings on the same data and machine
+give the same model.
+"""

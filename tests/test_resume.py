@@ -1,0 +1,195 @@
+"""A run that was stopped and resumed equals, bit for bit, one that was not."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from ant5m.cli import call
+from ant5m.errors import UserError
+from ant5m.model.checkpoint import latest_checkpoint
+from ant5m.train import TrainConfig, pretrain
+from ant5m.train import trainer as module
+from ant5m.train.metrics import read_metrics
+from ant5m.train.trainer import Trainer
+from test_train import config, material  # noqa: F401  (fixtures)
+
+STOP_AT = 5
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """interrupt(number, step): once, a signal arrives in the middle of the step after `step`."""
+
+    def arrange(number, step):
+        original = Trainer._train_step
+        at = [step]
+
+        def train_step(self, stop):
+            if self.step in at:
+                at.clear()
+                os.kill(os.getpid(), number)
+            return original(self, stop)
+
+        monkeypatch.setattr(Trainer, "_train_step", train_step)
+
+    return arrange
+
+
+def fingerprint(run):
+    """Everything that must be equal: the hashes of the tensors, the rest of the state, and the metrics."""
+    folder = latest_checkpoint(run)
+    state = json.loads((folder / "state.json").read_text())
+    del state["seconds"]
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
+    assert hashes == state["files"]
+    lines = read_metrics(run / "metrics.jsonl")
+    for line in lines:
+        line.pop("seconds", None), line.pop("tokens_per_second", None)
+    return state, lines
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adamw"},
+        {"optimizer": "muon", "schedule": "wsd"},
+        {"optimizer": "muon", "micro_batch_size": 1, "schedule": "cosine"},
+        {"optimizer": "adamw", "precision": "fp16"},
+        {"optimizer": "muon", "precision": "bf16", "eval_every": 5},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_stopped_and_resumed_equals_uninterrupted(config, changes, tmp_path, interrupt):  # noqa: F811
+    whole = dataclasses.replace(config, steps=10, checkpoint_every=4, out=tmp_path / "whole", **changes)
+    pretrain(whole)
+    stopped = dataclasses.replace(whole, out=tmp_path / "stopped")
+    interrupt(signal.SIGTERM, STOP_AT)
+    result = pretrain(stopped)
+    assert (result.step, result.stopped, result.evaluation) == (STOP_AT, "terminated", None)
+    assert latest_checkpoint(stopped.out).name == "step-00000005"
+    torch.manual_seed(999)  # another process would have another state
+    result = pretrain(TrainConfig(resume=stopped.out))
+    assert (result.step, result.stopped) == (10, None)
+    assert fingerprint(whole.out) == fingerprint(stopped.out)
+    evaluations = [json.loads((out / "eval.json").read_text()) for out in (whole.out, stopped.out)]
+    assert evaluations[0] == evaluations[1]
+
+
+def test_the_comparison_sees_a_difference(config, tmp_path):  # noqa: F811
+    runs = [pretrain(dataclasses.replace(config, seed=seed, out=tmp_path / str(seed))).run for seed in (1, 2)]
+    first, second = map(fingerprint, runs)
+    assert first[0]["files"] != second[0]["files"] and first[1] != second[1]
+    again = pretrain(dataclasses.replace(config, seed=1, out=tmp_path / "again")).run
+    assert fingerprint(again) == first
+
+
+def test_a_crash_loses_only_what_came_after_the_checkpoint(config, tmp_path, monkeypatch):  # noqa: F811
+    whole = pretrain(dataclasses.replace(config, out=tmp_path / "whole")).run
+    original = Trainer._train_step
+
+    def crash(self, stop):
+        if self.step == 7:
+            self._read()  # its metrics are on the disk, its checkpoint is not
+            raise RuntimeError("power cut")
+        return original(self, stop)
+
+    monkeypatch.setattr(Trainer, "_train_step", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        pretrain(config)
+    monkeypatch.setattr(Trainer, "_train_step", original)
+    assert max(line["step"] for line in read_metrics(config.out / "metrics.jsonl")) == 7
+    with (config.out / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')
+    assert latest_checkpoint(config.out).name == "step-00000006"
+    pretrain(TrainConfig(resume=config.out))
+    assert fingerprint(config.out) == fingerprint(whole)
+
+
+def test_damaged_and_half_written_checkpoints_are_passed_over(config, tmp_path):  # noqa: F811
+    whole = pretrain(dataclasses.replace(config, out=tmp_path / "whole")).run
+    run = pretrain(dataclasses.replace(config, keep_last=4)).run
+    damaged = run / "checkpoints" / "step-00000008" / "optimizer.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    (run / "checkpoints" / "step-00000006" / "state.json").unlink()
+    (run / "checkpoints" / "step-00000009").mkdir()
+    with pytest.warns(UserWarning):
+        pretrain(TrainConfig(resume=run))
+    with pytest.warns(UserWarning):
+        assert latest_checkpoint(run).name == "step-00000008"
+    assert (whole / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")])
+def test_signals_save_and_set_the_exit_code(config, interrupt, capsys, number, code, word):  # noqa: F811
+    interrupt(number, 3)
+    flags = ["--model", config.model, "--data", str(config.data), "--out", str(config.out), "--device", "cpu"]
+    with pytest.raises(SystemExit) as exit_:
+        call(["train", *flags, "--steps", "8", "--batch-size", "4", "--sample-every", "0"])
+    assert exit_.value.code == code
+    assert f"{word} at step 3 of 8, saved" in capsys.readouterr().err
+    assert latest_checkpoint(config.out).name == "step-00000003"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_interrupt_quits_at_once(config, monkeypatch):  # noqa: F811
+    def train_step(self, stop):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.reason == "interrupted"
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("still running")
+
+    monkeypatch.setattr(Trainer, "_train_step", train_step)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(config)
+    assert latest_checkpoint(config.out) is None
+
+
+def test_the_time_limit_saves_and_counts_anew(config, monkeypatch):  # noqa: F811
+    result = pretrain(dataclasses.replace(config, max_minutes=1e-9))
+    assert (result.step, result.stopped) == (0, "time limit")
+    result = pretrain(TrainConfig(resume=config.out, max_minutes=1e-9))
+    assert (result.step, result.stopped) == (0, "time limit")
+    assert pretrain(TrainConfig(resume=config.out)).step == 8
+
+
+def test_resume_refuses_what_does_not_belong(config, material, tmp_path):  # noqa: F811
+    with pytest.raises(UserError, match="does not exist"):
+        pretrain(TrainConfig(resume=tmp_path / "nothing"))
+    with pytest.raises(UserError, match=r"config\.json"):
+        pretrain(TrainConfig(resume=material))
+    run = pretrain(dataclasses.replace(config, max_minutes=1e-9)).run
+    with pytest.raises(UserError, match="leave out --seed, --steps|leave out --steps, --seed"):
+        pretrain(TrainConfig(resume=run, steps=9, seed=3))
+    values = json.loads((run / "config.json").read_text())
+    values["data"]["fingerprint"] = "other"
+    (run / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="is not the data of"):
+        pretrain(TrainConfig(resume=run))
+
+
+def test_resuming_a_finished_run_only_repeats_the_report(config):  # noqa: F811
+    run = pretrain(config).run
+    before = fingerprint(run)
+    (run / "report.md").unlink()
+    pretrain(TrainConfig(resume=run))
+    assert fingerprint(run) == before and (run / "report.md").exists()
+
+
+def test_no_room_on_the_disk_leaves_no_half_checkpoint(config, monkeypatch):  # noqa: F811
+    def full(self, data):
+        raise OSError(28, "No space left on device", str(self))
+
+    pretrain(dataclasses.replace(config, max_minutes=1e-9))
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        pretrain(TrainConfig(resume=config.out))
+    monkeypatch.undo()
+    assert [path.name for path in (config.out / "checkpoints").iterdir()] == ["step-00000000"]
+    assert module.Trainer

@@ -1,0 +1,265 @@
+"""A whole small training run, what it leaves behind, and the mistakes that users make."""
+
+import dataclasses
+import json
+import math
+import random
+
+import pytest
+import torch
+
+from ant5m.cli import call
+from ant5m.data.corpus import Corpus
+from ant5m.data.packing import pack
+from ant5m.data.tokenizer import train_tokenizer
+from ant5m.errors import UserError
+from ant5m.files import write_json
+from ant5m.model.ant import Ant
+from ant5m.model.checkpoint import latest_checkpoint, load
+from ant5m.model.config import ModelConfig
+from ant5m.train import TrainConfig, plan, pretrain, trainer
+from ant5m.train.metrics import read_metrics
+from ant5m.train.precision import LossScaler
+from ant5m.train.run import Run
+from ant5m.train.stop import Stop
+
+MODEL = ModelConfig(
+    vocab_size=300,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=32,
+)
+WORDS = "the ant carries a leaf home while other ants build and sleep under old green trees".split()
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A model config, shards with their tokenizer, and the folder they lie in."""
+    folder = tmp_path_factory.mktemp("material")
+    draw = random.Random(0)
+    documents = [" ".join(draw.choices(WORDS, k=60)) for _ in range(60)]
+    text = folder / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    tokenizer = train_tokenizer(documents, vocab_size=300)
+    pack(Corpus.open([text]), tokenizer, folder / "shards", validation_fraction=0.1)
+    write_json(folder / "model.json", MODEL.to_dict())
+    return folder
+
+
+@pytest.fixture
+def config(material, tmp_path):
+    return TrainConfig(
+        model=str(material / "model.json"),
+        data=material / "shards",
+        out=tmp_path / "run",
+        steps=8,
+        batch_size=4,
+        micro_batch_size=2,
+        eval_every=4,
+        eval_tokens=64,
+        checkpoint_every=2,
+        device="cpu",
+    )
+
+
+def of_kind(run, kind):
+    return [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == kind]
+
+
+def test_a_run_learns_and_leaves_everything_behind(config):
+    result = pretrain(dataclasses.replace(config, steps=40, checkpoint_every=30))
+    run = result.run
+    assert (result.step, result.stopped) == (40, None)
+    losses = [line["loss"] for line in of_kind(run, "train")]
+    assert len(losses) == 40 and abs(losses[0] - math.log(300)) < 0.2
+    assert result.evaluation.loss < losses[0] - 1
+    assert [line["step"] for line in of_kind(run, "validation")] == list(range(4, 40, 4))
+    assert [line["step"] for line in of_kind(run, "sample")] == list(range(4, 40, 4))
+    assert of_kind(run, "train")[-1]["tokens"] == 40 * 4 * 32
+    for name in ("config.json", "loss.png", "report.md", "eval.json", "hf/model.safetensors"):
+        assert (run / name).stat().st_size > 0, name
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    settings = json.loads((run / "config.json").read_text())
+    assert settings["train"]["steps"] == 40 and settings["train"]["seed"] == 1
+    assert settings["model"] == MODEL.to_dict()
+    assert {"torch", "ant5m", "python"} <= settings["versions"].keys()
+    net, tokenizer = load(run)
+    exported, _ = load(run / "hf")
+    assert tokenizer is not None
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), exported.parameters(), strict=True))
+
+
+def test_the_report_holds_the_numbers(config):
+    result = pretrain(config)
+    text = (result.run / "report.md").read_text()
+    assert f"{result.evaluation.loss:.4f} nats" in text
+    assert f"{result.evaluation.bits_per_byte:.4f}" in text
+    assert f"{result.evaluation.words:,} words" in text
+    assert f"ant5m train --resume {result.run}" in text
+    assert "(loss.png)" in text and "{" not in text
+
+
+def test_accumulation_is_one_batch(config, tmp_path):
+    nets = []
+    for size in (1, 4):
+        chosen = dataclasses.replace(
+            config, steps=3, micro_batch_size=size, optimizer="adamw", out=tmp_path / str(size)
+        )
+        nets.append(load(pretrain(chosen).run)[0])
+    pairs = zip(nets[0].parameters(), nets[1].parameters(), strict=True)
+    assert max((a - b).abs().max().item() for a, b in pairs) < 1e-5
+
+
+def test_checkpoints_are_pruned(config):
+    run = pretrain(dataclasses.replace(config, keep_last=3)).run
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["step-00000004", "step-00000006", "step-00000008"]
+
+
+def test_fp16_skips_overflows_without_counting_them(config, monkeypatch):
+    monkeypatch.setattr(trainer, "LossScaler", lambda: LossScaler(2.0**40))
+    run = pretrain(dataclasses.replace(config, precision="fp16")).run
+    lines = of_kind(run, "train")
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    skipped = lines[-1]["skipped"]
+    assert skipped > 5 and lines[-1]["tokens"] == (8 + skipped) * 4 * 32
+    state = json.loads((latest_checkpoint(run) / "state.json").read_text())
+    assert state["scaler"]["scale"] == 2.0 ** (40 - skipped)
+    assert 1 <= state["scaler"]["good_steps"] <= 8
+
+
+def test_a_broken_training_stops_and_names_the_last_good_checkpoint(config, monkeypatch):
+    forward = Ant.forward
+
+    def break_down(self, input_ids, targets=None, cache=None):
+        out = forward(self, input_ids, targets, cache)
+        return out * float("nan") if targets is not None and self.training and self.calls() > 10 else out
+
+    calls = iter(range(1_000))
+    monkeypatch.setattr(Ant, "calls", lambda self: next(calls), raising=False)
+    monkeypatch.setattr(Ant, "forward", break_down)
+    with pytest.raises(UserError, match=r"step 6: the loss is nan.*step-00000004\b"):
+        pretrain(config)
+    monkeypatch.setattr(Ant, "forward", forward)
+    assert latest_checkpoint(config.out).name == "step-00000004"
+    assert all(torch.isfinite(weight).all() for weight in load(config.out)[0].parameters())
+
+
+def test_time_decides_the_number_of_steps():
+    asked = TrainConfig(max_minutes=1.0, data="somewhere")
+    planned = plan.complete(asked, MODEL, 10**6, torch.device("cpu"), lambda: 1e-3)
+    tokens = planned.steps * planned.batch_size * 32
+    assert 0.85 * 60_000 < tokens < 0.95 * 60_000
+    builtin = plan.complete(TrainConfig(), MODEL, 1_000, torch.device("cpu"), lambda: 1e-6)
+    assert builtin.steps * builtin.batch_size * 32 <= 1.2 * plan.BUILTIN_EPOCHS * 1_000
+
+
+def test_one_pass_over_given_data_is_the_default():
+    planned = plan.complete(TrainConfig(data="somewhere"), MODEL, 10**6, torch.device("cpu"), pytest.fail)
+    assert planned.steps * planned.batch_size * 32 == pytest.approx(10**6, rel=0.05)
+    assert planned.batch_size % planned.micro_batch_size == 0
+
+
+def test_the_batch_law_gives_the_published_batch():
+    assert plan.batch_for_tokens(655_360_000, 1_024) == 64
+    assert plan.batch_for_steps(10_000, 1_024) == 64
+    assert plan.batch_for_tokens(1_000, 1_024) == 2
+
+
+def test_measuring_the_speed_leaves_the_model_alone():
+    torch.manual_seed(0)
+    net = Ant(MODEL)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    random_state = torch.get_rng_state()
+    assert plan.measure_speed(net, TrainConfig(), "fp32") > 0
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    assert torch.equal(random_state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "--steps must be a whole number of at least 1"),
+        ({"steps": 5, "tokens": 100}, "--steps and --tokens"),
+        ({"learning_rate": float("nan")}, "--learning-rate must be a number"),
+        ({"learning_rate": 0}, "--learning-rate must be above 0"),
+        ({"warmup": 1.5}, "--warmup must be from 0 to 1"),
+        ({"betas": (0.9, 1.0)}, "--betas"),
+        ({"batch_size": 4, "micro_batch_size": 3}, r"--micro-batch-size \(3\) must divide"),
+        ({"optimizer": "sgd"}, "--optimizer must be one of adamw, muon"),
+        ({"max_minutes": 0}, "--max-minutes must be above 0"),
+        ({"keep_last": 0}, "--keep-last"),
+    ],
+)
+def test_impossible_settings(changes, message):
+    with pytest.raises(UserError, match=message):
+        TrainConfig(**changes)
+
+
+def test_config_goes_round():
+    config = TrainConfig(data="a/b", betas=(0.5, 0.6), steps=3)
+    again = TrainConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again.to_dict() == config.to_dict() and again.betas == (0.5, 0.6)
+    with pytest.raises(UserError, match="unknown in a training config: colour"):
+        TrainConfig.from_dict({"colour": 1})
+
+
+def refused(config, message):
+    """`pretrain` refuses and writes nothing."""
+    before = set(config.out.parent.rglob("*"))
+    with pytest.raises(UserError, match=message) as error:
+        pretrain(config)
+    assert "\n" not in str(error.value)
+    assert set(config.out.parent.rglob("*")) == before
+
+
+def test_bad_input_is_refused_before_anything_is_written(config, material, tmp_path):
+    refused(dataclasses.replace(config, device="cuda:7"), "'cuda:7' is not there")
+    refused(dataclasses.replace(config, data=tmp_path / "nothing"), "not a folder of shards")
+    refused(dataclasses.replace(config, model="ant-6m"), "ant-6m")
+    refused(dataclasses.replace(config, kernels="abacus"), "abacus")
+    refused(dataclasses.replace(config, sequence_length=100_000), "too few for one sequence")
+    other = train_tokenizer([" ".join(WORDS)] * 3, vocab_size=280)
+    other.save(tmp_path / "other")
+    refused(dataclasses.replace(config, tokenizer=tmp_path / "other"), "another tokenizer")
+    small = {**MODEL.to_dict(), "vocab_size": 290}
+    write_json(tmp_path / "small.json", small)
+    refused(dataclasses.replace(config, model=str(tmp_path / "small.json")), "the tokenizer has 300 entries")
+
+
+def test_a_folder_with_other_content_is_refused(config):
+    config.out.mkdir()
+    (config.out / "thesis.txt").write_text("years of work")
+    refused(config, "exists already")
+    (config.out / "thesis.txt").unlink()
+    pretrain(config)
+
+
+def test_folders_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        run = Run.create(TrainConfig())
+        assert str(run.folder) == f"runs/ant-5m-{number}"
+        run.write()
+
+
+def test_command_line(config, capsys):
+    flags = [
+        *("--model", config.model, "--data", str(config.data), "--out", str(config.out), "--device", "cpu"),
+        *("--steps", "3", "--batch-size", "2", "--sample-every", "0"),
+    ]
+    assert call(["train", *flags]) == 0
+    output = capsys.readouterr()
+    assert output.out == "" and "validation loss" in output.err and "report.md" in output.err
+    assert call(["train", *flags]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert call(["train", "--steps", "0"]) == 2
+    assert "--steps must be" in capsys.readouterr().err
+
+
+def test_stop_tells_why():
+    assert Stop().reason is None
+    assert Stop(deadline=0.0).reason == "time limit"
