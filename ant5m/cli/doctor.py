@@ -29,7 +29,7 @@ class Doctor:
         ant5m doctor my-config.json --device-memory 16GB --json
     """
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """a preset (ant-5m, ant-5m-wide, ant-5m-fit, archaea-74m), a config file or a folder with one"""
     max_params: str | None = None
     """the envelope to keep, like 5M or 4_950_000"""

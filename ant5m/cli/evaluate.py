@@ -30,7 +30,7 @@ class Evaluate:
         ant5m eval runs/my-run/hf --data data/books --json
     """
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """run folder, checkpoint or Hugging Face folder"""
     data: tuple[str, ...] = ()
     """folder of shards (its validation split is used), or texts as for `ant5m data pack`"""

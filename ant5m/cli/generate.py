@@ -27,7 +27,7 @@ class Generate:
         ant5m generate runs/my-run/hf --prompt "The ant" --temperature 0 --repetition-penalty 1.2 --json
     """
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """run folder, checkpoint or Hugging Face folder"""
     prompt: tuple[str, ...] = ("",)
     """one or more texts to continue; without one the model begins a text of its own"""
@@ -95,14 +95,14 @@ class Generate:
 
 
 class _Stream:
-    """Prints a text token by token; a character whose bytes have not all come waits."""
+    """Prints a text token by token, behind its prompt; a character whose bytes have not all come waits."""
 
     def __init__(self, prompt: str, tokenizer: "Tokenizer") -> None:
         self._tokenizer = tokenizer
         self._tokens = tokenizer.encode(prompt)
         self._shown = len(tokenizer.decode(self._tokens))
         self._console = Console(highlight=False, soft_wrap=True)
-        self._console.print(f"[bold]{escape(prompt)}[/bold]", end="")
+        self._prompt = prompt
 
     def add(self, token: int) -> None:
         self._tokens.append(token)
@@ -114,6 +114,9 @@ class _Stream:
         self._show(self._tokenizer.decode(self._tokens) + "\n")
 
     def _show(self, text: str) -> None:
+        if self._prompt:
+            self._console.print(self._prompt, style="bold", end="", markup=False)
+            self._prompt = ""
         self._console.print(text[self._shown :], end="", markup=False)
         self._console.file.flush()
         self._shown = len(text)

@@ -186,7 +186,12 @@ def run_data(run: Path) -> Path:
     train = values.get("train") if isinstance(values, dict) else None
     if not isinstance(train, dict):
         raise UserError(f"{run / 'config.json'} does not say what the run was trained on: give --data")
-    return Path(train["data"]) if train.get("data") else run / "data"
+    folder = Path(train["data"]) if train.get("data") else run / "data"
+    if not folder.exists():
+        raise UserError(
+            f"{folder}, on which {run} was trained, is not here: name it or other text with --data"
+        )
+    return folder
 
 
 def record(run: Path, checkpoint: str, evaluation: Evaluation) -> None:

@@ -203,7 +203,7 @@ class ModelCard:
     tokens: int | None = None
     """tokens seen in training"""
     validation: dict[str, Any] = field(default_factory=dict)
-    """some of loss (nats per token), bits_per_byte, text (what they were measured on)"""
+    """some of loss (nats per token), bits_per_byte, text (what they were measured on), as in eval.json"""
     samples: list[tuple[str, str]] = field(default_factory=list)
     """(prompt, continuation), unselected"""
 
@@ -236,6 +236,34 @@ class ModelCard:
             return ""
         quoted = "\n\n".join(f"```text\n{prompt}{text}\n```" for prompt, text in self.samples)
         return f"## Samples\nAs they came, unselected; the prompt is the beginning of each.\n\n{quoted}\n\n"
+
+
+def card_of_run(name: str, run: Path, checkpoint: Path) -> ModelCard:
+    """What a run folder knows about one of its checkpoints: its data, its tokens, and its evaluation if any.
+
+    Raises `UserError` when a file of the run is missing or damaged.
+    """
+    config, state = read_json(run / "config.json"), read_json(checkpoint / "state.json")
+    evaluations = read_json(run / "eval.json").get("perplexity", []) if (run / "eval.json").exists() else []
+    measured = [one for one in evaluations if one.get("checkpoint") == checkpoint.name]
+    data = config.get("train", {}).get("data")
+    return ModelCard(
+        name=name,
+        data=_sources(Path(data) if data else run / "data"),
+        tokens=state.get("tokens"),
+        validation=next((one for one in measured if "validation split" in one["text"]), {}),
+    )
+
+
+def _sources(shards: Path) -> str | None:
+    """The names of the texts that were packed, without their folders; None when the shards are gone."""
+    if not (shards / "meta.json").exists():
+        return None
+    names = [source["name"] for source in read_json(shards / "meta.json").get("sources", [])]
+    if names == ["builtin"]:
+        return "docstrings and reference topics of the Python standard library and installed packages"
+    shown = [name if name.startswith("hf:") else Path(name).name for name in names[:5]]
+    return ", ".join(shown) + (f" and {len(names) - 5} more files" if len(names) > 5 else "")
 
 
 def _shape(config: ModelConfig) -> str:

@@ -1,0 +1,42 @@
+"""`ant5m export`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+
+@dataclass
+class Export:
+    """Write a Hugging Face folder from a run or a checkpoint.
+
+    It opens offline with transformers' AutoModelForCausalLM and AutoTokenizer, and holds config.json,
+    model.safetensors, the tokenizer and a model card (README.md) that says what the run folder knows.
+
+    For example:
+
+        ant5m export runs/my-run my-model
+        ant5m export runs/my-run/checkpoints/step-00001000 my-model-1000 --name "My model after 1,000 steps"
+    """
+
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """run folder, checkpoint or Hugging Face folder"""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """folder to make"""
+    name: str | None = None
+    """of the model in its card; default: the folder's name"""
+
+    def run(self) -> None:
+        from ant5m.model.checkpoint import find_run, load_with_tokenizer, resolve
+        from ant5m.model.huggingface import ModelCard, card_of_run, export
+
+        run, folder = find_run(self.model), resolve(self.model)
+        net, tokenizer = load_with_tokenizer(folder)
+        name = self.name or self.out.name
+        export(net, tokenizer, self.out, card_of_run(name, run, folder) if run else ModelCard(name))
+        console = Console(highlight=False, soft_wrap=True)
+        console.print(
+            f"wrote {self.out}: open it with AutoModelForCausalLM.from_pretrained({str(self.out)!r})"
+        )
