@@ -66,7 +66,7 @@ def theirs(sampling: Sampling) -> logits_process.LogitsProcessorList:
         Sampling(temperature=1.0, top_k=5),
         Sampling(temperature=1.0, top_k=5_000),
         Sampling(temperature=1.0, top_p=0.9),
-        Sampling(temperature=1.0, top_p=1e-6),
+        Sampling(temperature=1.0, top_p=1e-9),
         Sampling(temperature=0.6, top_k=20, top_p=0.8, repetition_penalty=1.3),
     ],
     ids=str,
@@ -80,12 +80,12 @@ def test_scores_are_those_of_transformers(sampling):
 
 
 def test_draws_follow_the_probabilities():
-    logits = torch.tensor([[0.0, -torch.inf, 1.0, 2.0]]).expand(10_000, 4)
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0, 2.0]]).expand(10_000, 5)
     chance = torch.arange(10_000) / 10_000
-    drawn = draw(logits, torch.zeros(10_000, 4, dtype=torch.bool), Sampling(temperature=1.0), chance)
-    share = torch.bincount(drawn, minlength=4) / 10_000
+    drawn = draw(logits, torch.zeros(10_000, 5, dtype=torch.bool), Sampling(temperature=1.0), chance)
+    share = torch.bincount(drawn, minlength=5) / 10_000
     torch.testing.assert_close(share, logits[0].softmax(-1), atol=2e-4, rtol=0)
-    assert share[1] == 0
+    assert share[0] == share[2] == 0
 
 
 def test_greedy_equals_recomputing_everything(net, tokenizer):

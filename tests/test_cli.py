@@ -1,0 +1,277 @@
+"""The command line is a promise: its flags, its exit codes, one line for what a user got wrong."""
+
+import errno
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+
+from ant5m import cli
+from ant5m.cli import COMMANDS, call
+from ant5m.cli.doctor import Doctor
+from ant5m.data.tokenizer import train_tokenizer
+from ant5m.model.ant import Ant
+from ant5m.model.config import ModelConfig
+from ant5m.model.huggingface import ModelCard, export
+
+SURFACE = {
+    "tokenizer train": "",
+    "tokenizer health": "",
+    "data pack": "out seed shard-tokens text-column tokenizer validation-fraction",
+    "train": "model data tokenizer out resume steps tokens max-minutes batch-size micro-batch-size "
+    "sequence-length optimizer learning-rate muon-learning-rate betas eps weight-decay grad-clip schedule "
+    "warmup decay final-rate seed device precision kernels eval-every eval-tokens sample-every "
+    "checkpoint-every keep-last",
+    "generate": "MODEL device json max-new-tokens prompt repetition-penalty seed temperature top-k top-p",
+    "eval": "MODEL batch-size data device json text-column",
+    "doctor": "MODEL device-memory json max-params",
+    "export": "MODEL OUT name",
+}
+
+TEXT = "the ant carries a leaf along the path and the other ants follow it to the nest by the old tree"
+
+
+def run(words: list[str]) -> int | str | None:
+    """The exit code, also where the flag parser leaves on its own."""
+    try:
+        return call(words)
+    except SystemExit as leaving:
+        return leaving.code
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A Hugging Face folder of a tiny untrained model."""
+    folder = tmp_path_factory.mktemp("cli") / "hf"
+    words = TEXT.split()
+    tokenizer = train_tokenizer(
+        [" ".join(words[i:] + words[:i]) for i in range(len(words))] * 20, vocab_size=300
+    )
+    config = ModelConfig(
+        vocab_size=300,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(0)
+    export(Ant(config), tokenizer, folder, ModelCard("tiny"))
+    return str(folder)
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    file = tmp_path / "ants.txt"
+    file.write_text(TEXT)
+    return str(file)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_surface_is_frozen(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run([*command.split(), "--help"]) == 0
+    page = capsys.readouterr().out
+    flags = set(re.findall(r"^[│\s]*--([a-z][\w-]*)", page, re.MULTILINE))
+    usage = page.splitlines()[0]
+    words = SURFACE[command].split()
+    assert flags == {word for word in words if word.islower()}
+    assert all(f" {word}" in usage for word in words if word.isupper())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_examples(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run([*command.split(), "--help"]) == 0
+    page = capsys.readouterr().out
+    usage, rest = page.split("\n", 1)
+    assert f"ant5m {command}" in usage
+    assert f"ant5m {command}" in rest or f"ant5m-{command}" in rest, "no example in the help"
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from ant5m.cli import call\ntry: call(['%s', '--help'])\nexcept SystemExit: pass\n"
+    for command in ("doctor", "generate", "eval", "export"):
+        program = code % command + "assert 'torch' not in sys.modules"
+        subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+def test_overview(capsys):
+    for words in ([], ["--help"], ["-h"]):
+        assert run(words) == 0
+        page = capsys.readouterr().out
+        assert all(f"ant5m {command}" in page for command in COMMANDS)
+    assert run(["tokenizer", "--help"]) == 0
+    page = capsys.readouterr().out
+    assert "tokenizer train" in page and "doctor" not in page
+
+
+@pytest.mark.parametrize("words", [["no"], ["no", "--help"], ["tokenizer", "no"], ["--model", "x"]])
+def test_unknown_commands(words, capsys):
+    assert run(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "error: there is no command" in captured.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["doctor", "no-such-preset"],
+        ["doctor", "no-such-file.json"],
+        ["doctor", "ant-5m", "--max-params", "many"],
+        ["doctor", "ant-5m", "--device-memory", "much"],
+        ["generate", "no-such-folder"],
+        ["generate", "MODEL", "--temperature", "-1"],
+        ["generate", "MODEL", "--max-new-tokens", "0"],
+        ["generate", "MODEL", "--prompt", "ant " * 40],
+        ["generate", "MODEL", "--device", "cuda:77"],
+        ["generate", "MODEL", "--device", "abacus"],
+        ["eval", "MODEL"],
+        ["eval", "MODEL", "--data", "no-such-text.txt"],
+        ["eval", "MODEL", "--data", "TEXT", "--batch-size", "0"],
+        ["export", "MODEL", "MODEL"],
+        ["export", "no-such-folder", "new"],
+    ],
+    ids=" ".join,
+)
+def test_bad_input_is_one_line(words, model, text_file, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert run([{"MODEL": model, "TEXT": text_file}.get(word, word) for word in words]) == 2
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in captured.err and captured.out.strip() == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "words", [["doctor"], ["doctor", "ant-5m", "--no-such-flag"], ["generate", "x", "--seed", "y"]]
+)
+def test_bad_flags(words, capsys):
+    assert run(words) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "file"),
+            2,
+            "no room left on the disk while writing file",
+        ),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "gone"), 2, "gone"),
+    ],
+)
+def test_what_interrupts_a_command(error, code, line, capsys, monkeypatch):
+    def fail(self):
+        raise error
+
+    monkeypatch.setattr(Doctor, "run", fail)
+    assert run(["doctor", "ant-5m"]) == code
+    captured = capsys.readouterr()
+    assert line in captured.err and "Traceback" not in captured.err
+
+
+def test_a_bug_is_not_hidden(monkeypatch):
+    def fail(self):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Doctor, "run", fail)
+    with pytest.raises(RuntimeError):
+        run(["doctor", "ant-5m"])
+
+
+def test_the_program_itself():
+    done = subprocess.run(
+        [sys.executable, "-c", "from ant5m.cli import main; main()", "doctor", "nothing"],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert cli.main_train.__doc__
+
+
+def test_doctor_command(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
+    assert run(["doctor", "ant-5m-wide", "--max-params", "5M", "--device-memory", "16GB"]) == 0
+    page = capsys.readouterr().out
+    assert "9,817,856 parameters" in page and "published correction" in page
+    assert run(["doctor", "ant-5m", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert sum(values["parameters"].values()) == 4_730_240
+    assert values["config"]["hidden_size"] == 128 and values["memory"]["device"] > 0
+    assert {finding["severity"] for finding in values["findings"]} == {"warning", "note"}
+
+
+def test_doctor_reads_files(model, capsys):
+    assert run(["doctor", model, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["config"]["hidden_size"] == 16
+
+
+def test_generate_command(model, capsys):
+    assert run(["generate", model, "--prompt", "the ant", "--seed", "3", "--max-new-tokens", "12"]) == 0
+    streamed = capsys.readouterr().out
+    assert streamed.startswith("the ant") and streamed.endswith("\n")
+    words = ["generate", model, "--prompt", "the ant", "by", "--seed", "3", "--max-new-tokens", "12"]
+    assert run(words) == 0
+    assert streamed.strip() in capsys.readouterr().out
+    assert run([*words, "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert "the ant" + first["text"] == streamed[:-1]
+    assert (first["prompt"], second["prompt"]) == ("the ant", "by") and 0 < first["tokens"] <= 12
+
+
+def test_generate_warns_of_loops_and_of_a_full_context(model, tmp_path, capsys):
+    llama = transformers.AutoModelForCausalLM.from_pretrained(model)
+    torch.nn.init.zeros_(llama.model.embed_tokens.weight)
+    llama.model.embed_tokens.weight.data[120:] = 1.0
+    with torch.no_grad():
+        for layer in llama.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    llama.save_pretrained(tmp_path / "loop")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "loop" / name).write_text((tmp_path / model / name).read_text())
+    prompt = ["--prompt", "leaf", "--max-new-tokens", "100", "--temperature", "0"]
+    assert run(["generate", str(tmp_path / "loop"), *prompt]) == 0
+    error = capsys.readouterr().err
+    assert "context of 32 tokens is full" in error
+    assert "the text loops" in error and "repetition penalty" in error
+
+
+def test_eval_command(model, text_file, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
+    assert run(["eval", model, "--data", text_file]) == 0
+    page = capsys.readouterr().out
+    assert all(
+        word in page
+        for word in (
+            "nats per token",
+            "word perplexity",
+            "bits per byte",
+            f"{len(TEXT.split())} words",
+            f"{len(TEXT)} bytes",
+        )
+    )
+    assert run(["eval", model, "--data", text_file, "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["words"] == len(TEXT.split()) and values["loss"] > 0 and values["text"] == text_file
+
+
+def test_export_command(model, tmp_path, capsys):
+    assert run(["export", model, str(tmp_path / "again"), "--name", "My ants"]) == 0
+    assert "again" in capsys.readouterr().out
+    assert (tmp_path / "again" / "README.md").read_text().count("# My ants") == 1
+    one, other = (
+        transformers.AutoModelForCausalLM.from_pretrained(path).state_dict()
+        for path in (model, tmp_path / "again")
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
