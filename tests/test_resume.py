@@ -8,15 +8,14 @@ import signal
 
 import pytest
 import torch
+from test_train import config, material  # noqa: F401  (fixtures)
 
 from ant5m.cli import call
 from ant5m.errors import UserError
 from ant5m.model.checkpoint import latest_checkpoint
 from ant5m.train import TrainConfig, pretrain
-from ant5m.train import trainer as module
 from ant5m.train.metrics import read_metrics
 from ant5m.train.trainer import Trainer
-from test_train import config, material  # noqa: F401  (fixtures)
 
 STOP_AT = 5
 
@@ -45,7 +44,9 @@ def fingerprint(run):
     folder = latest_checkpoint(run)
     state = json.loads((folder / "state.json").read_text())
     del state["seconds"]
-    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
+    hashes = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")
+    }
     assert hashes == state["files"]
     lines = read_metrics(run / "metrics.jsonl")
     for line in lines:
@@ -126,7 +127,9 @@ def test_damaged_and_half_written_checkpoints_are_passed_over(config, tmp_path):
     assert (whole / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")])
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
 def test_signals_save_and_set_the_exit_code(config, interrupt, capsys, number, code, word):  # noqa: F811
     interrupt(number, 3)
     flags = ["--model", config.model, "--data", str(config.data), "--out", str(config.out), "--device", "cpu"]
@@ -165,7 +168,7 @@ def test_resume_refuses_what_does_not_belong(config, material, tmp_path):  # noq
     with pytest.raises(UserError, match=r"config\.json"):
         pretrain(TrainConfig(resume=material))
     run = pretrain(dataclasses.replace(config, max_minutes=1e-9)).run
-    with pytest.raises(UserError, match="leave out --seed, --steps|leave out --steps, --seed"):
+    with pytest.raises(UserError, match="leave out --steps, --seed"):
         pretrain(TrainConfig(resume=run, steps=9, seed=3))
     values = json.loads((run / "config.json").read_text())
     values["data"]["fingerprint"] = "other"
@@ -192,4 +195,3 @@ def test_no_room_on_the_disk_leaves_no_half_checkpoint(config, monkeypatch):  # 
         pretrain(TrainConfig(resume=config.out))
     monkeypatch.undo()
     assert [path.name for path in (config.out / "checkpoints").iterdir()] == ["step-00000000"]
-    assert module.Trainer

@@ -32,7 +32,24 @@ MODEL = ModelConfig(
     num_key_value_heads=1,
     max_position_embeddings=32,
 )
-WORDS = "the ant carries a leaf home while other ants build and sleep under old green trees".split()
+WORDS = [
+    "the",
+    "ant",
+    "carries",
+    "a",
+    "leaf",
+    "home",
+    "while",
+    "other",
+    "ants",
+    "build",
+    "and",
+    "sleep",
+    "under",
+    "old",
+    "green",
+    "trees",
+]
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,12 @@ from ant5m.train.config import TrainConfig
 
 @dataclass
 class Train:
-    """Pre-train a model, and leave a run folder with checkpoints, metrics, a Hugging Face export and a report.
+    """Pre-train a model, and leave a run folder with checkpoints, metrics, a Hugging Face export and a
+    report.
 
-    Without any flag it does everything on text that every machine has: it trains a tokenizer, packs the text and
-    trains ant-5m for about ten minutes. Ctrl-C, SIGTERM and --max-minutes save first; --resume goes on exactly
-    there.
+    Without any flag it does everything on text that every machine has: it trains a tokenizer, packs the text
+    and trains ant-5m for about ten minutes. Ctrl-C, SIGTERM and --max-minutes save first; --resume goes on
+    exactly there.
 
     For example:
 

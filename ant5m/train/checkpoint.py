@@ -1,7 +1,8 @@
-"""Writing checkpoints, and taking up a run from one. `ant5m.model.checkpoint` defines which folder is a good one.
+"""Writing checkpoints, and taking up a run from one. `ant5m.model.checkpoint` says which one is good.
 
-A checkpoint is a folder `step-00001000` with `model.safetensors`, `optimizer.safetensors` and `state.json`, which
-holds the sha256 of the two and every other thing that a resumed run needs. Nothing in it executes when it is read.
+A checkpoint is a folder `step-00001000` with `model.safetensors`, `optimizer.safetensors` and `state.json`,
+which holds the sha256 of the two and every other thing that a resumed run needs. Nothing in it executes when
+it is read.
 """
 
 import base64
@@ -53,7 +54,7 @@ def save_checkpoint(folder: Path, step: int, net: Ant, optimizer: Optimizer, sta
 
 
 def load_checkpoint(folder: Path, net: Ant, optimizer: Optimizer) -> dict[str, Any]:
-    """Fill `net` and `optimizer` from a checkpoint and return its state. It must have been verified before."""
+    """Fill `net` and `optimizer` from a checkpoint, verified before, and return its state."""
     state = read_json(folder / STATE)
     if state.get("model") != net.config.to_dict():
         raise UserError(f"{folder} is a checkpoint of another model than the run's: start a new run")
@@ -79,7 +80,8 @@ def random_state(device: torch.device) -> dict[str, str]:
 def set_random_state(states: dict[str, str], device: torch.device) -> None:
     """The inverse of `random_state`; a run that moved to another kind of device keeps what applies."""
     decoded = {
-        name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for name, text in states.items()
+        name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+        for name, text in states.items()
     }
     torch.set_rng_state(decoded["cpu"])
     if device.type == "cuda" and "cuda" in decoded:

@@ -10,7 +10,7 @@ from ant5m.errors import UserError
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What to train, on what, for how long and how. `None` means: decided at the start, and written to the run.
+    """What to train, on what, for how long and how. `None`: decided at the start, and written to the run.
 
     Raises `UserError` when a value is impossible. `ant5m.train.plan` fills in what is left open.
     """
@@ -18,18 +18,18 @@ class TrainConfig:
     model: str = "ant-5m"
     """preset or config file"""
     data: Path | None = None
-    """folder of shards (from `ant5m data pack`); default: built-in English text, packed into the run folder"""
+    """folder of shards (of `ant5m data pack`); default: built-in English, packed into the run folder"""
     tokenizer: Path | None = None
     """tokenizer folder; default: the one beside the shards, or a new one trained on the built-in text"""
     out: Path | None = None
     """run folder to make; default: runs/MODEL-NUMBER"""
     resume: Path | None = None
-    """run folder to continue; every other flag comes from it (device, data and max-minutes may be given anew)"""
+    """run folder to continue, with its settings; only device, data and max-minutes may be given anew"""
 
     steps: int | None = None
     """optimizer steps of the whole run"""
     tokens: int | None = None
-    """or: training tokens of the whole run; default: one pass over --data, ten minutes on the built-in text"""
+    """or: training tokens of the whole run; default: one pass over --data, or ten minutes without it"""
     max_minutes: float | None = None
     """save and stop after so many minutes; alone, it also decides the number of steps"""
     batch_size: int | None = None
@@ -144,7 +144,11 @@ def _check_count(config: TrainConfig, name: str, least: int) -> None:
 
 
 def _check_range(
-    config: TrainConfig, name: str, least: float | None = None, above: float | None = None, most: float | None = None
+    config: TrainConfig,
+    name: str,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
 ) -> None:
     value = getattr(config, name)
     if value is None and name == "max_minutes":

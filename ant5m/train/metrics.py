@@ -1,4 +1,4 @@
-"""What a run writes about itself while it trains: metrics.jsonl, and TensorBoard files where it is installed."""
+"""What a run writes about itself while it trains: metrics.jsonl, and files for TensorBoard."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,8 @@ from ant5m.files import write_file
 class Metrics:
     """`metrics.jsonl` in the run folder: one JSON object a line, each with its "kind" and "step".
 
-    Kinds: "train" (loss in nats, gradient norm, learning-rate factor, tokens so far, tokens/s, seconds so far),
-    "validation" and "sample". Numbers also go to TensorBoard when that is installed.
+    Kinds: "train" (loss in nats, gradient norm, learning rate of AdamW, tokens so far, tokens/s, seconds so
+    far), "validation" and "sample". Numbers also go to TensorBoard when that is installed.
 
     Args:
         step: the run goes on after this step; lines of later steps are dropped.

@@ -12,18 +12,19 @@ from ant5m.errors import UserError
 class Muon(torch.optim.Muon):
     """torch's Muon with the Newton-Schulz iteration run on all matrices of one shape together.
 
-    torch's own step takes the matrices one by one and always in bfloat16. A tiny model has many small matrices, so
-    that is thousands of launches on a GPU; and a processor without bfloat16 products needs 1.3 s a step where
-    this takes 0.05 s. State and options are torch's. Source: Jordan et al., "Muon", 2024.
+    torch's own step takes the matrices one by one and always in bfloat16. A tiny model has many small
+    matrices, so that is thousands of launches on a GPU; and a processor without bfloat16 products needs 1.3 s
+    a step where this takes 0.05 s. State and options are torch's; updates are scaled by
+    sqrt(max(1, rows / columns)). Source: Jordan et al., "Muon", 2024.
     """
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameters in _by_shape(group["params"]).values():
                 self._step_together(group, parameters)
 
-    def _step_together(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+    def _step_together(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]
         momenta = [self._momentum(p) for p in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
@@ -37,7 +38,7 @@ class Muon(torch.optim.Muon):
             parameters, list(orthogonal.unbind()), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5
         )
 
-    def _momentum(self, parameter: nn.Parameter) -> torch.Tensor:
+    def _momentum(self, parameter: torch.Tensor) -> torch.Tensor:
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
@@ -142,11 +143,13 @@ class Optimizer:
         moments = [value for key, value in state.items() if key != "step"]
         if state.keys() != keys or any(value.shape != parameter.shape for value in moments):
             raise UserError(f"the optimizer state does not fit {name}: it is of another model or optimizer")
-        part.state[parameter] = {key: value.to(parameter.device, torch.float32) for key, value in state.items()}
+        part.state[parameter] = {
+            key: value.to(parameter.device, torch.float32) for key, value in state.items()
+        }
 
 
 def clip(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scale the gradients so that their joint 2-norm is at most `max_norm` (0: never); returns the norm before."""
+    """Scale the gradients to a joint 2-norm of at most `max_norm` (0: never); returns the norm before."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if max_norm > 0:
@@ -158,7 +161,8 @@ def _is_hidden(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim == 2 and ".layers." in f".{name}"
 
 
-def _by_shape(parameters: list[nn.Parameter]) -> dict[torch.Size, list[nn.Parameter]]:
+def _by_shape(parameters: list[torch.Tensor]) -> dict[torch.Size, list[torch.Tensor]]:
+    """The parameters that have a gradient."""
     same = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is not None:

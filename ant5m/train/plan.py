@@ -1,5 +1,6 @@
-"""What the flags leave open, decided before the first step and written to the run: after that nothing depends on
-how fast the machine happens to be, and a resumed run repeats exactly.
+"""What the flags leave open, decided before the first step and written to the run.
+
+After that nothing depends on how fast the machine happens to be, and a resumed run repeats exactly.
 """
 
 import copy
@@ -28,7 +29,11 @@ TIME_FOR_TRAINING = 0.9
 
 
 def complete(
-    config: TrainConfig, model: ModelConfig, num_tokens: int, device: torch.device, seconds_per_token: Callable[[], float]
+    config: TrainConfig,
+    model: ModelConfig,
+    num_tokens: int,
+    device: torch.device,
+    seconds_per_token: Callable[[], float],
 ) -> TrainConfig:
     """`config` with every `None` that a run needs filled in.
 
@@ -63,8 +68,8 @@ def complete(
 def batch_for_tokens(tokens: int, length: int) -> int:
     """Sequences a step for a run of so many tokens: the nearest power of two to 0.58 D^0.571 tokens.
 
-    Source: Li et al., "Predictable Scale: Part I, Step Law", 2025. It gives 62k tokens for the 655M of the published
-    recipe.
+    Source: Li et al., "Predictable Scale: Part I, Step Law", 2025. It gives 62k tokens for the 655M of the
+    published recipe.
     """
     return _power_of_two(max(LEAST_BATCH_TOKENS, 0.58 * tokens**0.571) / length)
 

@@ -18,7 +18,7 @@ GROWTH_INTERVAL = 2_000
 
 
 def choose_device(name: str) -> torch.device:
-    """"auto", "cpu", "cuda" or "cuda:1" -> a device that is there, else `UserError`."""
+    """From auto, cpu, cuda or cuda:1 to a device that is there, else `UserError`."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -34,7 +34,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """"auto" -> fp32 on a CPU, bf16 on compute capability >= 8.0, fp16 below; a name is checked and kept.
+    """auto: fp32 on a CPU, bf16 on compute capability >= 8.0, fp16 below. A name is checked and kept.
 
     Capability decides, because `torch.cuda.is_bf16_supported()` is also True where bf16 is emulated.
     """
@@ -79,8 +79,8 @@ class LossScaler:
             self.scale, self.good_steps = self.scale * 2, 0
 
 
-# Dense fp16/bf16 tensor-core peaks with fp32 accumulation, in TFLOP/s, by the device's exact name, from NVIDIA's data
-# sheets and architecture white papers. A device that is not here has no known peak, and so no MFU.
+# Dense fp16/bf16 tensor-core peaks with fp32 accumulation, in TFLOP/s, by the device's exact name, from
+# NVIDIA's data sheets and white papers. A device that is not here has no known peak, and so no MFU.
 PEAKS = {
     "Tesla T4": 65.0,
     "Tesla V100-SXM2-16GB": 125.0,

@@ -42,8 +42,8 @@ class Result:
 def pretrain(config: TrainConfig) -> Result:
     """Start a run, or continue the one that `config.resume` names, and leave a run folder behind.
 
-    Raises `UserError` when something asked for is impossible or not there (nothing is written then), and when the
-    training breaks down (the last good checkpoint stays).
+    Raises `UserError` when something asked for is impossible or not there (nothing is written then), and when
+    the training breaks down (the last good checkpoint stays).
     """
     started = time.monotonic()
     run = Run.open(config) if config.resume else Run.create(config)
@@ -94,12 +94,12 @@ def _introduce(run: Run, net: Ant, precision: str) -> None:
     assert config.steps and config.batch_size and config.sequence_length
     where = torch.cuda.get_device_name(net.device) if net.device.type == "cuda" else "the CPU"
     tokens = config.steps * config.batch_size * config.sequence_length
+    parameters, unique = sum(p.numel() for p in net.parameters()), run.data["train"]["tokens"]
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print(
-        f"{run.folder}: {config.model}, {sum(p.numel() for p in net.parameters()):,} parameters, on {where} in "
-        f"{precision}\n"
-        f"{config.steps:,} steps of {config.batch_size} x {config.sequence_length:,} tokens = {tokens:,} tokens, "
-        f"{tokens / run.data['train']['tokens']:.1f} times over {run.data['train']['tokens']:,}\n"
+        f"{run.folder}: {config.model}, {parameters:,} parameters, on {where} in {precision}\n"
+        f"{config.steps:,} steps of {config.batch_size} x {config.sequence_length:,} tokens = {tokens:,}, "
+        f"{tokens / unique:.1f} times over the {unique:,} of {run.shards}\n"
         f"{kernels.describe(net.device)}",
         markup=False,
     )

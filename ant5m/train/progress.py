@@ -1,4 +1,4 @@
-"""What a run shows on the terminal: a bar where there is one, else a plain line now and then. Always on stderr."""
+"""What a run shows on stderr: a bar on a terminal, elsewhere a plain line now and then."""
 
 import time
 
@@ -10,7 +10,7 @@ PLAIN_SECONDS = 30.0
 
 
 class TrainingProgress:
-    """Shows step, loss, learning rate, tokens/s, MFU (only where the device's peak is known) and the time left.
+    """Shows step, loss, learning rate, tokens/s, MFU (where the device's peak is known) and the time left.
 
     Args:
         steps: of the whole run. done: steps that are behind it already.

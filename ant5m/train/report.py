@@ -41,7 +41,7 @@ def finish(run: Run, trainer: Trainer) -> Evaluation:
 
 
 def write_samples(trainer: Trainer) -> list[Sample]:
-    """The first text for each of the standard prompts, and for one the greedy text, which loops most easily."""
+    """The first text for each of the standard prompts, and one greedy text: that loops most easily."""
     texts = generate(trainer.net, trainer.tokenizer, PROMPTS, SAMPLE_TOKENS, seed=trainer.config.seed)
     greedy = generate(trainer.net, trainer.tokenizer, PROMPTS[:1], SAMPLE_TOKENS, temperature=0)
     pairs = zip((*PROMPTS, PROMPTS[0]), (*texts, *greedy), strict=True)
@@ -58,7 +58,9 @@ def plot_loss(lines: list[dict[str, Any]], final: tuple[int, float], path: Path)
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
         axes.plot(steps, _running_mean(losses, len(losses) // 50 + 1), color="tab:blue", label="training")
-    axes.plot(*zip(*validation, final, strict=True), "o-", color="tab:orange", markersize=4, label="validation")
+    axes.plot(
+        *zip(*validation, final, strict=True), "o-", color="tab:orange", markersize=4, label="validation"
+    )
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -72,7 +74,8 @@ def report(
     model, config, data = run.model, run.config, run.data
     parameters = sum(p.numel() for p in trainer.net.parameters())
     seconds = max((line["seconds"] for line in lines if line["kind"] == "train"), default=0.0)
-    device = torch.cuda.get_device_name(trainer.net.device) if trainer.net.device.type == "cuda" else _processor()
+    gpu = trainer.net.device.type == "cuda"
+    device = torch.cuda.get_device_name(trainer.net.device) if gpu else _processor()
     source = "the built-in text" if config.data is None else str(config.data.name)
     return _REPORT.format(
         name=run.folder.name,
@@ -119,7 +122,9 @@ def _quoted(sample: Sample) -> str:
 
 def _remark(samples: list[Sample]) -> str:
     loops = sum(sample.looping for sample in samples)
-    verdict = f"{loops} of these {len(samples)} texts fall into a loop." if loops else "None of these texts loops."
+    verdict = (
+        f"{loops} of these {len(samples)} texts fall into a loop." if loops else "None of these texts loops."
+    )
     return (
         f"{verdict} The last one is greedy (temperature 0), the others are drawn at temperature 0.8; all are "
         "unselected. Models of this size write locally plausible text without meaning, and greedy text loops."
@@ -154,7 +159,9 @@ def _processor() -> str:
     """The processor's name where the system tells it, and the threads in use."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        name = next(line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name"))
+        name = next(
+            line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         name = "CPU"
     return f"{name}, {torch.get_num_threads()} threads"
@@ -184,8 +191,8 @@ On the validation split, documents that training never saw:
 | --- | --- | --- |
 {results}
 
-Token perplexity is exp(loss); word perplexity is exp(total nats / words), another number; bits per byte compares
-models with different tokenizers.
+Token perplexity is exp(loss); word perplexity is exp(total nats / words), another number; bits per byte
+compares models with different tokenizers.
 
 ## Samples
 {samples}
@@ -198,6 +205,6 @@ ant5m generate {folder} --prompt "The"     # let it write
 ant5m eval {folder}                        # measure it
 ant5m train --resume {folder}              # repeat this report; or continue, where the run was stopped
 ```
-`hf/` opens with `transformers`; `config.json` holds every setting, and the same settings on the same data and machine
-give the same model.
+`hf/` opens with `transformers`; `config.json` holds every setting, and the same settings on the same data and
+machine give the same model.
 """

@@ -52,7 +52,9 @@ class Run:
             raise UserError(f"{folder} is not a run folder: it does not exist")
         values = read_json(folder / "config.json")
         if not isinstance(values, dict) or not isinstance(values.get("train"), dict) or "model" not in values:
-            raise UserError(f"{folder / 'config.json'} is not of a run: --resume takes a folder made by ant5m train")
+            raise UserError(
+                f"{folder / 'config.json'} is not of a run: --resume takes a folder made by ant5m train"
+            )
         kept = TrainConfig.from_dict(values["train"])
         anew = {name: getattr(config, name) for name in RENEWABLE if _given(config, name)}
         if kept.data is None and "data" in anew:
@@ -70,7 +72,7 @@ class Run:
 
     @property
     def shards(self) -> Path:
-        """Given by the user, or made from the built-in text inside the run folder, so that nothing is hidden."""
+        """Given by the user, or made from the built-in text inside the run folder."""
         return self.config.data or self.folder / "data"
 
     def write(self) -> None:
@@ -117,7 +119,9 @@ def _given(config: TrainConfig, name: str) -> bool:
 
 def _refuse_changes(config: TrainConfig) -> None:
     fields = [field.name for field in dataclasses.fields(config) if field.name != "resume"]
-    changed = [f"--{name.replace('_', '-')}" for name in fields if _given(config, name) and name not in RENEWABLE]
+    changed = [
+        f"--{name.replace('_', '-')}" for name in fields if _given(config, name) and name not in RENEWABLE
+    ]
     if changed:
         raise UserError(
             f"a resumed run keeps its own settings: leave out {', '.join(changed)} (or start a new run)"

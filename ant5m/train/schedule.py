@@ -10,10 +10,10 @@ SHAPES = ("linear", "cosine", "wsd")
 
 @dataclass(frozen=True)
 class Schedule:
-    """Factor on the learning rate as a pure function of the step, so that a resumed run needs no state for it.
+    """Factor on the learning rate as a pure function of the step: a resumed run needs no state for it.
 
-    The factor rises linearly over `warmup` x steps, and ends at `floor` on the last step: along a line or half a
-    cosine, or, for "wsd", after a plateau, along a line over the last `decay` x steps.
+    The factor rises linearly over `warmup` x steps, and ends at `floor` on the last step: along a line or
+    half a cosine, or, for "wsd", after a plateau, along a line over the last `decay` x steps.
     """
 
     steps: int
@@ -32,7 +32,7 @@ class Schedule:
             raise UserError(f"a schedule needs at least one step, not {self.steps}")
 
     def __call__(self, step: int) -> float:
-        """The factor for step 0, 1, ..., steps - 1; above 0 on the first step, `floor` only after the last."""
+        """The factor for step 0, 1, ..., steps - 1: above 0 on the first, `floor` only after the last."""
         warmup = round(self.warmup * self.steps)
         if step < warmup:
             return (step + 1) / (warmup + 1)

@@ -11,8 +11,8 @@ EXIT_CODES = {"interrupted": 130, "terminated": 143, "time limit": 0}
 class Stop:
     """A context in which SIGINT and SIGTERM only leave a note, so that the run can save itself first.
 
-    A second Ctrl-C raises KeyboardInterrupt at once. Outside the main thread, where Python delivers no signals,
-    only the time limit counts.
+    A second Ctrl-C raises KeyboardInterrupt at once. Outside the main thread, where Python delivers no
+    signals, only the time limit counts.
 
     Args:
         deadline: value of `time.monotonic()` at which to stop, or None.

@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -10,7 +9,7 @@ from ant5m.data.loader import Loader
 from ant5m.data.shards import Shards
 from ant5m.data.tokenizer import Tokenizer
 from ant5m.errors import UserError
-from ant5m.eval.perplexity import evaluate
+from ant5m.eval.perplexity import Evaluation, evaluate
 from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import latest_checkpoint
 from ant5m.model.doctor import count_flops
@@ -52,10 +51,10 @@ class _Logged:
 
 
 class Trainer:
-    """Trains the model of a run whose config has no open ends (`ant5m.train.plan`), from its newest checkpoint on.
+    """Trains the model of a run that `ant5m.train.plan` has completed, from its newest checkpoint on.
 
-    Between two steps, everything that the rest of the run depends on is in the checkpoint's files: a run that was
-    stopped and resumed is, on a CPU, the same bit for bit as one that was not.
+    Between two steps, everything that the rest of the run depends on is in the checkpoint's files: a run that
+    was stopped and resumed is, on a CPU, the same bit for bit as one that was not.
     """
 
     def __init__(self, run: Run, net: Ant, train: Shards, validation: Shards, tokenizer: Tokenizer):
@@ -74,7 +73,9 @@ class Trainer:
             config.eps,
             config.weight_decay,
         )
-        self.schedule = Schedule(config.steps, config.schedule, config.warmup, config.decay, config.final_rate)
+        self.schedule = Schedule(
+            config.steps, config.schedule, config.warmup, config.decay, config.final_rate
+        )
         self.loader = Loader(train, config.batch_size, config.sequence_length, config.seed)
         self.scaler = LossScaler() if self.precision == "fp16" else None
         self.parameters = list(net.parameters())
@@ -162,15 +163,16 @@ class Trainer:
             if every and self.step % every == 0 and self.step < self.steps:
                 self._read()
                 action()
+                self._lap()
 
     def _read(self) -> None:
         """Bring the pending losses over from the device and write them down."""
-        now = time.monotonic()
-        elapsed, self._read_at = now - self._read_at, now
-        self.seconds += elapsed
+        elapsed = self._lap()
         if not self._pending:
             return
-        numbers = torch.stack([torch.stack((one.loss.float(), one.norm.float())) for one in self._pending]).tolist()
+        numbers = torch.stack(
+            [torch.stack((one.loss.float(), one.norm.float())) for one in self._pending]
+        ).tolist()
         speed = (self.tokens - self._read_tokens) / max(elapsed, 1e-9)
         self._read_tokens = self.tokens
         for one, (loss, norm) in zip(self._pending, numbers, strict=True):
@@ -191,14 +193,22 @@ class Trainer:
         self._pending.clear()
         self.progress.update(last.step, loss, self.config.learning_rate * last.factor, speed)
 
+    def _lap(self) -> float:
+        """Seconds since the last call, added to the run's time."""
+        now = time.monotonic()
+        elapsed, self._read_at = now - self._read_at, now
+        self.seconds += elapsed
+        return elapsed
+
     def _validate(self) -> None:
         result = self.evaluate(self.config.eval_tokens)
         self.best_loss = min(result.loss, self.best_loss or result.loss)
         self.metrics.write("validation", self.step, loss=result.loss, tokens=result.tokens)
         self.progress.print(f"step {self.step:,}: validation loss {result.loss:.3f}")
 
-    def evaluate(self, limit_tokens: int | None) -> Any:
+    def evaluate(self, limit_tokens: int | None) -> Evaluation:
         """Perplexities on the validation split, in the precision of the training."""
+        assert self.config.micro_batch_size
         with autocast(self.precision, self.net.device):
             return evaluate(
                 self.net,
@@ -209,7 +219,9 @@ class Trainer:
             )
 
     def _sample(self) -> None:
-        texts = generate(self.net, self.tokenizer, PROMPTS, max_new_tokens=SAMPLE_TOKENS, seed=self.config.seed)
+        texts = generate(
+            self.net, self.tokenizer, PROMPTS, max_new_tokens=SAMPLE_TOKENS, seed=self.config.seed
+        )
         samples = [{"prompt": prompt, "text": text} for prompt, text in zip(PROMPTS, texts, strict=True)]
         self.metrics.write("sample", self.step, samples=samples)
         self.progress.print(f"step {self.step:,}: {PROMPTS[0]}{texts[0]}")
@@ -251,5 +263,5 @@ class Trainer:
         good = latest_checkpoint(self.run.folder)
         rescue = f"the last good checkpoint is {good}" if good else "there is no checkpoint before it"
         return NonFiniteLoss(
-            f"training broke down at step {step}: {what}; {rescue}. Start a new run with a lower learning rate"
+            f"training broke down at step {step}: {what}; {rescue}. Start anew with a lower learning rate"
         )

@@ -1,0 +1,107 @@
+"""The run without data: built-in text to report; and the parts of the report."""
+
+import json
+import random
+import types
+
+import pytest
+from test_train import MODEL, WORDS
+
+from ant5m.data.shards import Shards
+from ant5m.data.tokenizer import Tokenizer, train_tokenizer
+from ant5m.errors import UserError
+from ant5m.files import write_json
+from ant5m.train import TrainConfig, default_text, pretrain, report
+from ant5m.train.progress import TrainingProgress
+
+
+@pytest.fixture
+def builtin(monkeypatch):
+    """A small corpus in place of the machine's; counts how often it is read."""
+    draw = random.Random(1)
+    documents = tuple(" ".join(draw.choices(WORDS, k=80)) for _ in range(60))
+    reads = []
+
+    def load_builtin(progress=None):
+        reads.append(1)
+        return types.SimpleNamespace(documents=documents)
+
+    monkeypatch.setattr(default_text, "load_builtin", load_builtin)
+    return reads
+
+
+@pytest.fixture
+def config(tmp_path):
+    write_json(tmp_path / "model.json", MODEL.to_dict())
+    settings = {"device": "cpu", "tokens": 4_096, "batch_size": 4, "sample_every": 0}
+    return TrainConfig(model=str(tmp_path / "model.json"), out=tmp_path / "run", **settings)
+
+
+def test_without_data_everything_comes_from_the_built_in_text(config, builtin):
+    result = pretrain(config)
+    run = result.run
+    assert result.step == 32 and result.evaluation.bits_per_byte > 0
+    shards, tokenizer = Shards.open(run / "data"), Tokenizer.load(run / "tokenizer")
+    assert tokenizer.vocab_size == MODEL.vocab_size
+    assert shards.tokenizer_fingerprint == tokenizer.fingerprint
+    assert len((run / "text.jsonl").read_text().splitlines()) == 60
+    assert "the built-in text: " in (run / "report.md").read_text()
+    assert "docstrings" in (run / "hf" / "README.md").read_text()
+    assert len(builtin) == 1
+
+
+def test_a_run_stopped_in_its_preparation_goes_on(config, builtin, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr(default_text, "pack", fail)
+    with pytest.raises(RuntimeError, match="power cut"):
+        pretrain(config)
+    tokenizer = Tokenizer.load(config.out / "tokenizer").fingerprint
+    monkeypatch.undo()
+    assert pretrain(TrainConfig(resume=config.out)).step == 32
+    assert Tokenizer.load(config.out / "tokenizer").fingerprint == tokenizer
+
+
+def test_a_given_tokenizer_is_used(config, builtin, tmp_path):
+    given = train_tokenizer([" ".join(WORDS)] * 3, vocab_size=280)
+    given.save(tmp_path / "given")
+    values = {**config.to_dict(), "tokenizer": str(tmp_path / "given")}
+    run = pretrain(TrainConfig.from_dict(values)).run
+    assert Tokenizer.load(run / "tokenizer").fingerprint == given.fingerprint
+    with pytest.raises(UserError, match="made with the built-in text"):
+        pretrain(TrainConfig(resume=run, data=tmp_path))
+
+
+def test_loops_are_named():
+    good = report.Sample("The", " ant carries a leaf.", looping=False)
+    bad = report.Sample("The", " the the the", looping=True)
+    assert "None of these texts loops" in report._remark([good])
+    assert "1 of these 2 texts fall" in report._remark([good, bad])
+    assert "falls into a loop" in report._quoted(bad) and "falls into a loop" not in report._quoted(good)
+
+
+def test_running_mean():
+    assert report._running_mean((4.0, 2.0, 0.0, 8.0), 2) == pytest.approx([4.0, 3.0, 1.0, 4.0])
+
+
+def test_the_plot_takes_a_run_without_training_lines(tmp_path):
+    report.plot_loss([], (0, 9.7), tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 1_000
+
+
+def test_progress_shows_mfu_only_with_a_known_peak(capsys):
+    for peak in (None, 4e6):
+        with TrainingProgress(steps=10, done=0, flops_per_token=1_000, peak=peak) as progress:
+            progress.update(10, loss=4.25, learning_rate=0.001, tokens_per_second=2_000)
+        output = capsys.readouterr()
+        assert output.out == ""
+        assert "step 10/10  loss 4.250  lr 1.0e-03  2,000 tokens/s" in output.err
+        assert ("MFU 50.0%" in output.err) == (peak is not None)
+
+
+def test_config_json_is_enough_to_repeat_the_run(config, builtin, tmp_path):
+    first = pretrain(config)
+    values = json.loads((first.run / "config.json").read_text())
+    again = TrainConfig.from_dict({**values["train"], "out": str(tmp_path / "again")})
+    assert pretrain(again).evaluation.nats == first.evaluation.nats
