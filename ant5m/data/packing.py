@@ -181,8 +181,7 @@ def _resume(out: Path, plan: dict[str, Any]) -> _Journal:
 def _pack(
     journal: _Journal, corpus: Corpus, tokenizer: Tokenizer, out: Path, progress: "Progress | None"
 ) -> _Journal | None:
-    """Go from the journal's position to the end. Returns the journal to start again with, if that is
-    needed."""
+    """Go from the journal's position to the end; returns the journal to start again with, if need be."""
     cursor = corpus.documents(Position(*journal.position))
     bar = progress.add_task("packing", total=corpus.size or None) if progress else None
     unsaved = 0

@@ -1,0 +1,394 @@
+import functools
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+from ant5m.cli import call
+from ant5m.data import packing
+from ant5m.data.corpus import Corpus
+from ant5m.data.packing import count_words, pack
+from ant5m.data.shards import Shards
+from ant5m.data.tokenizer import Tokenizer, train_tokenizer
+from ant5m.errors import UserError
+
+WORDS = [
+    "the",
+    "of",
+    "a",
+    "quiet",
+    "river",
+    "ran",
+    "under",
+    "old",
+    "stone",
+    "bridges",
+    "boats",
+    "salt",
+    "lamps",
+]
+ODD = [
+    "naïve café — “quoted” 12,345.678 it's THEY'LL",
+    "<|endoftext|> is text here <|endoftext|>",
+    "👩\u200d👩\u200d👧 🇩🇪 \ufeff\u00a0\u2028\u3000\x85\x1c wide spaces",
+    "中文字 ひらがな 한국어 עברית العربية नमस्ते \U0010ffff \ue000",
+    "e\u0301 ﬁ Å ½ ² ٣ \x00\x01\x7f",
+    "   leading\t\ttabs \r\n\r\n\n trailing   ",
+    "x",
+]
+
+
+def make_texts(count, seed=0):
+    chance = random.Random(seed)
+    return [f"Story {n}. " + " ".join(chance.choices(WORDS, k=chance.randint(3, 60))) for n in range(count)]
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(make_texts(300) + ODD * 3, vocab_size=320)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return Corpus.open([write_jsonl(tmp_path / "texts.jsonl", make_texts(400) + ODD)])
+
+
+def documents_of(folder, split):
+    """Ids of each document of a packed split, the end-of-text ids taken off."""
+    shards = Shards.open(folder, split)
+    tokens = shards.tokens[:]
+    ends = np.flatnonzero(tokens == shards.eos_token_id)
+    assert ends[-1] == len(tokens) - 1
+    return [part[:-1].tolist() for part in np.split(tokens, ends[:-1] + 1)]
+
+
+def content(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_ids_are_those_of_tokenizers(tmp_path, corpus, tokenizer):
+    meta = pack(corpus, tokenizer, tmp_path / "out", validation_fraction=0.1, shard_tokens=1_000)
+    texts = list(corpus.documents())
+    expected = [tokenizer.backend.encode(text, add_special_tokens=False).ids for text in texts]
+    train, validation = (documents_of(tmp_path / "out", split) for split in ("train", "validation"))
+    assert len(train) + len(validation) == len(texts)
+    held_out = [ids for ids in expected if ids in validation]
+    assert validation == held_out  # in order
+    assert train == [ids for ids in expected if ids not in validation]
+    assert meta == Shards.open(tmp_path / "out").meta
+
+
+def test_meta_counts_what_is_there(tmp_path, corpus, tokenizer):
+    meta = pack(corpus, tokenizer, tmp_path / "out", validation_fraction=0.1, shard_tokens=1_000)
+    for split, entry in meta["splits"].items():
+        texts = [tokenizer.decode(ids) for ids in documents_of(tmp_path / "out", split)]
+        assert entry["documents"] == len(texts)
+        assert entry["bytes"] == sum(len(text.encode()) for text in texts)
+        assert entry["words"] == sum(len(text.split()) for text in texts)
+        sizes = [shard["tokens"] for shard in entry["shards"]]
+        assert entry["tokens"] == sum(sizes)
+        assert all(size == 1_000 for size in sizes[:-1])
+    assert len(meta["splits"]["train"]["shards"]) > 3
+    assert meta["vocab_size"] == 320
+    assert meta["eos_token_id"] == tokenizer.eos_token_id
+    assert meta["sources"] == [{"name": str(tmp_path / "texts.jsonl"), "size": corpus.size}]
+    copy = Tokenizer.load(tmp_path / "out" / "tokenizer")
+    assert copy.fingerprint == meta["tokenizer_fingerprint"] == tokenizer.fingerprint
+
+
+def test_split_depends_on_the_document_alone(tmp_path, tokenizer):
+    texts = make_texts(300)
+
+    def held_out(name, texts, **options):
+        corpus = Corpus.open([write_jsonl(tmp_path / f"{name}.jsonl", texts)])
+        pack(corpus, tokenizer, tmp_path / name, validation_fraction=0.2, **options)
+        return sorted(documents_of(tmp_path / name, "validation"))
+
+    first = held_out("first", texts)
+    assert 30 < len(first) < 90
+    assert held_out("reversed", texts[::-1]) == first
+    assert held_out("twice", texts + texts) == sorted(first + first)
+    assert held_out("seed", texts, seed=1) != first
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 5, 9, 14])
+@pytest.mark.parametrize(
+    "point", ["_write", "_write_all", "write_json", "fsync", "file_sha256", "_remove_shards"]
+)
+def test_stopped_anywhere_it_goes_on_to_the_same_bytes(
+    tmp_path, corpus, tokenizer, monkeypatch, point, number
+):
+    options = {"validation_fraction": 0.1, "shard_tokens": 1_000}
+    monkeypatch.setattr(packing, "BATCH_BYTES", 2_000)
+    pack(corpus, tokenizer, tmp_path / "whole", **options)
+    monkeypatch.setattr(packing, "JOURNAL_BYTES", 5_000)
+    real, calls = getattr(packing, point), iter(range(1_000))
+
+    def stop(*args, **options):
+        if next(calls) == number:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, point, stop)
+        try:
+            pack(corpus, tokenizer, tmp_path / "out", **options)
+        except KeyboardInterrupt:
+            assert not (tmp_path / "out" / "meta.json").exists()
+            pack(corpus, tokenizer, tmp_path / "out", **options)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_going_on_does_not_start_over(tmp_path, corpus, tokenizer, monkeypatch):
+    monkeypatch.setattr(packing, "BATCH_BYTES", 2_000)
+    monkeypatch.setattr(packing, "JOURNAL_BYTES", 2_000)
+    real, sizes = packing._encode, []
+
+    def encode(batch, tokenizer):
+        if len(sizes) == 20:
+            raise KeyboardInterrupt
+        sizes.append(len(batch.texts))
+        return real(batch, tokenizer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "_encode", encode)
+        with pytest.raises(KeyboardInterrupt):
+            pack(corpus, tokenizer, tmp_path / "out", validation_fraction=0.1)
+    with pytest.raises(UserError, match="was not finished: run the same"):
+        Shards.open(tmp_path / "out")
+    packed = sum(sizes)
+    sizes.clear()
+    monkeypatch.setattr(packing, "_encode", lambda *args: sizes.append(len(args[0].texts)) or real(*args))
+    pack(corpus, tokenizer, tmp_path / "out", validation_fraction=0.1)
+    assert sum(sizes) < 407 - packed * 0.8
+
+
+def test_the_journal_never_counts_what_may_be_lost(tmp_path, corpus, tokenizer, monkeypatch):
+    monkeypatch.setattr(packing, "BATCH_BYTES", 2_000)
+    monkeypatch.setattr(packing, "JOURNAL_BYTES", 2_000)
+    synced = {}  # file -> its size when it was last synced
+
+    def fsync(descriptor):
+        synced[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+
+    real, entries = packing.write_json, []
+
+    def write_json(path, value):
+        if path.name == "progress.json":
+            entries.append(value["position"])
+            for name, split in value["splits"].items():
+                files = sorted(path.parent.glob(f"{name}-*.bin*"))
+                assert sum(synced.get(file.stat().st_ino, 0) for file in files) >= 2 * split["tokens"]
+        real(path, value)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(packing, "write_json", write_json)
+    pack(corpus, tokenizer, tmp_path / "out", validation_fraction=0.1, shard_tokens=1_000)
+    assert len(entries) > 10
+
+
+def test_a_full_disk_loses_nothing(tmp_path, corpus, tokenizer, monkeypatch):
+    monkeypatch.setattr(packing, "BATCH_BYTES", 2_000)
+    monkeypatch.setattr(packing, "JOURNAL_BYTES", 2_000)
+    options = {"validation_fraction": 0.1, "shard_tokens": 1_000}
+    pack(corpus, tokenizer, tmp_path / "whole", **options)
+    real, room = packing._write_all, iter(range(9_000, 0, -1_000))
+
+    def write(file, data):
+        if not next(room, 0):
+            file.write(data[: len(data) // 2])
+            raise OSError(packing.errno.ENOSPC, "No space left on device")
+        real(file, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "_write_all", write)
+        with pytest.raises(UserError, match=r"no room left on the disk .* repeat the command"):
+            pack(corpus, tokenizer, tmp_path / "out", **options)
+    pack(corpus, tokenizer, tmp_path / "out", **options)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+@pytest.fixture
+def unfinished(tmp_path, corpus, tokenizer, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pack(corpus, tokenizer, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_only_the_same_command_goes_on(tmp_path, corpus, tokenizer, unfinished):
+    before = content(unfinished)
+    other = train_tokenizer(make_texts(300), vocab_size=300)
+    more = write_jsonl(tmp_path / "more.jsonl", make_texts(5))
+    for what, arguments in {
+        "seed": (corpus, tokenizer, unfinished, 0.005, 1),
+        "validation_fraction": (corpus, tokenizer, unfinished, 0.1),
+        "tokenizer": (corpus, other, unfinished),
+        "inputs": (Corpus.open([tmp_path / "texts.jsonl", more]), tokenizer, unfinished),
+    }.items():
+        with pytest.raises(UserError, match=f"unfinished packing of other {what}"):
+            pack(*arguments)
+    assert content(unfinished) == before
+    text = (tmp_path / "texts.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "texts.jsonl").write_text(
+        text.replace("river", "RIVER"), encoding="utf-8"
+    )  # of the same size
+    with pytest.raises(UserError, match="unfinished packing of other inputs"):
+        pack(Corpus.open([tmp_path / "texts.jsonl"]), tokenizer, unfinished)
+
+
+def test_a_damaged_journal_is_refused(corpus, tokenizer, unfinished):
+    for damage, message in (("{", "not valid JSON"), ("{}", "damaged"), ("[]", "damaged")):
+        (unfinished / "progress.json").write_text(damage)
+        with pytest.raises(UserError, match=message):
+            pack(corpus, tokenizer, unfinished)
+
+
+def test_other_content_is_never_touched(tmp_path, corpus, tokenizer):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists with other content"):
+        pack(corpus, tokenizer, tmp_path / "full")
+    with pytest.raises(UserError, match="exists with other content"):
+        pack(corpus, tokenizer, tmp_path / "texts.jsonl")
+    pack(corpus, tokenizer, tmp_path / "out")
+    before = content(tmp_path / "out")
+    with pytest.raises(UserError, match="is packed already"):
+        pack(corpus, tokenizer, tmp_path / "out")
+    assert content(tmp_path / "out") == before
+
+
+def test_validation_gets_a_document(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(packing, "BATCH_BYTES", 1_000)
+
+    def packed(name, texts):
+        corpus = Corpus.open([write_jsonl(tmp_path / f"{name}.jsonl", texts)])
+        pack(corpus, tokenizer, tmp_path / name, validation_fraction=1e-9, shard_tokens=100)
+        return [len(documents_of(tmp_path / name, split)) for split in ("train", "validation")]
+
+    assert packed("two", ["one document", "and another"]) == [1, 1]
+    assert packed("twice", ["one document"] * 3 + ["and another"] * 3) == [3, 3]
+    assert packed("many", make_texts(50)) == [49, 1]
+    for name, texts in {"one": ["alone"], "same": ["alone"] * 4}.items():
+        with pytest.raises(UserError, match="too small: no document is left for train"):
+            packed(name, texts)
+        assert not content(tmp_path / name)  # the way is free for more text
+        write_jsonl(tmp_path / f"{name}.jsonl", ["alone", "not alone"])
+        assert packed(name, ["alone", "not alone"]) == [1, 1]
+
+
+def test_impossible_options(tmp_path, corpus, tokenizer):
+    for fraction in (0, 1, -0.1, float("nan")):
+        with pytest.raises(UserError, match="between 0 and 1"):
+            pack(corpus, tokenizer, tmp_path / "out", validation_fraction=fraction)
+    with pytest.raises(UserError, match="at least one token"):
+        pack(corpus, tokenizer, tmp_path / "out", shard_tokens=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_ids_must_fit_uint16(tmp_path, corpus):
+    vocab = {f"t{i}": i for i in range(65_536)} | {"<|endoftext|>": 65_536}
+    with pytest.raises(UserError, match="65,537 entries, a shard's uint16 65,536"):
+        pack(corpus, Tokenizer(Backend(models.BPE(vocab=vocab, merges=[]))), tmp_path / "out")
+
+
+def test_an_encoder_that_lies_is_found_out(tmp_path, corpus, tokenizer, monkeypatch):
+    pack(corpus, tokenizer, tmp_path / "honest", shard_tokens=1_000)
+    honest = Tokenizer.__dict__["_gigatoken"].func
+
+    class Liar:
+        def __init__(self, encoder):
+            self.encoder, self.calls = encoder, 0
+
+        def encode_batch(self, texts):
+            self.calls += 1
+            if self.calls > 4:  # good at first: some batches are on the disk by then
+                texts = [text.replace("e", "E") for text in texts]
+            return self.encoder.encode_batch(texts)
+
+    lying = functools.cached_property(lambda self: Liar(honest(self)))
+    lying.__set_name__(Tokenizer, "_gigatoken")
+    monkeypatch.setattr(Tokenizer, "_gigatoken", lying)
+    monkeypatch.setattr(packing, "BATCH_BYTES", 5_000)
+    with pytest.warns(UserWarning, match="gigatoken and tokenizers disagree"):
+        pack(corpus, tokenizer, tmp_path / "out", shard_tokens=1_000)
+    assert content(tmp_path / "out") == content(tmp_path / "honest")
+
+
+def test_a_tokenizer_that_gigatoken_does_not_know(tmp_path, corpus):
+    vocab = {"<|endoftext|>": 0} | {
+        c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), 1)
+    }
+    backend = Backend(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("q", "merged_with_next"), pre_tokenizers.ByteLevel(False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    pack(corpus, Tokenizer(backend), tmp_path / "out", validation_fraction=0.1)
+    backend.encode_special_tokens = True
+    expected = sorted(backend.encode(text, add_special_tokens=False).ids for text in corpus.documents())
+    found = documents_of(tmp_path / "out", "train") + documents_of(tmp_path / "out", "validation")
+    assert sorted(found) == expected
+
+
+def test_cache_of_the_encoder_is_renewed(tmp_path, corpus, tokenizer, monkeypatch):
+    pack(corpus, tokenizer, tmp_path / "whole")
+    monkeypatch.setattr(packing, "BATCH_BYTES", 2_000)
+    monkeypatch.setattr(packing, "CACHE_BYTES", 10_000)
+    real, made = packing._encoder, []
+    monkeypatch.setattr(packing, "_encoder", lambda *args: made.append(1) or real(*args))
+    pack(corpus, tokenizer, tmp_path / "out")
+    assert len(made) > 3
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_words_are_those_of_str_split():
+    chance = random.Random(0)
+    spaces = [c for c in map(chr, range(0x10000)) if c.isspace()]
+    letters = [*spaces, *map(chr, range(40)), *"aéß—中あ\u200b\u2010\u3001\ufeff\u0101\U0001f600"]
+    texts = ["".join(chance.choices(letters, k=chance.randint(0, 12))) for _ in range(5_000)]
+    assert count_words([text.encode() for text in texts]).tolist() == [len(text.split()) for text in texts]
+
+
+def test_real_documents(tmp_path, tokenizer):
+    stories = Path(__file__).parents[2] / "shared/data/corpus/african_storybook/african_storybook.jsonl.xz"
+    if not stories.exists():
+        pytest.skip("the shared corpus is not here")
+    corpus = Corpus.open([stories])
+    pack(corpus, tokenizer, tmp_path / "out", validation_fraction=0.1)
+    found = documents_of(tmp_path / "out", "train") + documents_of(tmp_path / "out", "validation")
+    encoded = tokenizer.backend.encode_batch(list(corpus.documents()), add_special_tokens=False)
+    assert sorted(found) == sorted(row.ids for row in encoded)
+
+
+def test_command(tmp_path, corpus, tokenizer, capsys):
+    tokenizer.save(tmp_path / "tokenizer")
+    words = ["data", "pack", str(tmp_path / "texts.jsonl"), "--tokenizer", str(tmp_path / "tokenizer")]
+    assert call([*words, "--out", str(tmp_path / "out"), "--validation-fraction", "0.1"]) == 0
+    tokens = Shards.open(tmp_path / "out").num_tokens
+    assert f"{tokens:,}" in capsys.readouterr().out
+    assert call([*words, "--out", str(tmp_path / "out")]) == 2
+    assert "is packed already" in capsys.readouterr().err
+    assert call([*words, "--out", str(tmp_path / "new"), "--text-column", "body"]) == 2
+    assert "no column 'body'" in capsys.readouterr().err
+    assert call(["data", "pack", str(tmp_path / "no.txt"), "--tokenizer", str(tmp_path), "--out", "x"]) == 2
