@@ -168,9 +168,9 @@ def _format(path: Path) -> str:
 def _read(name: str, column: str, skip: int, report: Report) -> Iterator[str]:
     """The records of one source after the first `skip`; one without text is an empty str."""
     if name == "builtin":
-        from ant5m.data.builtin import builtin_documents
+        from ant5m.data.builtin import load_builtin
 
-        return iter(builtin_documents()[skip:])
+        return iter(load_builtin().documents[skip:])
     if name.startswith("hf:"):
         return _read_hub(name, column, skip)
     kind = _format(Path(name))
