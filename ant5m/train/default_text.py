@@ -1,20 +1,17 @@
 """The data of a run that was given none: the built-in English text, its tokenizer, and its shards.
 
-Everything lies in the run folder (`text.jsonl`, `tokenizer/`, `data/`), so nothing is hidden in a cache, and
-a part that is there already is not made again.
+Both lie in the run folder (`tokenizer/`, `data/`), so nothing is hidden in a cache, and a part that is there
+already is not made again.
 """
-
-import json
 
 from rich.console import Console
 from rich.progress import Progress
 
-from ant5m.data.builtin import load_builtin
+from ant5m.data import builtin
 from ant5m.data.corpus import Corpus
 from ant5m.data.packing import pack
 from ant5m.data.shards import META
 from ant5m.data.tokenizer import Tokenizer, train_tokenizer
-from ant5m.files import write_file
 from ant5m.train.run import Run
 
 VALIDATION_FRACTION = 0.02
@@ -24,12 +21,9 @@ def pack_default_text(run: Run) -> None:
     """Make `run.tokenizer` and `run.shards`, where they are not there yet."""
     if (run.shards / META).exists():
         return
-    text = run.folder / "text.jsonl"
     with Progress(console=Console(stderr=True)) as progress:
-        if not text.exists():
-            documents = load_builtin(progress).documents
-            write_file(text, "".join(json.dumps({"text": document}) + "\n" for document in documents))
-        corpus = Corpus.open([text])
+        builtin.load_builtin(progress)
+        corpus = Corpus.open(["builtin"])
         tokenizer = _tokenizer(run, corpus, progress)
         pack(corpus, tokenizer, run.shards, VALIDATION_FRACTION, progress=progress)
 

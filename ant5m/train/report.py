@@ -1,5 +1,6 @@
 """What a finished run leaves behind: loss.png, eval.json, hf/ and report.md."""
 
+import dataclasses
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 from ant5m.eval.perplexity import Evaluation, record
 from ant5m.files import write_file
 from ant5m.model.generation import find_loops, generate
-from ant5m.model.huggingface import ModelCard, export
+from ant5m.model.huggingface import card_of_run, export
 from ant5m.train.metrics import read_metrics
 from ant5m.train.run import Run, versions
 from ant5m.train.trainer import PROMPTS, Trainer
@@ -31,11 +32,12 @@ class Sample:
 def finish(run: Run, trainer: Trainer) -> Evaluation:
     """Evaluate on the whole validation split, let the model write, export it and write the report."""
     evaluation = trainer.evaluate(limit_tokens=None)
-    record(run.folder, f"step-{trainer.step:08d}", evaluation)
+    checkpoint = run.checkpoints / f"step-{trainer.step:08d}"
+    record(run.folder, checkpoint.name, evaluation)
     samples = write_samples(trainer)
     lines = read_metrics(run.folder / "metrics.jsonl")
     plot_loss(lines, (trainer.step, evaluation.loss), run.folder / "loss.png")
-    _export(run, trainer, evaluation, samples)
+    _export(run, trainer, checkpoint, samples)
     write_file(run.folder / "report.md", report(run, trainer, lines, evaluation, samples))
     return evaluation
 
@@ -131,19 +133,13 @@ def _remark(samples: list[Sample]) -> str:
     )
 
 
-def _export(run: Run, trainer: Trainer, evaluation: Evaluation, samples: list[Sample]) -> None:
+def _export(run: Run, trainer: Trainer, checkpoint: Path, samples: list[Sample]) -> None:
     folder = run.folder / "hf"
     if folder.exists():
         shutil.rmtree(folder)  # of this same run, finished before
-    source = "docstrings of the Python standard library and of installed packages"
-    card = ModelCard(
-        name=run.folder.name,
-        data=source if run.config.data is None else None,
-        tokens=trainer.tokens,
-        validation={**evaluation.to_dict(), "text": "the held-out part of the same text"},
-        samples=[(sample.prompt, sample.text) for sample in samples],
-    )
-    export(trainer.net, trainer.tokenizer, folder, card)
+    card = card_of_run(run.folder.name, run.folder, checkpoint)
+    shown = [(sample.prompt, sample.text) for sample in samples]
+    export(trainer.net, trainer.tokenizer, folder, dataclasses.replace(card, samples=shown))
 
 
 def _running_mean(values: tuple[float, ...], width: int) -> list[float]:
