@@ -215,7 +215,8 @@ COMMON = re.compile(
 )
 UNWANTED = re.compile(
     r"copyright|licen[cs]ed? |all rights reserved|warrant(y|ies)|redistribut|permission is hereby|"
-    r"do not edit|auto(matically |-)?generated|noqa|pylint|todo|fixme|xxx|deprecated since|https?:|www\.|%[(s]|\{\w*\}",
+    r"do not edit|auto(matically |-)?generated|noqa|pylint|todo|fixme|xxx|deprecated since|"
+    r"https?:|www\.|%[(s]|\{\w*\}",
     re.IGNORECASE,
 )
 
@@ -350,7 +351,8 @@ def _plain(text: str) -> str:
         for pattern, replacement in _INLINE:
             text = pattern.sub(replacement, text)
     text = " ".join(text.split())
-    return text + "." if text[-1:].isalnum() or text.endswith(")") else text
+    unfinished = COMMON.fullmatch(text.rpartition(" ")[2])
+    return text + "." if text[-1:].isalnum() and not unfinished else text
 
 
 def is_prose(text: str) -> bool:
