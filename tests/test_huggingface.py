@@ -88,6 +88,9 @@ def test_export_opens_offline_and_generates_the_same(config, tokenizer, tmp_path
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert largest_difference(net, llama) < 1e-4
     assert theirs.model_max_length == 64
+    # Else transformers 4 also makes token_type_ids, at which its Llama's generate() stops.
+    settings = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
     for prompt in ("the ant", "nest by the old"):
         assert theirs(prompt)["input_ids"] == tokenizer.encode(prompt)
         inputs = theirs(prompt, return_tensors="pt")

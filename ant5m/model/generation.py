@@ -114,28 +114,20 @@ def _generate(
     eos_token_id: int,
     on_token: Callable[[int, int], None] | None,
 ) -> list[list[int]]:
-    config, device = net.config, net.device
+    config, device, count = net.config, net.device, len(prompts)
     ends = [min(len(prompt) + max_new_tokens, config.max_position_embeddings) for prompt in prompts]
-    # Drawn beforehand on the CPU: the same numbers on every device.
-    chances = torch.stack(
-        [
-            torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed + row))
-            for row in range(len(prompts))
-        ]
-    )
-    seen = torch.zeros(len(prompts), config.vocab_size, dtype=torch.bool, device=device)
+    chances = _chances(count, config.max_position_embeddings, seed).to(device)
+    seen = torch.zeros(count, config.vocab_size, dtype=torch.bool, device=device)
     for row, prompt in enumerate(prompts):
         seen[row, torch.tensor(prompt, device=device)] = True
-    cache = KVCache(config, len(prompts), max(ends), device=device, dtype=net.head_weight.dtype)
+    cache = KVCache(config, count, max(ends), device=device, dtype=net.head_weight.dtype)
     texts = [list(prompt) for prompt in prompts]
-    writing = {row for row, end in enumerate(ends) if end > len(prompts[row])}
+    writing = set(range(count))
     position = min(len(prompt) for prompt in prompts)
     inputs = torch.tensor([prompt[:position] for prompt in prompts], device=device)
     while writing:
         logits = net(inputs, cache=cache)[:, -1].float()
-        steps = [min(max(position - len(prompt), 0), max_new_tokens - 1) for prompt in prompts]
-        chance = chances[range(len(prompts)), steps].to(device)
-        drawn = draw(logits, seen, sampling, chance).tolist()
+        drawn = draw(logits, seen, sampling, chances[:, position]).tolist()
         for row in sorted(writing):
             if position < len(prompts[row]):
                 continue
@@ -152,6 +144,12 @@ def _generate(
         inputs = torch.tensor([[text[min(position, len(text) - 1)]] for text in texts], device=device)
         position += 1
     return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+
+
+def _chances(rows: int, length: int, seed: int) -> Tensor:
+    """Numbers in [0, 1) for every row and position, drawn on the CPU: the same on every device."""
+    generators = [torch.Generator().manual_seed(seed + row) for row in range(rows)]
+    return torch.stack([torch.rand(length, generator=generator) for generator in generators])
 
 
 def draw(logits: Tensor, seen: Tensor, sampling: Sampling, chance: Tensor) -> Tensor:
