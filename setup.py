@@ -1,6 +1,6 @@
 """Builds `ant5m._cpu` from csrc/cpu with ninja; torch is not needed, and no torch header is included.
 
-`bindings.cpp` and `dispatch.cpp` are compiled once. Every other file is an op: it is compiled once for each
+`bindings.cpp`, `dispatch.cpp` and `parallel.cpp` are compiled once. Every other file is an op: it is compiled once for each
 instruction set below, and `dispatch.cpp` picks one at run time by what the processor has.
 The environment variable ANT5M_SANITIZE=address,undefined makes a build for the sanitizers.
 """
@@ -17,7 +17,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("csrc/cpu")
-ONCE = {"bindings", "dispatch"}
+ONCE = {"bindings", "dispatch", "parallel"}
 INSTRUCTION_SETS = {"portable": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "ops.h"
+#include "parallel.h"
 
 namespace py = pybind11;
 
@@ -10,6 +11,44 @@ namespace {
 template <typename T>
 T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
+}
+
+// What Python passes for a C++ parameter, and the parameter made of it.
+template <typename T>
+struct Argument {
+    using Type = T;
+    static T from(T x) { return x; }
+};
+
+template <typename T>
+struct Argument<T*> {
+    using Type = uintptr_t;
+    static T* from(uintptr_t x) { return at<T>(x); }
+};
+
+template <>
+struct Argument<const ant5m::Heads&> {
+    using Type = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;  // address, strides of batch, time and head
+    static ant5m::Heads from(const Type& x) {
+        return {at<const float>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x)};
+    }
+};
+
+template <>
+struct Argument<const ant5m::AttentionShape&> {
+    using Type = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
+    static ant5m::AttentionShape from(const Type& x) {
+        return {std::get<0>(x), std::get<1>(x), std::get<2>(x), std::get<3>(x), std::get<4>(x)};
+    }
+};
+
+// The op of the instruction set in use, under the GIL's release.
+template <typename... A>
+void define(py::module_& m, const char* name, void (*ant5m::Ops::*op)(A...)) {
+    m.def(name, [op](typename Argument<A>::Type... arguments) {
+        py::gil_scoped_release release;
+        (ant5m::ops().*op)(Argument<A>::from(arguments)...);
+    });
 }
 }  // namespace
 
@@ -26,4 +65,14 @@ PYBIND11_MODULE(_cpu, m) {
         },
         py::arg("windows"), py::arg("rows"), py::arg("length"), py::arg("inputs"), py::arg("targets"),
         "See ops.h: uint16 windows to int64 inputs and targets");
+    m.def("use_openmp", &ant5m::use_openmp, py::arg("gomp_parallel"),
+          "Run on the OpenMP pool whose GOMP_parallel is at this address; 0: on threads of our own");
+    define(m, "attention_forward", &ant5m::Ops::attention_forward);
+    define(m, "attention_backward", &ant5m::Ops::attention_backward);
+    define(m, "linear_cross_entropy", &ant5m::Ops::linear_cross_entropy);
+    define(m, "rms_norm_forward", &ant5m::Ops::rms_norm_forward);
+    define(m, "rms_norm_backward", &ant5m::Ops::rms_norm_backward);
+    define(m, "rope", &ant5m::Ops::rope);
+    define(m, "swiglu_forward", &ant5m::Ops::swiglu_forward);
+    define(m, "swiglu_backward", &ant5m::Ops::swiglu_backward);
 }

@@ -12,6 +12,11 @@ struct Entry {
     Ops ops;
 };
 
+#define ANT5M_OPS(isa)                                                                          \
+    {isa::gather,           isa::attention_forward, isa::attention_backward, isa::linear_cross_entropy, \
+     isa::rms_norm_forward, isa::rms_norm_backward, isa::rope,               isa::swiglu_forward,       \
+     isa::swiglu_backward}
+
 const Entry kEntries[] = {
 #if defined(__x86_64__)
     {"avx512",
@@ -20,10 +25,10 @@ const Entry kEntries[] = {
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                 __builtin_cpu_supports("fma");
      },
-     {avx512::gather}},
-    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, {avx2::gather}},
+     ANT5M_OPS(avx512)},
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, ANT5M_OPS(avx2)},
 #endif
-    {"portable", [] { return true; }, {portable::gather}},
+    {"portable", [] { return true; }, ANT5M_OPS(portable)},
 };
 
 const Entry* best() {

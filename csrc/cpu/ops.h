@@ -1,5 +1,9 @@
 // The ops of ant5m._cpu. Each is compiled once per instruction set, in a namespace of that name; dispatch.cpp
 // holds the table of the one in use. Only pointers, shapes and strides come in: no torch, no numpy.
+//
+// Strides count elements; those named *_row are a matrix's distance between rows, whose elements are neighbours. No
+// pointer needs more alignment than its type. Outputs are contiguous unless they have a stride, and are written whole.
+// Results do not depend on `threads`.
 #pragma once
 #include <cstdint>
 
@@ -9,10 +13,72 @@
 
 namespace ant5m {
 
+// [batch, time, head, dim]; the last dimension's stride is 1.
+struct Heads {
+    const float* data;
+    int64_t batch, time, head;
+};
+
+struct AttentionShape {
+    int64_t batch, length, heads, kv_heads, dim;
+};
+
+// Each of `windows` [rows] points to `length` + 1 tokens, which are widened to int64:
+// inputs [rows, length] and the same shifted by one, targets [rows, length].
+using Gather = void(const uint16_t* const* windows, int64_t rows, int64_t length, int64_t* inputs, int64_t* targets);
+
+// out [batch, length, heads, dim] and lse [batch, heads, length], the log2 of the softmax's denominator.
+using AttentionForward = void(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, float* out,
+                              float* lse, int threads);
+
+// grad_q [batch, length, heads, dim]; grad_k and grad_v [batch, length, kv_heads, dim].
+using AttentionBackward = void(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v,
+                               const Heads& out, const Heads& grad, const float* lse, float* grad_q, float* grad_k,
+                               float* grad_v, int threads);
+
+// The head: mean cross-entropy in nats of hidden [tokens, dim] weight [vocab, dim]^T against the targets [tokens],
+// each of [0, vocab) or equal to ignore_index, over those that are not ignored; 0 when all are.
+// grad_hidden [tokens, dim] and grad_weight [vocab, grad_weight_row] may be null; grad_weight_row is dim or above and
+// a multiple of 16.
+using LinearCrossEntropy = void(int64_t tokens, int64_t dim, int64_t vocab, const float* hidden, int64_t hidden_row,
+                                const float* weight, int64_t weight_row, const int64_t* targets, int64_t ignore_index,
+                                float* loss, float* grad_hidden, float* grad_weight, int64_t grad_weight_row,
+                                int threads);
+
+// out [rows, dim] = x / sqrt(mean(x^2) + eps) * weight, scale [rows] = 1 / sqrt(mean(x^2) + eps). With a residual,
+// total [rows, dim] = x + residual takes the place of x; both are null without.
+using RmsNormForward = void(int64_t rows, int64_t dim, float eps, const float* x, int64_t x_row, const float* residual,
+                            int64_t residual_row, const float* weight, float* out, float* total, float* scale,
+                            int threads);
+
+// x is `total` where there was a residual, and grad_total (else null) the gradient that reaches it directly.
+using RmsNormBackward = void(int64_t rows, int64_t dim, const float* x, int64_t x_row, const float* weight,
+                             const float* scale, const float* grad, int64_t grad_row, const float* grad_total,
+                             int64_t grad_total_row, float* grad_x, float* grad_weight, int threads);
+
+// q and k turned by the angles whose cos and sin are [length, dim / 2]; with sign -1 turned back.
+using Rope = void(const AttentionShape& shape, const Heads& q, const Heads& k, const float* cos, const float* sin,
+                  float sign, float* out_q, float* out_k, int threads);
+
+// out [rows, width] = silu(gate) * up.
+using SwigluForward = void(int64_t rows, int64_t width, const float* gate, int64_t gate_row, const float* up,
+                           int64_t up_row, float* out, int threads);
+
+// grad_gate and grad_up have rows grad_in_row apart.
+using SwigluBackward = void(int64_t rows, int64_t width, const float* gate, int64_t gate_row, const float* up,
+                            int64_t up_row, const float* grad, int64_t grad_row, float* grad_gate, float* grad_up,
+                            int64_t grad_in_row, int threads);
+
 struct Ops {
-    // Each of `windows` [rows] points to `length` + 1 tokens, which are widened to int64:
-    // inputs [rows, length] and the same shifted by one, targets [rows, length].
-    void (*gather)(const uint16_t* const* windows, int64_t rows, int64_t length, int64_t* inputs, int64_t* targets);
+    Gather* gather;
+    AttentionForward* attention_forward;
+    AttentionBackward* attention_backward;
+    LinearCrossEntropy* linear_cross_entropy;
+    RmsNormForward* rms_norm_forward;
+    RmsNormBackward* rms_norm_backward;
+    Rope* rope;
+    SwigluForward* swiglu_forward;
+    SwigluBackward* swiglu_backward;
 };
 
 // The table in use. `use` switches to "portable", "avx2" or "avx512" and returns false when this processor
@@ -21,9 +87,17 @@ const Ops& ops();
 const char* instruction_set();
 bool use(const char* name);
 
-#define ANT5M_DECLARE(isa) \
-    namespace isa {        \
-    void gather(const uint16_t* const*, int64_t, int64_t, int64_t*, int64_t*); \
+#define ANT5M_DECLARE(isa)                   \
+    namespace isa {                          \
+    Gather gather;                           \
+    AttentionForward attention_forward;      \
+    AttentionBackward attention_backward;    \
+    LinearCrossEntropy linear_cross_entropy; \
+    RmsNormForward rms_norm_forward;         \
+    RmsNormBackward rms_norm_backward;       \
+    Rope rope;                               \
+    SwigluForward swiglu_forward;            \
+    SwigluBackward swiglu_backward;          \
     }
 ANT5M_DECLARE(portable)
 #if defined(__x86_64__)

@@ -1,0 +1,268 @@
+"""The ops in C++ (csrc/cpu): fp32 on the CPU, one source compiled for AVX-512, AVX2 and anything else.
+
+Each op is an `autograd.Function` around calls of `ant5m._cpu` with addresses, shapes and strides. What the
+C++ takes for granted is made true here: dtype, device, shapes, a last dimension without gaps. The number of
+threads is torch's; results do not depend on it. A shape or dtype that does not fit raises `ValueError`.
+"""
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ant5m import _cpu
+
+
+def why_not(op: str, *tensors: torch.Tensor) -> str | None:
+    """None when `op` can run on these tensors, else the reason."""
+    for x in tensors:
+        if x.device.type != "cpu":
+            return f"the tensors are on {x.device.type}"
+        if x.dtype != torch.float32:
+            return f"it takes fp32, not {str(x.dtype).removeprefix('torch.')}"
+    if op == "attention" and tensors and tensors[0].shape[1] != tensors[1].shape[1]:
+        return f"it takes as many keys as queries, not {tensors[1].shape[1]} and {tensors[0].shape[1]}"
+    return None
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, residual):
+        ctx.set_materialize_grads(False)
+        rows, weight = _matrix(x), weight.contiguous()
+        out, scale = x.new_empty(x.shape), x.new_empty(len(rows))
+        total = None if residual is None else x.new_empty(x.shape)
+        other = None if residual is None else _matrix(residual)
+        _cpu.rms_norm_forward(
+            *(*rows.shape, eps, *_rows(rows), *_rows(other), _address(weight)),
+            *(_address(out), _address(total), _address(scale), torch.get_num_threads()),
+        )
+        ctx.save_for_backward(rows if total is None else total, weight, scale)
+        return out if total is None else (out, total)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, grad_total=None):
+        x, weight, scale = ctx.saved_tensors
+        if grad is None:
+            return grad_total, None, None, grad_total
+        shape = grad.shape
+        x, grad = _matrix(x), _matrix(grad)
+        grad_total = None if grad_total is None else _matrix(grad_total)
+        grad_x, grad_weight = x.new_empty(shape), x.new_empty(weight.shape)
+        _cpu.rms_norm_backward(
+            *(*x.shape, *_rows(x), _address(weight), _address(scale), *_rows(grad), *_rows(grad_total)),
+            *(_address(grad_x), _address(grad_weight), torch.get_num_threads()),
+        )
+        return grad_x, grad_weight, None, grad_x if ctx.needs_input_grad[3] else None
+
+
+def rms_norm(x, weight, eps=1e-5, residual=None):
+    _check_fp32(x, weight, *(() if residual is None else (residual,)))
+    _check(weight.shape == x.shape[-1:], "weight {} does not fit x {}", weight, x)
+    fits = residual is None or residual.shape == x.shape
+    _check(fits, "residual {} does not fit x {}", residual, x)
+    return _RMSNorm.apply(x, weight, eps, residual)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, cos, sin):
+        cos, sin = cos.contiguous(), sin.contiguous()
+        ctx.save_for_backward(cos, sin)
+        return _rotate(q, k, cos, sin, 1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_q, grad_k):
+        cos, sin = ctx.saved_tensors
+        return *_rotate(grad_q, grad_k, cos, sin, -1.0), None, None
+
+
+def _rotate(q, k, cos, sin, sign):
+    q, k = _gapless(q), _gapless(k)
+    out_q, out_k = q.new_empty(q.shape), k.new_empty(k.shape)
+    _cpu.rope(
+        *(_attention_shape(q, k), _heads(q), _heads(k), _address(cos), _address(sin), sign),
+        *(_address(out_q), _address(out_k), torch.get_num_threads()),
+    )
+    return out_q, out_k
+
+
+def rope(q, k, cos, sin):
+    _check_fp32(q, k, cos, sin)
+    _check_heads(q, k)
+    angles = (q.shape[1], q.shape[3] // 2)
+    _check(q.shape[3] % 2 == 0, "the head dimension of q {} is not even", q)
+    _check(cos.shape == sin.shape == angles, f"cos {{}} and sin {{}} must be {list(angles)}", cos, sin)
+    return _Rope.apply(q, k, cos, sin)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v):
+        q, k, v = (_gapless(x) for x in (q, k, v))
+        out = q.new_empty(q.shape)
+        lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1])
+        _cpu.attention_forward(
+            *(_attention_shape(q, k), _heads(q), _heads(k), _heads(v)),
+            *(_address(out), _address(lse), torch.get_num_threads()),
+        )
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, out, lse = ctx.saved_tensors
+        grad = _gapless(grad)
+        grads = [x.new_empty(x.shape) for x in (q, k, v)]
+        _cpu.attention_backward(
+            *(_attention_shape(q, k), *(_heads(x) for x in (q, k, v, out, grad))),
+            *(_address(lse), *(_address(x) for x in grads), torch.get_num_threads()),
+        )
+        return tuple(grads)
+
+
+def attention(q, k, v):
+    _check_fp32(q, k, v)
+    _check_heads(q, k)
+    _check(k.shape == v.shape, "k {} and v {} differ in shape", k, v)
+    _check(q.shape[2] % k.shape[2] == 0, "the heads of k {} do not divide those of q {}", k, q)
+    return _Attention.apply(q, k, v)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        gate_rows, up_rows = _matrix(gate), _matrix(up)
+        out = gate.new_empty(gate.shape)
+        _cpu.swiglu_forward(
+            *gate_rows.shape, *_rows(gate_rows), *_rows(up_rows), _address(out), torch.get_num_threads()
+        )
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        gate_rows, up_rows, grad_rows = _matrix(gate), _matrix(up), _matrix(grad)
+        width = gate.shape[-1]
+        # Side by side, so that the gradient of a product that made both is one tensor already.
+        grad_gate, grad_up = grad.new_empty(*gate.shape[:-1], 2 * width).split(width, -1)
+        _cpu.swiglu_backward(
+            *(*gate_rows.shape, *_rows(gate_rows), *_rows(up_rows), *_rows(grad_rows)),
+            *(_address(grad_gate), _address(grad_up), 2 * width, torch.get_num_threads()),
+        )
+        return grad_gate, grad_up
+
+
+def swiglu(gate, up):
+    _check_fp32(gate, up)
+    _check(gate.shape == up.shape, "gate {} and up {} differ in shape", gate, up)
+    return _SwiGLU.apply(gate, up)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    # The gradients are computed with the loss, because only then are the logits at hand.
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, ignore_index):
+        hidden, weight, targets = _matrix(hidden), _matrix(weight), targets.contiguous()
+        (tokens, dim), vocab = hidden.shape, len(weight)
+        padded = -(-dim // 16) * 16
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        make = hidden.new_empty if tokens else hidden.new_zeros
+        grad_hidden = make(tokens, dim) if need_hidden else None
+        grad_weight = make(vocab, padded) if need_weight else None
+        loss = hidden.new_empty(())
+        _cpu.linear_cross_entropy(
+            *(tokens, dim, vocab, *_rows(hidden), *_rows(weight), _address(targets), ignore_index),
+            *(_address(loss), _address(grad_hidden), _address(grad_weight), padded, torch.get_num_threads()),
+        )
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight[:, :dim])
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grads = ctx.saved_tensors
+        # Times 1, the usual case, is not worth another pass over both.
+        if grad.item() != 1:
+            grads = (None if x is None else x * grad for x in grads)
+        return *grads, None, None
+
+
+def linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
+    _check_fp32(hidden, weight)
+    _check(targets.dtype == torch.int64, f"targets must be int64, not {targets.dtype}")
+    fit = hidden.shape[1:] == weight.shape[1:] and hidden.ndim == 2 and targets.shape == hidden.shape[:1]
+    _check(fit, "hidden {}, weight {}, targets {} do not fit", hidden, weight, targets)
+    outside = (targets != ignore_index) & ((targets < 0) | (targets >= len(weight)))
+    if outside.any():
+        raise IndexError(f"target {targets[outside][0].item()} is outside a vocabulary of {len(weight)}")
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()
+    return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index)
+
+
+def _matrix(x):
+    """x [..., D] as [rows, D] with gapless rows: a view where that is possible, else a copy."""
+    return _gapless(x.reshape(-1, x.shape[-1]))
+
+
+def _gapless(x):
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+# The three below give away an address only: their argument must be a variable that outlives the call to C++.
+
+
+def _address(x):
+    return 0 if x is None else x.data_ptr()
+
+
+def _rows(x):
+    return _address(x), 0 if x is None else x.stride(0)
+
+
+def _heads(x):
+    return x.data_ptr(), *x.stride()[:3]
+
+
+def _attention_shape(q, k):
+    return *q.shape[:3], k.shape[2], q.shape[3]
+
+
+def _check(good, message, *tensors):
+    if not good:
+        raise ValueError(message.format(*(list(x.shape) for x in tensors)))
+
+
+def _check_fp32(*tensors):
+    for x in tensors:
+        reason = why_not("", x)
+        _check(reason is None, reason)
+
+
+def _check_heads(q, k):
+    fit = q.ndim == k.ndim == 4 and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
+    _check(fit, "q {} and k {} do not fit", q, k)
+
+
+def _share_threads():
+    """Have C++ run on torch's own OpenMP pool: a second one would fight with it for the same cores.
+
+    Where torch has none (some macOS wheels), C++ starts threads for each call.
+    """
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        library = Path(torch.__file__).parent / "lib" / name
+        if library.exists():
+            # A symbol of a library is also looked for in the libraries that it was linked to.
+            entry = getattr(ctypes.CDLL(str(library)), "GOMP_parallel", None)
+            if entry is not None:
+                _cpu.use_openmp(ctypes.cast(entry, ctypes.c_void_p).value)
+
+
+_share_threads()

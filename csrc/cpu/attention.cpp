@@ -1,0 +1,318 @@
+// Causal grouped-query attention after FlashAttention (Dao et al., 2022): tiles of scores that never leave L1, an
+// online softmax, and a backward pass that recomputes the probabilities from the saved log-sum-exp.
+//
+// Everything is transposed: a vector holds the same thing for consecutive query positions of one head ("lanes"), so
+// that maximum, sum and rescaling of the softmax need no operation across a vector, K and V are read where they lie
+// whatever their strides, and a head dimension of 16 wastes nothing. The scale and log2(e) are folded into q, so
+// that the softmax is a power of two.
+#include <math.h>
+
+#include <type_traits>
+
+#include "ops.h"
+#include "parallel.h"
+#include "tile.h"
+
+namespace ant5m::ANT5M_ISA {
+namespace {
+
+constexpr int64_t kForwardKeys = 128;  // keys a tile: 128 x 32 scores are 16 KiB
+constexpr int64_t kBackwardKeys = 64;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kInfinity = __builtin_inff();
+
+int64_t panels_of(int64_t length) { return (length + kLanes - 1) / kLanes; }
+int64_t round_up(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
+
+// The rows [dim] of one head from one position on.
+struct Rows {
+    const float* data;
+    int64_t row;
+    Operand by_row() const { return {data, row, 1}; }
+    Operand by_dim() const { return {data, 1, row}; }
+    Rows from(int64_t position) const { return {data + position * row, row}; }
+};
+
+Rows rows_of(const Heads& x, int64_t batch, int64_t head) {
+    return {x.data + batch * x.batch + head * x.head, x.time};
+}
+
+// Vectors of `lanes` positions from `rows` on: to [dim, kLanes], zero behind the last position.
+void load_lanes(const Rows& rows, int64_t lanes, int64_t dim, float scale, float* to) {
+    if (lanes < kLanes) std::memset(to, 0, sizeof(float) * dim * kLanes);
+    transpose(lanes, dim, rows.data, rows.row, to, kLanes, scale);
+}
+
+// Keys behind a lane's position are out of sight: row i is key `offset` + i, lane 0 position 0.
+struct Mask {
+    int32_t offset;
+    Vec operator()(Vec score, int64_t i, int j) const {
+        return iota() + j * kWidth >= static_cast<int32_t>(i) + offset ? score : broadcast(-kInfinity);
+    }
+};
+
+struct Unmasked {
+    Vec operator()(Vec score, int64_t, int) const { return score; }
+};
+
+// The online softmax of one head's panel of positions, and its output so far.
+struct Online {
+    Vec highest[kVecs];
+    Vec total[kVecs];
+    float* queries;  // [dim, kLanes]
+    float* output;   // [dim, kLanes]
+
+    // One tile of n keys.
+    template <int kDim, typename Visible>
+    void add(const Rows& k, const Rows& v, int64_t n, int64_t any_dim, const Visible& visible, float* tile) {
+        const int64_t dim = kDim ? kDim : any_dim;
+        Vec now[kVecs];
+        ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) now[j] = highest[j];
+        multiply_panel<kVecs, false>(n, dim, k.by_row(), queries, kLanes, tile, kLanes,
+                                     [&](Vec score, int64_t i, int j) {
+                                         score = visible(score, i, j);
+                                         now[j] = max(now[j], score);
+                                         return score;
+                                     });
+        Vec sum[kVecs];
+        Vec shrink[kVecs];
+        ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {
+            shrink[j] = exp2(highest[j] - now[j]);
+            sum[j] = total[j] * shrink[j];
+            highest[j] = now[j];
+        }
+        for (int64_t i = 0; i < n; ++i)
+            ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {
+                float* at = tile + i * kLanes + j * kWidth;
+                const Vec p = exp2(load(at) - now[j]);
+                sum[j] += p;
+                store(at, p);
+            }
+        ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) total[j] = sum[j];
+        for (int64_t d = 0; d < dim; ++d)
+            ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {
+                float* at = output + d * kLanes + j * kWidth;
+                store(at, load(at) * shrink[j]);
+            }
+        multiply_panel<kVecs, true>(dim, n, v.by_dim(), tile, kLanes, output, kLanes);
+    }
+};
+
+// All heads of key/value head `kv`, for the panel of positions from `first` on.
+template <int kDim>
+void forward_panel(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, int64_t batch,
+                   int64_t kv, int64_t first, float* out, float* lse) {
+    const int64_t dim = kDim ? kDim : shape.dim;
+    const int64_t group = shape.heads / shape.kv_heads;
+    const int64_t lanes = shape.length - first < kLanes ? shape.length - first : kLanes;
+    float* tile = scratch(kForwardKeys * kLanes + kLanes * 2 + group * dim * kLanes * 2);
+    float* last = tile + kForwardKeys * kLanes;
+    float* state = last + kLanes * 2;
+    const Rows keys = rows_of(k, batch, kv);
+    const Rows values = rows_of(v, batch, kv);
+    for (int64_t g = 0; g < group; ++g) {
+        const int64_t head = kv * group + g;
+        Online online;
+        ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {
+            online.highest[j] = broadcast(-kInfinity);
+            online.total[j] = Vec{};
+        }
+        online.queries = state;
+        online.output = state + dim * kLanes;
+        load_lanes(rows_of(q, batch, head).from(first), lanes, dim, kLog2e / sqrtf(static_cast<float>(dim)),
+                   online.queries);
+        std::memset(online.output, 0, sizeof(float) * dim * kLanes);
+        for (int64_t start = 0; start < first + lanes; start += kForwardKeys) {
+            const int64_t left = first + lanes - start;
+            const int64_t n = left < kForwardKeys ? left : kForwardKeys;
+            if (start + n - 1 > first)
+                online.add<kDim>(keys.from(start), values.from(start), n, dim,
+                                 Mask{static_cast<int32_t>(start - first)}, tile);
+            else
+                online.add<kDim>(keys.from(start), values.from(start), n, dim, Unmasked{}, tile);
+        }
+        ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {
+            store(last + j * kWidth, online.highest[j]);
+            store(last + kLanes + j * kWidth, online.total[j]);
+            const Vec factor = 1.0f / online.total[j];
+            for (int64_t d = 0; d < dim; ++d) {
+                float* at = online.output + d * kLanes + j * kWidth;
+                store(at, load(at) * factor);
+            }
+        }
+        for (int64_t i = 0; i < lanes; ++i)
+            lse[(batch * shape.heads + head) * shape.length + first + i] = last[i] + log2f(last[kLanes + i]);
+        transpose(dim, lanes, online.output, kLanes,
+                  out + ((batch * shape.length + first) * shape.heads + head) * dim, shape.heads * dim);
+    }
+}
+
+// What the backward pass keeps of one head's panel of positions.
+struct Panel {
+    float* queries;    // [dim, kLanes], times scale and log2(e)
+    float* grad;       // [dim, kLanes], gradient of the output
+    float* grad_q;     // [dim, kLanes]
+    float* query_row;  // [kLanes, width], as `queries`
+    float* grad_row;   // [kLanes, width]
+    float* lse;        // [kLanes], +inf behind the last position, which makes the probabilities 0
+    float* delta;      // [kLanes], sum over dim of output * gradient
+
+    static int64_t size(int64_t dim) { return kLanes * (3 * dim + 2 * round_up(dim) + 2); }
+    Panel(float* memory, int64_t dim)
+        : queries(memory),
+          grad(queries + dim * kLanes),
+          grad_q(grad + dim * kLanes),
+          query_row(grad_q + dim * kLanes),
+          grad_row(query_row + kLanes * round_up(dim)),
+          lse(grad_row + kLanes * round_up(dim)),
+          delta(lse + kLanes) {}
+};
+
+void copy_rows(const Rows& rows, int64_t lanes, int64_t dim, float scale, float* to) {
+    const int64_t width = round_up(dim);
+    if (lanes < kLanes || width > dim) std::memset(to, 0, sizeof(float) * kLanes * width);
+    for (int64_t i = 0; i < lanes; ++i)
+        for (int64_t d = 0; d < dim; ++d) to[i * width + d] = rows.data[i * rows.row + d] * scale;
+}
+
+void load_panel(const Rows& q, const Rows& out, const Rows& grad, const float* lse, int64_t lanes, int64_t dim,
+                const Panel& panel) {
+    const float scale = kLog2e / sqrtf(static_cast<float>(dim));
+    load_lanes(q, lanes, dim, scale, panel.queries);
+    load_lanes(grad, lanes, dim, 1.0f, panel.grad);
+    copy_rows(q, lanes, dim, scale, panel.query_row);
+    copy_rows(grad, lanes, dim, 1.0f, panel.grad_row);
+    for (int64_t i = 0; i < kLanes; ++i) panel.lse[i] = i < lanes ? lse[i] : kInfinity;
+    float* outputs = panel.grad_q;  // until the gradient needs its place
+    load_lanes(out, lanes, dim, 1.0f, outputs);
+    ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {
+        Vec delta = {};
+        for (int64_t d = 0; d < dim; ++d)
+            delta += load(outputs + d * kLanes + j * kWidth) * load(panel.grad + d * kLanes + j * kWidth);
+        store(panel.delta + j * kWidth, delta);
+    }
+    std::memset(panel.grad_q, 0, sizeof(float) * dim * kLanes);
+}
+
+// One tile of n keys by one panel: adds to the panel's grad_q and to grad_k, grad_v [n, width].
+template <int kDim, typename Visible>
+void backward_tile(const Rows& k, const Rows& v, int64_t n, int64_t any_dim, const Panel& panel, const Visible& visible,
+                   float* probabilities, float* grad_scores, float* grad_k, float* grad_v) {
+    const int64_t dim = kDim ? kDim : any_dim;
+    const int64_t width = round_up(dim);
+    Vec lse[kVecs];
+    Vec delta[kVecs];
+    ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {
+        lse[j] = load(panel.lse + j * kWidth);
+        delta[j] = load(panel.delta + j * kWidth);
+    }
+    multiply_panel<kVecs, false>(
+        n, dim, k.by_row(), panel.queries, kLanes, probabilities, kLanes,
+        [&](Vec score, int64_t i, int j) { return exp2(visible(score - lse[j], i, j)); });
+    multiply_panel<kVecs, false>(n, dim, v.by_row(), panel.grad, kLanes, grad_scores, kLanes,
+                                 [&](Vec grad, int64_t i, int j) {
+                                     return (grad - delta[j]) * load(probabilities + i * kLanes + j * kWidth);
+                                 });
+    multiply_panel<kVecs, true>(dim, n, k.by_dim(), grad_scores, kLanes, panel.grad_q, kLanes);
+    multiply_add(n, width, kLanes, {probabilities, kLanes, 1}, panel.grad_row, width, grad_v, width);
+    multiply_add(n, width, kLanes, {grad_scores, kLanes, 1}, panel.query_row, width, grad_k, width);
+}
+
+// Everything of one key/value head of one sequence.
+template <int kDim>
+void backward_head(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, const Heads& out,
+                   const Heads& grad, const float* lse, int64_t batch, int64_t kv, float* grad_q, float* grad_k,
+                   float* grad_v) {
+    const int64_t dim = kDim ? kDim : shape.dim;
+    const int64_t width = round_up(dim);
+    const int64_t group = shape.heads / shape.kv_heads;
+    const int64_t panels = panels_of(shape.length);
+    float* probabilities = scratch(2 * kBackwardKeys * (kLanes + width) + panels * group * Panel::size(dim));
+    float* grad_scores = probabilities + kBackwardKeys * kLanes;
+    float* tile_k = grad_scores + kBackwardKeys * kLanes;
+    float* tile_v = tile_k + kBackwardKeys * width;
+    float* memory = tile_v + kBackwardKeys * width;
+    const auto panel_at = [&](int64_t p, int64_t g) {
+        return Panel(memory + (p * group + g) * Panel::size(dim), dim);
+    };
+    const auto lanes_of = [&](int64_t p) {
+        const int64_t left = shape.length - p * kLanes;
+        return left < kLanes ? left : kLanes;
+    };
+    for (int64_t p = 0; p < panels; ++p)
+        for (int64_t g = 0; g < group; ++g) {
+            const int64_t head = kv * group + g;
+            const int64_t first = p * kLanes;
+            load_panel(rows_of(q, batch, head).from(first), rows_of(out, batch, head).from(first),
+                       rows_of(grad, batch, head).from(first),
+                       lse + (batch * shape.heads + head) * shape.length + first, lanes_of(p), dim, panel_at(p, g));
+        }
+    for (int64_t start = 0; start < shape.length; start += kBackwardKeys) {
+        const Rows keys = rows_of(k, batch, kv).from(start);
+        const Rows values = rows_of(v, batch, kv).from(start);
+        const int64_t left = shape.length - start;
+        const int64_t keys_here = left < kBackwardKeys ? left : kBackwardKeys;
+        std::memset(tile_k, 0, sizeof(float) * 2 * kBackwardKeys * width);
+        for (int64_t p = start / kLanes; p < panels; ++p)
+            for (int64_t g = 0; g < group; ++g) {
+                const int64_t first = p * kLanes;
+                const int64_t seen = first + lanes_of(p) - start;
+                const int64_t n = seen < keys_here ? seen : keys_here;
+                if (start + n - 1 > first)
+                    backward_tile<kDim>(keys, values, n, dim, panel_at(p, g),
+                                        Mask{static_cast<int32_t>(start - first)}, probabilities, grad_scores, tile_k,
+                                        tile_v);
+                else
+                    backward_tile<kDim>(keys, values, n, dim, panel_at(p, g), Unmasked{}, probabilities, grad_scores,
+                                        tile_k, tile_v);
+            }
+        for (int64_t i = 0; i < keys_here; ++i)
+            for (int64_t d = 0; d < dim; ++d) {
+                const int64_t at = ((batch * shape.length + start + i) * shape.kv_heads + kv) * dim + d;
+                grad_k[at] = tile_k[i * width + d] * kLn2;  // the queries carried log2(e)
+                grad_v[at] = tile_v[i * width + d];
+            }
+    }
+    for (int64_t p = 0; p < panels; ++p)
+        for (int64_t g = 0; g < group; ++g)
+            transpose(dim, lanes_of(p), panel_at(p, g).grad_q, kLanes,
+                      grad_q + ((batch * shape.length + p * kLanes) * shape.heads + kv * group + g) * dim,
+                      shape.heads * dim, 1.0f / sqrtf(static_cast<float>(dim)));
+}
+
+// The head dimensions of common models as constants, which lets the compiler unroll; 0 is any other.
+template <typename Body>
+void with_dim(int64_t dim, const Body& body) {
+    switch (dim) {
+        case 16: return body(std::integral_constant<int, 16>());
+        case 64: return body(std::integral_constant<int, 64>());
+        default: return body(std::integral_constant<int, 0>());
+    }
+}
+
+}  // namespace
+
+void attention_forward(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, float* out,
+                       float* lse, int threads) {
+    const int64_t panels = panels_of(shape.length);
+    with_dim(shape.dim, [&](auto dim) {
+        parallel(threads, shape.batch * shape.kv_heads * panels, [&](int64_t task) {
+            const int64_t head = task / panels % shape.kv_heads;
+            const int64_t panel = panels - 1 - task % panels;  // the longest first
+            forward_panel<dim.value>(shape, q, k, v, task / panels / shape.kv_heads, head, panel * kLanes, out, lse);
+        });
+    });
+}
+
+void attention_backward(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, const Heads& out,
+                        const Heads& grad, const float* lse, float* grad_q, float* grad_k, float* grad_v, int threads) {
+    with_dim(shape.dim, [&](auto dim) {
+        parallel(threads, shape.batch * shape.kv_heads, [&](int64_t task) {
+            backward_head<dim.value>(shape, q, k, v, out, grad, lse, task / shape.kv_heads, task % shape.kv_heads,
+                                     grad_q, grad_k, grad_v);
+        });
+    });
+}
+
+}  // namespace ant5m::ANT5M_ISA

@@ -1,0 +1,245 @@
+// The head: logits = hidden weight^T, softmax, mean loss and both gradients, without the matrix of logits.
+//
+// For each block of tokens three steps, each spread over the vocabulary in fixed tiles:
+//   1. a tile of logits, its maximum and exponentials, and the sum of these (as in an online softmax);
+//   2. the tiles' maxima and sums together give each token's softmax denominator, and the loss;
+//   3. the exponentials, still in the cache, become the gradient of the logits, and it both gradients: that of
+//      `weight` belongs to the tile alone, that of `hidden` is summed over chunks of tiles in their order.
+// A vector holds consecutive tokens, so that `weight` is read as it lies and nothing is summed across a vector.
+#include <math.h>
+
+#include "ops.h"
+#include "parallel.h"
+#include "tile.h"
+
+namespace ant5m::ANT5M_ISA {
+namespace {
+
+constexpr int64_t kTokens = 256;  // of a block: the exponentials take 1 KiB for each vocabulary entry
+constexpr int64_t kEntries = 128;  // of the vocabulary in a tile
+constexpr int64_t kChunks = 16;    // partial gradients of hidden
+// Rows of a tile of gradients are this far apart, so that they do not all fall into the same sets of L1.
+constexpr int64_t kStride = kTokens + kWidth;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kLog2e = 1.4426950408889634f;
+
+int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The operands; see ops.h.
+struct Head {
+    const float* hidden;
+    const float* weight;
+    const int64_t* targets;
+    float* grad_hidden;
+    float* grad_weight;
+    int64_t tokens, dim, vocab, hidden_row, weight_row, grad_weight_row, ignore_index;
+};
+
+// One block of tokens and where its intermediate results live.
+struct Block {
+    const Head& head;
+    int64_t dim, row, tiles, chunks;  // row: stride of hidden_rows
+    int64_t first = 0, tokens = 0, panels = 0;
+    float inverse_count;
+    float* hidden_lanes;  // [panels, dim, kLanes], times log2(e)
+    float* hidden_rows;   // [kTokens, row], zero behind dim and behind the last token
+    float* highest;       // [tiles, kTokens]
+    float* total;         // [tiles, kTokens]
+    float* exponentials = nullptr;  // [tiles, kTokens / kLanes, kEntries, kLanes]; null when no gradient is wanted
+    float* shift;         // [kTokens], the softmax's maximum
+    float* scale;         // [kTokens], 1 / (denominator * count); 0 where nothing counts
+    float* target_logit;  // [kTokens]
+    float* grad_lanes = nullptr;    // [chunks, panels, dim, kLanes]
+
+    static int64_t row_of(int64_t dim) { return divide_up(dim, kWidth) * kWidth + kWidth; }
+    static int64_t chunks_of(int64_t vocab) { return smaller(kChunks, divide_up(vocab, kEntries)); }
+    static bool wants_gradient(const Head& head) { return head.grad_hidden || head.grad_weight; }
+    static int64_t size(const Head& head) {
+        const int64_t tiles = divide_up(head.vocab, kEntries);
+        const int64_t gradient = kEntries * tiles + chunks_of(head.vocab) * head.dim;
+        return kTokens * (head.dim + row_of(head.dim) + 2 * tiles + 3 + (wants_gradient(head) ? gradient : 0));
+    }
+
+    Block(const Head& head_, int64_t count, float* memory)
+        : head(head_),
+          dim(head.dim),
+          row(row_of(dim)),
+          tiles(divide_up(head.vocab, kEntries)),
+          chunks(chunks_of(head.vocab)),
+          inverse_count(1.0f / static_cast<float>(count > 0 ? count : 1)) {
+        const auto take = [&](int64_t floats) {
+            float* taken = memory;
+            memory += floats;
+            return taken;
+        };
+        hidden_lanes = take(kTokens * dim);
+        hidden_rows = take(kTokens * row);
+        highest = take(tiles * kTokens);
+        total = take(tiles * kTokens);
+        shift = take(kTokens);
+        scale = take(kTokens);
+        target_logit = take(kTokens);
+        if (!wants_gradient(head)) return;
+        exponentials = take(tiles * kEntries * kTokens);
+        grad_lanes = take(chunks * kTokens * dim);
+    }
+
+    int64_t lanes_of(int64_t panel) const { return smaller(kLanes, tokens - panel * kLanes); }
+    int64_t entries_of(int64_t tile) const { return smaller(kEntries, head.vocab - tile * kEntries); }
+    float* exponentials_of(int64_t tile, int64_t panel) const {
+        return exponentials + (tile * kTokens + panel * kLanes) * kEntries;
+    }
+    bool counts(int64_t token) const { return head.targets[first + token] != head.ignore_index; }
+
+    // Calls visit(token, row) for the panel's targets that lie in the tile.
+    template <typename Visit>
+    void for_targets(int64_t tile, int64_t panel, const Visit& visit) const {
+        for (int64_t token = panel * kLanes; token < panel * kLanes + lanes_of(panel); ++token) {
+            const int64_t row_in_tile = head.targets[first + token] - tile * kEntries;
+            if (counts(token) && row_in_tile >= 0 && row_in_tile < entries_of(tile)) visit(token, row_in_tile);
+        }
+    }
+
+    void load(int64_t panel) const {
+        const float* hidden = head.hidden + (first + panel * kLanes) * head.hidden_row;
+        const int64_t lanes = lanes_of(panel);
+        float* to = hidden_lanes + panel * dim * kLanes;
+        if (lanes < kLanes) std::memset(to, 0, sizeof(float) * dim * kLanes);
+        transpose(lanes, dim, hidden, head.hidden_row, to, kLanes, kLog2e);
+        float* rows = hidden_rows + panel * kLanes * row;
+        std::memset(rows, 0, sizeof(float) * kLanes * row);
+        for (int64_t i = 0; i < lanes; ++i)
+            std::memcpy(rows + i * row, hidden + i * head.hidden_row, sizeof(float) * dim);
+    }
+
+    // Step 1 for one tile of the vocabulary.
+    void exponentiate(int64_t tile) const {
+        const int64_t n = entries_of(tile);
+        const Operand weight{head.weight + tile * kEntries * head.weight_row, head.weight_row, 1};
+        for (int64_t panel = 0; panel < panels; ++panel) {
+            float* logits = exponentials ? exponentials_of(tile, panel) : scratch(kEntries * kLanes);
+            Vec most[kVecs];
+            ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) most[j] = broadcast(-__builtin_inff());
+            multiply_panel<kVecs, false>(n, dim, weight, hidden_lanes + panel * dim * kLanes, kLanes, logits, kLanes,
+                                         [&](Vec logit, int64_t, int j) {
+                                             most[j] = max(most[j], logit);
+                                             return logit;
+                                         });
+            for_targets(tile, panel, [&](int64_t token, int64_t i) {
+                target_logit[token] = logits[i * kLanes + token - panel * kLanes];
+            });
+            Vec sum[kVecs] = {};
+            for (int64_t i = 0; i < n; ++i)
+                ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {
+                    float* at = logits + i * kLanes + j * kWidth;
+                    const Vec e = exp2(ANT5M_ISA::load(at) - most[j]);
+                    sum[j] += e;
+                    store(at, e);
+                }
+            ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {
+                store(highest + tile * kTokens + panel * kLanes + j * kWidth, most[j]);
+                store(total + tile * kTokens + panel * kLanes + j * kWidth, sum[j]);
+            }
+        }
+    }
+
+    // Step 2: the sum of the block's losses.
+    double finish_softmax() const {
+        double losses = 0;
+        for (int64_t panel = 0; panel < panels; ++panel)
+            for (int j = 0; j < kVecs; ++j) {
+                const int64_t at = panel * kLanes + j * kWidth;
+                Vec most = ANT5M_ISA::load(highest + at);
+                for (int64_t tile = 1; tile < tiles; ++tile)
+                    most = max(most, ANT5M_ISA::load(highest + tile * kTokens + at));
+                Vec sum = {};
+                for (int64_t tile = 0; tile < tiles; ++tile)
+                    sum += ANT5M_ISA::load(total + tile * kTokens + at) *
+                           exp2(ANT5M_ISA::load(highest + tile * kTokens + at) - most);
+                store(shift + at, most);
+                store(scale + at, sum);
+            }
+        for (int64_t token = 0; token < panels * kLanes; ++token) {
+            const float sum = scale[token];
+            const bool counted = token < tokens && counts(token);
+            scale[token] = counted ? inverse_count / sum : 0.0f;
+            if (counted) losses += static_cast<double>(shift[token] - target_logit[token] + log2f(sum)) * kLn2;
+        }
+        return losses;
+    }
+
+    // Step 3 for one tile: exponentials to gradients of the logits, and these to both gradients.
+    void differentiate(int64_t tile, float* grad_hidden_lanes) const {
+        const int64_t n = entries_of(tile);
+        float* grad = scratch(kEntries * kStride);
+        const Operand weight{head.weight + tile * kEntries * head.weight_row, 1, head.weight_row};
+        for (int64_t panel = 0; panel < panels; ++panel) {
+            const float* from = exponentials_of(tile, panel);
+            float* columns = grad + panel * kLanes;
+            Vec factor[kVecs];
+            ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {
+                const int64_t at = panel * kLanes + j * kWidth;
+                factor[j] = exp2(ANT5M_ISA::load(highest + tile * kTokens + at) - ANT5M_ISA::load(shift + at)) *
+                            ANT5M_ISA::load(scale + at);
+            }
+            for (int64_t i = 0; i < n; ++i)
+                ANT5M_UNROLL for (int j = 0; j < kVecs; ++j)
+                    store(columns + i * kStride + j * kWidth,
+                          ANT5M_ISA::load(from + i * kLanes + j * kWidth) * factor[j]);
+            for_targets(tile, panel, [&](int64_t token, int64_t i) { grad[i * kStride + token] -= inverse_count; });
+            if (head.grad_hidden)
+                multiply_panel<kVecs, true>(dim, n, weight, columns, kStride, grad_hidden_lanes + panel * dim * kLanes,
+                                            kLanes);
+        }
+        if (!head.grad_weight) return;
+        float* grad_weight = head.grad_weight + tile * kEntries * head.grad_weight_row;
+        if (first == 0) std::memset(grad_weight, 0, sizeof(float) * n * head.grad_weight_row);
+        multiply_add(n, divide_up(dim, kWidth) * kWidth, panels * kLanes, {grad, kStride, 1}, hidden_rows, row,
+                     grad_weight, head.grad_weight_row);
+    }
+
+    void differentiate_chunk(int64_t chunk) const {
+        float* grad_hidden_lanes = grad_lanes + chunk * panels * dim * kLanes;
+        if (head.grad_hidden) std::memset(grad_hidden_lanes, 0, sizeof(float) * panels * dim * kLanes);
+        for (int64_t tile = chunk * tiles / chunks; tile < (chunk + 1) * tiles / chunks; ++tile)
+            differentiate(tile, grad_hidden_lanes);
+    }
+
+    void store_grad_hidden(int64_t panel) const {
+        float* sum = grad_lanes + panel * dim * kLanes;
+        for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+            const float* part = sum + chunk * panels * dim * kLanes;
+            for (int64_t i = 0; i < dim * kLanes; i += kWidth)
+                store(sum + i, ANT5M_ISA::load(sum + i) + ANT5M_ISA::load(part + i));
+        }
+        transpose(dim, lanes_of(panel), sum, kLanes, head.grad_hidden + (first + panel * kLanes) * dim, dim);
+    }
+};
+
+}  // namespace
+
+void linear_cross_entropy(int64_t tokens, int64_t dim, int64_t vocab, const float* hidden, int64_t hidden_row,
+                          const float* weight, int64_t weight_row, const int64_t* targets, int64_t ignore_index,
+                          float* loss, float* grad_hidden, float* grad_weight, int64_t grad_weight_row, int threads) {
+    const Head head{hidden, weight, targets, grad_hidden, grad_weight,
+                    tokens, dim, vocab, hidden_row, weight_row, grad_weight_row, ignore_index};
+    int64_t count = 0;
+    for (int64_t i = 0; i < head.tokens; ++i) count += head.targets[i] != head.ignore_index;
+    const Workspace memory(Block::size(head));
+    Block block(head, count, memory.data());
+    double losses = 0;
+    for (block.first = 0; block.first < head.tokens; block.first += kTokens) {
+        block.tokens = smaller(kTokens, head.tokens - block.first);
+        block.panels = divide_up(block.tokens, kLanes);
+        parallel(threads, block.panels, [&](int64_t panel) { block.load(panel); });
+        parallel(threads, block.tiles, [&](int64_t tile) { block.exponentiate(tile); });
+        losses += block.finish_softmax();
+        if (!Block::wants_gradient(head)) continue;
+        parallel(threads, block.chunks, [&](int64_t chunk) { block.differentiate_chunk(chunk); });
+        if (head.grad_hidden) parallel(threads, block.panels, [&](int64_t panel) { block.store_grad_hidden(panel); });
+    }
+    *loss = static_cast<float>(losses / static_cast<double>(count > 0 ? count : 1));
+}
+
+}  // namespace ant5m::ANT5M_ISA

@@ -1,0 +1,138 @@
+// A thin layer over GCC's and Clang's vector extensions: one source, as wide as the instruction set allows.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#ifndef ANT5M_ISA
+#define ANT5M_ISA portable
+#endif
+
+// Loops over registers must be unrolled whole, or the array of registers becomes an array in memory.
+#ifdef __clang__
+#define ANT5M_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define ANT5M_UNROLL _Pragma("GCC unroll 32")
+#endif
+
+namespace ant5m::ANT5M_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;  // floats in a register
+constexpr int kRows = 8;    // rows of a register tile: see tile.h
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+constexpr int kRows = 6;
+#else
+constexpr int kWidth = 4;
+constexpr int kRows = 6;
+#endif
+
+typedef float Vec __attribute__((vector_size(kWidth * sizeof(float))));
+typedef int32_t IntVec __attribute__((vector_size(kWidth * sizeof(int32_t))));
+
+inline Vec load(const float* p) {
+    Vec v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+// The first n elements, the rest 0; and the first n elements only.
+inline Vec load_part(const float* p, int64_t n) {
+    Vec v = {};
+    std::memcpy(&v, p, sizeof(float) * n);
+    return v;
+}
+
+inline void store_part(float* p, Vec v, int64_t n) { std::memcpy(p, &v, sizeof(float) * n); }
+
+// Calls visit(i, load, store) for i = 0, kWidth, ... below n, where load and store are the whole ones or, for what is
+// left at the end, those of a part.
+template <typename Visit>
+inline void for_vectors(int64_t n, const Visit& visit) {
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) visit(i, load, store);
+    if (i == n) return;
+    const int64_t left = n - i;
+    visit(
+        i, [left](const float* p) { return load_part(p, left); },
+        [left](float* p, Vec v) { store_part(p, v, left); });
+}
+
+inline Vec broadcast(float x) { return x - Vec{}; }
+
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+// The sum of the elements, always in the same order.
+inline float sum(Vec v) {
+    float parts[kWidth];
+    store(parts, v);
+    for (int half = kWidth / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+    return parts[0];
+}
+
+// 0, 1, 2, ... in the lanes.
+inline IntVec iota() {
+    IntVec v;
+    for (int i = 0; i < kWidth; ++i) v[i] = i;
+    return v;
+}
+
+// to [columns, rows] = the transpose of from [rows, columns], times `scale`.
+inline void transpose(int64_t rows, int64_t columns, const float* from, int64_t from_row, float* to, int64_t to_row,
+                      float scale = 1.0f) {
+    int64_t whole_rows = 0, whole_columns = 0;
+#if defined(__x86_64__)
+    whole_rows = rows / 4 * 4, whole_columns = columns / 4 * 4;
+    const __m128 factor = _mm_set1_ps(scale);
+    for (int64_t i = 0; i < whole_rows; i += 4)
+        for (int64_t j = 0; j < whole_columns; j += 4) {
+            __m128 block[4];
+            for (int n = 0; n < 4; ++n) block[n] = _mm_loadu_ps(from + (i + n) * from_row + j) * factor;
+            _MM_TRANSPOSE4_PS(block[0], block[1], block[2], block[3]);
+            for (int n = 0; n < 4; ++n) _mm_storeu_ps(to + (j + n) * to_row + i, block[n]);
+        }
+#endif
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = i < whole_rows ? whole_columns : 0; j < columns; ++j)
+            to[j * to_row + i] = from[i * from_row + j] * scale;
+}
+
+// 2^x with a relative error of at most 1.7e-7; 2^0 is exact. Where the result would be below the smallest normal
+// number (x < -126, -inf too) it may be 0. NaN stays NaN. x must be below 128.
+// The polynomial is the minimax of 2^f for f in [0, 1], among those that are 1 at 0.
+inline Vec exp2(Vec x) {
+    // The masked intrinsics, because GCC warns of the unmasked ones' undefined operand.
+#ifdef __AVX512F__
+    Vec f = _mm512_maskz_reduce_ps(0xffff, x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#else
+    const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    Vec shifted = (x - 0.5f) + kRound;
+    Vec f = x - (shifted - kRound);
+#endif
+    Vec p = broadcast(0.00186713f);
+    p = p * f + 0.009017031f;
+    p = p * f + 0.055799913f;
+    p = p * f + 0.24016444f;
+    p = p * f + 0.6931513f;
+    p = p * f + 1.0f;
+#ifdef __AVX512F__
+    return _mm512_maskz_scalef_ps(0xffff, p, x);
+#else
+    IntVec exponent;
+    std::memcpy(&exponent, &shifted, sizeof exponent);
+    IntVec bits;
+    std::memcpy(&bits, &p, sizeof bits);
+    bits += exponent << 23;
+    std::memcpy(&p, &bits, sizeof p);
+    return x < -126.0f ? Vec{} : p;
+#endif
+}
+
+}  // namespace ant5m::ANT5M_ISA

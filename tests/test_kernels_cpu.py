@@ -1,0 +1,364 @@
+"""The C++ ops against the reference in float64: outputs and every gradient, on every instruction set."""
+
+import multiprocessing
+
+import pytest
+import torch
+
+from ant5m import _cpu, kernels
+from ant5m.kernels import cpu, reference
+
+# RMS error over RMS. The worst that these tests meet is about 1e-6, in sums over 1,023 keys.
+TOLERANCE = 3e-6
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def instruction_set(request):
+    best = _cpu.instruction_set()
+    if not _cpu.use(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    yield
+    _cpu.use(best)
+
+
+@pytest.fixture(autouse=True)
+def nan_filled(monkeypatch):
+    """Memory that an op asks for and does not write shows up as NaN."""
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda *args, **kw: new_empty(*args, **kw).fill_(float("nan"))
+    )
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def draw(*shape, scale=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return (torch.randn(*shape, generator=generator) * scale).requires_grad_()
+
+
+def run(op, inputs):
+    """The outputs of `op`, and the gradients of what requires one."""
+    out = op(*inputs)
+    outs = out if isinstance(out, tuple) else (out,)
+    loss = sum((o * torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view(o.shape)).sum() for o in outs)
+    if outs[0].ndim == 0:
+        loss = 3 * outs[0]
+    return [*outs, *torch.autograd.grad(loss, [x for x in inputs if x.requires_grad])]
+
+
+def assert_true(name, *inputs, tolerance=TOLERANCE):
+    """The C++ op `name` agrees with the reference in float64."""
+    truth_inputs = [
+        x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs
+    ]
+    results = run(getattr(cpu, name), inputs)
+    truth = run(getattr(reference, name), truth_inputs)
+    for got, expected in zip(results, truth, strict=True):
+        assert got.dtype == torch.float32
+        assert got.shape == expected.shape
+        error = (got - expected).square().mean().sqrt()
+        assert error <= tolerance * expected.square().mean().sqrt() + 1e-7, (error, expected.shape)
+
+
+def angles(length, half):
+    angle = torch.arange(length)[:, None] * torch.logspace(0, -3, half)
+    return angle.cos(), angle.sin()
+
+
+@pytest.mark.usefixtures("instruction_set")
+class TestRMSNorm:
+    @pytest.mark.parametrize("shape", [(1, 1, 128), (3, 5, 100), (2, 129, 7), (1, 300, 516)])
+    def test_plain_and_with_residual(self, shape):
+        x, weight, residual = draw(*shape), draw(shape[-1], seed=1), draw(*shape, seed=2)
+        assert_true("rms_norm", x, weight)
+        run_with_residual = [x, weight, residual]
+        results = run(lambda x, w, r: cpu.rms_norm(x, w, 1e-5, r), run_with_residual)
+        doubles = [x.detach().double().requires_grad_() for x in run_with_residual]
+        truth = run(lambda x, w, r: reference.rms_norm(x, w, 1e-5, r), doubles)
+        for got, expected in zip(results, truth, strict=True):
+            assert (got - expected).square().mean().sqrt() <= TOLERANCE * expected.square().mean().sqrt()
+
+    @pytest.mark.parametrize("scale", [1e-8, 1e8])
+    def test_tiny_and_huge(self, scale):
+        assert_true("rms_norm", draw(4, 33, 128, scale=scale), draw(128, seed=1), tolerance=1e-5)
+
+    def test_only_one_output_used(self):
+        x, weight, residual = draw(2, 3, 20), draw(20), draw(2, 3, 20, seed=1)
+        normed, total = cpu.rms_norm(x, weight, 1e-5, residual)
+        assert torch.equal(torch.autograd.grad(total.sum(), x)[0], torch.ones_like(x))
+        normed, total = cpu.rms_norm(x, weight, 1e-5, residual)
+        (alone,) = torch.autograd.grad(normed.sum(), x)
+        (expected,) = torch.autograd.grad(reference.rms_norm(x, weight, 1e-5, residual)[0].sum(), x)
+        torch.testing.assert_close(alone, expected)
+
+    def test_strided_and_misaligned(self):
+        wide = draw(2, 5, 202)
+        assert_true("rms_norm", wide[..., 1:101], draw(100))
+        assert_true("rms_norm", wide[..., ::2], draw(101))
+        assert_true("rms_norm", wide.transpose(0, 1), draw(202))
+
+
+@pytest.mark.usefixtures("instruction_set")
+class TestRope:
+    @pytest.mark.parametrize(
+        "shape", [(1, 1, 1, 1, 2), (2, 17, 8, 2, 16), (1, 70, 3, 1, 10), (2, 15, 4, 4, 64)]
+    )
+    def test_odd_shapes(self, shape):
+        batch, length, heads, kv_heads, dim = shape
+        q, k = draw(batch, length, heads, dim), draw(batch, length, kv_heads, dim)
+        assert_true("rope", q, k, *angles(length, dim // 2))
+
+    def test_strided_and_misaligned(self):
+        fused = draw(2, 9, 12 * 16 + 1)[..., 1:].unflatten(-1, (12, 16))
+        assert_true("rope", fused[:, :, :8], fused[:, :, 8:10], *angles(9, 8))
+        assert_true(
+            "rope", draw(2, 4, 9, 16).transpose(1, 2), draw(2, 2, 9, 16).transpose(1, 2), *angles(9, 8)
+        )
+        gaps = draw(1, 9, 2, 32)
+        assert_true("rope", gaps[..., ::2], gaps[..., 1::2], *angles(9, 8))
+
+
+@pytest.mark.usefixtures("instruction_set")
+class TestAttention:
+    @pytest.mark.parametrize(
+        "shape",
+        [
+            (2, 1, 2, 2, 16),
+            (2, 15, 8, 2, 16),
+            (1, 17, 4, 1, 32),
+            (2, 33, 4, 4, 64),
+            (1, 100, 6, 2, 128),
+            (1, 131, 5, 1, 10),
+            (1, 65, 3, 3, 7),
+            (1, 1023, 4, 2, 16),
+        ],
+    )
+    def test_odd_shapes(self, shape):
+        batch, length, heads, kv_heads, dim = shape
+        k, v = draw(batch, length, kv_heads, dim), draw(batch, length, kv_heads, dim, seed=1)
+        assert_true("attention", draw(batch, length, heads, dim), k, v)
+
+    @pytest.mark.parametrize(("scale", "tolerance"), [(1e-6, TOLERANCE), (30.0, 3e-4)])
+    def test_tiny_and_huge_scores(self, scale, tolerance):
+        # Scores of about 4,000 in fp32 carry errors of 1e-4, and so do their exponentials.
+        q, k, v = (draw(1, 200, 2, 16, scale=s, seed=i) for i, s in enumerate((scale, scale, 1.0)))
+        assert_true("attention", q, k, v, tolerance=tolerance)
+
+    def test_a_later_key_of_any_size_changes_nothing(self):
+        q, k, v = (draw(1, 70, 2, 16, seed=i).detach() for i in range(3))
+        before = cpu.attention(q, k, v)[:, :40]
+        k[:, 40:], v[:, 40:] = 1e30, 1e30
+        assert torch.equal(cpu.attention(q, k, v)[:, :40], before)
+
+    def test_nothing(self):
+        q, k = draw(0, 5, 2, 16), draw(0, 5, 1, 16)
+        out, *grads = run(cpu.attention, [q, k, k])
+        assert out.shape == q.shape and grads[1].shape == k.shape
+
+    def test_views_of_one_product(self):
+        fused = draw(2, 70, 12 * 16).unflatten(-1, (12, 16))
+        assert_true("attention", fused[:, :, :8], fused[:, :, 8:10], fused[:, :, 10:])
+
+    def test_strided_and_misaligned(self):
+        q, k, v = (draw(2, 3, 40, 16, seed=i).transpose(1, 2) for i in range(3))
+        assert_true("attention", q, k, v)
+        wide = draw(1, 40, 3, 33)
+        assert_true("attention", wide[..., 1:17], wide[..., 17:], wide[..., :32:2])
+
+    def test_gradient_of_a_sum(self):
+        # Its gradient arrives as one number expanded to the output's shape.
+        q, k, v = (draw(1, 40, 2, 16, seed=i) for i in range(3))
+        got = torch.autograd.grad(cpu.attention(q, k, v).sum(), (q, k, v))
+        expected = torch.autograd.grad(reference.attention(q, k, v).sum(), (q, k, v))
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("instruction_set")
+class TestSwiGLU:
+    @pytest.mark.parametrize("shape", [(1, 1), (3, 7, 516), (2, 33, 100), (64,)])
+    def test_odd_shapes(self, shape):
+        assert_true("swiglu", draw(*shape, scale=3), draw(*shape, seed=1))
+
+    @pytest.mark.parametrize("scale", [1e-6, 1e4, 1e30])
+    def test_tiny_and_huge(self, scale):
+        assert_true("swiglu", draw(40, 50, scale=scale), draw(40, 50, seed=1))
+
+    def test_halves_of_one_product(self):
+        fused = draw(2, 9, 2 * 101)
+        gate, up = fused.split(101, -1)
+        assert_true("swiglu", gate, up)
+        results = torch.autograd.grad(cpu.swiglu(gate, up).sum(), (gate, up))
+        assert results[1].data_ptr() - results[0].data_ptr() == 101 * 4
+
+
+@pytest.mark.usefixtures("instruction_set")
+class TestLinearCrossEntropy:
+    @pytest.mark.parametrize(
+        "shape", [(1, 16, 5), (17, 100, 1003), (33, 64, 128), (300, 128, 257), (600, 7, 130)]
+    )
+    def test_odd_shapes_and_ignored_targets(self, shape):
+        tokens, dim, vocab = shape
+        targets = torch.arange(tokens) * 37 % vocab
+        hidden, weight = draw(tokens, dim), draw(vocab, dim, scale=0.3, seed=1)
+        assert_true("linear_cross_entropy", hidden, weight, targets)
+        targets[1::3] = -100
+        assert_true("linear_cross_entropy", hidden, weight, targets)
+
+    @pytest.mark.parametrize(("scale", "tolerance"), [(1e-6, TOLERANCE), (300.0, 1e-3)])
+    def test_tiny_and_huge_logits(self, scale, tolerance):
+        # As for attention: logits of about 10,000 carry errors of 1e-3 in fp32.
+        hidden, weight = draw(50, 64, scale=scale), draw(1003, 64, seed=1)
+        assert_true("linear_cross_entropy", hidden, weight, torch.arange(50), tolerance=tolerance)
+
+    def test_an_impossible_target_costs_its_logits_difference(self):
+        hidden, weight = torch.eye(4, requires_grad=True), torch.diag(torch.tensor([500.0, 500, 500, 500]))
+        assert cpu.linear_cross_entropy(hidden, weight, torch.tensor([1, 2, 3, 0])).item() == 500.0
+
+    def test_all_targets_ignored(self):
+        hidden, weight = draw(5, 16), draw(30, 16)
+        loss = cpu.linear_cross_entropy(hidden, weight, torch.full((5,), 7), ignore_index=7)
+        grads = torch.autograd.grad(loss, (hidden, weight))
+        assert loss == 0 and not grads[0].any() and not grads[1].any()
+
+    def test_no_tokens(self):
+        hidden, weight = draw(0, 16), draw(30, 16)
+        loss = cpu.linear_cross_entropy(hidden, weight, torch.zeros(0, dtype=torch.int64))
+        assert loss == 0 and not torch.autograd.grad(loss, weight)[0].any()
+
+    @pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
+    def test_only_the_wanted_gradients(self, wanted):
+        hidden, weight = draw(40, 32), draw(300, 32, seed=1)
+        whole = run(cpu.linear_cross_entropy, [hidden, weight, torch.arange(40)])
+        some = [x.detach().requires_grad_(w) for x, w in zip((hidden, weight), wanted, strict=True)]
+        loss = cpu.linear_cross_entropy(*some, torch.arange(40))
+        assert torch.equal(loss, whole[0]) and loss.requires_grad == any(wanted)
+        if any(wanted):
+            (grad,) = torch.autograd.grad(3 * loss, [x for x in some if x.requires_grad])
+            assert torch.equal(grad, whole[1 + wanted.index(True)])
+
+    def test_without_grad_mode(self, monkeypatch):
+        hidden, weight = draw(40, 32), draw(300, 32, seed=1)
+        loss = cpu.linear_cross_entropy(hidden, weight, torch.arange(40))
+        assert loss.requires_grad
+        with torch.no_grad():
+            again = cpu.linear_cross_entropy(hidden, weight, torch.arange(40))
+        assert torch.equal(loss, again) and not again.requires_grad
+
+    def test_strided_and_misaligned(self):
+        wide, targets = draw(9, 201), torch.arange(18)[::2]
+        assert_true("linear_cross_entropy", wide[:, 1:101], draw(50, 202)[:, 3:103], targets)
+        assert_true("linear_cross_entropy", wide[:, ::2], draw(101, 50).T, targets)
+
+
+# Small enough that torch itself runs them on one thread: its own pool does not survive a fork.
+CASES = {
+    "rms_norm": lambda: [draw(3, 100, 100), draw(100)],
+    "rope": lambda: [draw(2, 150, 4, 16), draw(2, 150, 2, 16), *angles(150, 8)],
+    "attention": lambda: [draw(2, 150, 4, 16), draw(2, 150, 2, 16), draw(2, 150, 2, 16, seed=1)],
+    "swiglu": lambda: [draw(2, 90, 100), draw(2, 90, 100, seed=1)],
+    "linear_cross_entropy": lambda: [draw(300, 48), draw(500, 48), torch.arange(300)],
+}
+
+
+def assert_equal(results, expected):
+    for a, b in zip(results, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_results_do_not_depend_on_the_number_of_threads(name, two_threads):
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(run(getattr(cpu, name), CASES[name]()))
+    assert_equal(results[0], results[1])
+    assert_equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_threads_of_its_own(name, two_threads):
+    expected = run(getattr(cpu, name), CASES[name]())
+    _cpu.use_openmp(0)
+    try:
+        assert_equal(run(getattr(cpu, name), CASES[name]()), expected)
+    finally:
+        cpu._share_threads()
+
+
+def test_in_a_forked_child(two_threads):
+    # The parent's pool has run; its threads do not exist in the child.
+    cases = [(getattr(cpu, name), make()) for name, make in CASES.items()]
+    expected = [op(*inputs) for op, inputs in cases]
+
+    def child():
+        for (op, inputs), before in zip(cases, expected, strict=True):
+            now = op(*inputs)
+            pairs = zip(now, before, strict=True) if isinstance(now, tuple) else [(now, before)]
+            assert all(a.numpy(force=True).tobytes() == b.numpy(force=True).tobytes() for a, b in pairs)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    if process.exitcode is None:
+        process.kill()
+    assert process.exitcode == 0
+
+
+def test_gradients_of_only_some_inputs():
+    q, k, v = CASES["attention"]()
+    whole = run(cpu.attention, [q, k, v])
+    assert_equal(run(cpu.attention, [q.detach(), k, v.detach()]), [whole[0], whole[2]])
+    gate, up = CASES["swiglu"]()
+    whole = run(cpu.swiglu, [gate, up])
+    assert_equal(run(cpu.swiglu, [gate.detach(), up]), [whole[0], whole[2]])
+    x, weight = CASES["rms_norm"]()
+    whole = run(cpu.rms_norm, [x, weight])
+    assert_equal(run(cpu.rms_norm, [x, weight.detach()]), whole[:2])
+
+
+def test_it_is_what_auto_picks():
+    assert {name: backends["cpu"] for name, backends in kernels.available().items()} == dict.fromkeys(
+        kernels.OPS, "ready"
+    )
+    q, k, v = CASES["attention"]()
+    assert torch.equal(kernels.attention(q, k, v, backend="auto"), cpu.attention(q, k, v))
+
+
+def test_what_it_cannot_run_says_why():
+    assert "fp32" in cpu.why_not("swiglu", torch.zeros(2, dtype=torch.float64))
+    assert "meta" in cpu.why_not("swiglu", torch.zeros(2, device="meta"))
+    assert "as many keys" in cpu.why_not("attention", torch.zeros(1, 2, 1, 4), torch.zeros(1, 3, 1, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        ("rms_norm", [torch.zeros(3, 4), torch.zeros(5)]),
+        ("rms_norm", [torch.zeros(3, 4), torch.zeros(4), 1e-5, torch.zeros(4)]),
+        ("rope", [torch.zeros(1, 3, 1, 4), torch.zeros(1, 3, 1, 4), torch.zeros(2, 2), torch.zeros(2, 2)]),
+        ("rope", [torch.zeros(1, 3, 1, 4), torch.zeros(1, 3, 1, 6), torch.zeros(3, 2), torch.zeros(3, 2)]),
+        ("attention", [torch.zeros(1, 3, 3, 4), torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 2, 4)]),
+        ("attention", [torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 2, 4), torch.zeros(1, 2, 2, 4)]),
+        ("swiglu", [torch.zeros(3, 4), torch.zeros(4)]),
+        ("swiglu", [torch.zeros(3), torch.zeros(3, dtype=torch.float64)]),
+        ("linear_cross_entropy", [torch.zeros(3, 4), torch.zeros(9, 5), torch.zeros(3, dtype=torch.int64)]),
+        ("linear_cross_entropy", [torch.zeros(3, 4), torch.zeros(9, 4), torch.zeros(3)]),
+    ],
+)
+def test_shapes_that_do_not_fit(name, inputs):
+    with pytest.raises(ValueError):
+        getattr(cpu, name)(*inputs)
+
+
+@pytest.mark.parametrize("target", [-1, 30])
+def test_a_target_outside_the_vocabulary(target):
+    with pytest.raises(IndexError, match=str(target)):
+        cpu.linear_cross_entropy(torch.zeros(2, 4), torch.zeros(30, 4), torch.tensor([3, target]))
