@@ -1,0 +1,68 @@
+"""The ops in Triton, for NVIDIA GPUs; with TRITON_INTERPRET=1, slowly, on the CPU.
+
+Each op is registered with `torch.library`, so torch.compile and CUDA graphs take it as one node.
+"""
+
+import torch
+
+try:
+    import triton
+except ImportError:  # no wheel for this platform
+    triton = None
+else:
+    from ant5m.kernels.triton import layout
+    from ant5m.kernels.triton.attention import HEAD_SIZES, attention
+    from ant5m.kernels.triton.linear_cross_entropy import linear_cross_entropy
+    from ant5m.kernels.triton.rms_norm import MAX_SIZE, rms_norm
+    from ant5m.kernels.triton.rope import rope
+    from ant5m.kernels.triton.swiglu import swiglu
+
+__all__ = ["attention", "linear_cross_entropy", "rms_norm", "rope", "swiglu", "why_not"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def why_not(op: str, *tensors: torch.Tensor) -> str | None:
+    """These ops take fp16, bf16 or fp32 on an NVIDIA GPU; what has a product in it needs compute capability 8.0."""
+    if triton is None:
+        return "Triton is not installed"
+    if not layout.interpreted() and not (torch.cuda.is_available() and torch.version.cuda):
+        return "there is no NVIDIA GPU"
+    reason = _device_refuses(op, *tensors)
+    if reason is not None or not tensors:
+        return reason
+    for x in tensors:
+        if x.dtype not in _DTYPES:
+            return f"it takes fp16, bf16 or fp32, not {x.dtype}"
+    return _shape_refuses(op, *tensors)
+
+
+def _device_refuses(op, *tensors):
+    if layout.interpreted():
+        return None
+    for x in tensors:
+        if x.device.type != "cuda":
+            return f"the tensors are on {x.device.type}"
+    capability = torch.cuda.get_device_capability(tensors[0].device if tensors else None)
+    if capability >= (8, 0):
+        return None
+    name = ".".join(map(str, capability))
+    if op == "attention":
+        return f"below compute capability 8.0 (this device: {name}) Triton makes no use of tensor cores"
+    if any(x.dtype == torch.bfloat16 for x in tensors):
+        return f"bf16 needs compute capability 8.0, this device has {name}"
+    return None
+
+
+def _shape_refuses(op, *tensors):
+    x = tensors[0]
+    if op == "attention":
+        if x.shape[-1] not in HEAD_SIZES:
+            return f"it takes head sizes {', '.join(map(str, HEAD_SIZES))}, not {x.shape[-1]}"
+        if any(y.dtype != x.dtype for y in tensors):
+            return f"q, k and v differ in dtype: {', '.join(str(y.dtype) for y in tensors)}"
+    if op == "swiglu" and tensors[1].dtype != x.dtype:
+        return f"gate is {x.dtype}, up {tensors[1].dtype}"
+    if op == "rms_norm" and x.shape[-1] > MAX_SIZE:
+        return f"it takes rows of up to {MAX_SIZE} elements, not {x.shape[-1]}"
+    return None

@@ -1,0 +1,180 @@
+"""The head: logits = hidden weight^T, their softmax cross-entropy, and both gradients, a chunk of rows at a time.
+
+The products are cuBLAS's, which uses the tensor cores of every device; between them one kernel turns a chunk of
+logits in place into softmax - one-hot. The gradients are therefore computed beside the loss, from logits that are
+made once and never kept. They stay unscaled (softmax - one-hot is at most 1 in size) until the backward pass, so
+fp16 needs no loss scale here; both are summed in fp32. Nothing is skipped, and nothing waits for the device.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+# Logits alive at once. Few large chunks: 4,096 rows of 16,384 entries in 16 bits.
+CHUNK_BYTES = 128 << 20
+# Longer rows are read twice; up to here a row stays in registers, 64 entries a thread.
+_MAX_BLOCK = 65_536
+# softmax - one-hot in fp16 would lose every probability below 2^-24. Exact in the other dtypes, where it is 1.
+_FP16_SCALE = 2.0**12
+
+
+@triton.jit
+def softmax_gradient_kernel(
+    p_logits,
+    p_targets,
+    p_losses,
+    V,
+    stride,
+    ignore_index,
+    scale,
+    GRADIENT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A row of logits -> its loss, and in its place scale * (softmax - one-hot), or 0 when it does not count.
+
+    A row has room for `stride` entries, a multiple of 16, so that vectors of entries are read and written; what
+    lies behind entry V is written, and never used. A target that is no entry makes the loss NaN.
+    """
+    i_n = tl.program_id(0).to(tl.int64)
+    target = tl.load(p_targets + i_n)
+    counted = target != ignore_index
+    known = (target >= 0) & (target < V)
+    target = target.to(tl.int32)
+    p_row = p_logits + i_n * stride
+    o = tl.arange(0, BLOCK)
+    if WHOLE:
+        b_z = tl.load(p_row + o, mask=o < stride, other=0.0).to(tl.float32)
+        b_z = tl.where(o < V, b_z, -float("inf"))
+        highest = tl.max(b_z, 0)
+        b_exp = tl.exp(b_z - highest)
+        total = tl.sum(b_exp, 0)
+        at_target = tl.sum(tl.where(o == target, b_z, 0.0), 0)
+        if GRADIENT:
+            b_delta = b_exp / total - tl.where(o == target, 1.0, 0.0)
+            b_delta = tl.where(counted, b_delta * scale, 0.0)
+            tl.store(p_row + o, b_delta.to(p_logits.dtype.element_ty), mask=o < stride)
+    else:
+        b_max = tl.full((BLOCK,), -1e30, tl.float32)
+        b_sum = tl.zeros((BLOCK,), tl.float32)
+        b_target = tl.zeros((BLOCK,), tl.float32)
+        for first in range(0, V, BLOCK):
+            b_z = tl.load(p_row + first + o, mask=first + o < stride, other=0.0).to(tl.float32)
+            b_z = tl.where(first + o < V, b_z, -float("inf"))
+            b_new = tl.maximum(b_max, b_z)
+            b_sum = b_sum * tl.exp(b_max - b_new) + tl.exp(b_z - b_new)
+            b_max = b_new
+            b_target += tl.where(first + o == target, b_z, 0.0)
+        highest = tl.max(b_max, 0)
+        total = tl.sum(b_sum * tl.exp(b_max - highest), 0)
+        at_target = tl.sum(b_target, 0)
+        if GRADIENT:
+            for first in range(0, V, BLOCK):
+                b_z = tl.load(p_row + first + o, mask=first + o < stride, other=0.0).to(tl.float32)
+                b_delta = tl.exp(b_z - highest) / total - tl.where(first + o == target, 1.0, 0.0)
+                b_delta = tl.where(counted, b_delta * scale, 0.0)
+                tl.store(p_row + first + o, b_delta.to(p_logits.dtype.element_ty), mask=first + o < stride)
+    loss = (highest - at_target) + tl.log(total)
+    tl.store(p_losses + i_n, tl.where(counted, tl.where(known, loss, float("nan")), 0.0))
+
+
+@torch.library.custom_op("ant5m_triton::linear_cross_entropy", mutates_args=())
+def _forward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    ignore_index: int,
+    dtype: torch.dtype,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Products in `dtype` -> loss, fp32 gradients (empty where not needed) times count * scale, count of targets."""
+    loss, grad_hidden, grad_weight, count = _outputs(
+        hidden, weight, targets, ignore_index, dtype, need_hidden, need_weight
+    )
+    hidden, weight, targets = hidden.to(dtype), weight.to(dtype), targets.contiguous()
+    tokens, vocab = len(hidden), len(weight)
+    padded = triton.cdiv(vocab, 64) * 64
+    chunk = min(tokens, max(1, CHUNK_BYTES // (padded * dtype.itemsize)))
+    buffer = torch.empty(chunk, padded, dtype=dtype, device=hidden.device)
+    losses = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
+    if need_weight:
+        grad_weight.zero_()
+    block = min(triton.next_power_of_2(padded), _MAX_BLOCK)
+    with torch.cuda.device_of(hidden):
+        for start in range(0, tokens, chunk):
+            x = hidden[start : start + chunk]
+            logits = torch.mm(x, weight.T, out=buffer[: len(x), :vocab])
+            softmax_gradient_kernel[(len(x),)](
+                logits,
+                targets[start:],
+                losses[start:],
+                vocab,
+                padded,
+                ignore_index,
+                _scale(dtype),
+                GRADIENT=need_hidden or need_weight,
+                WHOLE=padded <= block,
+                BLOCK=block,
+                num_warps=min(max(4, block // 2_048), 32),
+            )
+            if need_hidden:
+                _product(logits, weight, grad_hidden[start : start + chunk])
+            if need_weight:
+                grad_weight += _product(logits.T, x)
+    torch.sum((targets != ignore_index).float(), 0, out=count).clamp_(min=1)
+    torch.div(losses.sum(), count, out=loss)
+    return loss, grad_hidden, grad_weight, count
+
+
+@_forward.register_fake
+def _outputs(hidden, weight, targets, ignore_index, dtype, need_hidden, need_weight):
+    loss, count = (torch.empty((), dtype=torch.float32, device=hidden.device) for _ in range(2))
+    grad_hidden = torch.empty(hidden.shape if need_hidden else 0, dtype=torch.float32, device=hidden.device)
+    grad_weight = torch.empty(weight.shape if need_weight else 0, dtype=torch.float32, device=hidden.device)
+    return loss, grad_hidden, grad_weight, count
+
+
+def _save(ctx, inputs, output):
+    hidden, weight, _, _, ctx.dtype, *ctx.needs = inputs
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = hidden.dtype, weight.dtype
+    ctx.save_for_backward(*output[1:])
+
+
+def _differentiate(ctx, grad, *_):
+    *grads, count = ctx.saved_tensors
+    scale = grad / (count * _scale(ctx.dtype))
+    scaled = ((x * scale).to(dtype) if need else None for x, dtype, need in zip(grads, ctx.dtypes, ctx.needs))
+    return *scaled, None, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
+    grad = torch.is_grad_enabled()
+    needs = grad and hidden.requires_grad, grad and weight.requires_grad
+    return _forward(hidden, weight, targets, ignore_index, _compute_dtype(hidden), *needs)[0]
+
+
+def _product(a, b, out=None):
+    """a b in fp32, written to `out` if given: tensor cores sum 16-bit products in fp32, and so it stays."""
+    if a.dtype == torch.float32:
+        return torch.mm(a, b, out=out)
+    if a.device.type == "cpu":
+        a, b = a.float(), b.float()
+        return torch.mm(a, b, out=out if out is not None else a.new_empty(a.shape[0], b.shape[1]))
+    if out is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def _scale(dtype):
+    return _FP16_SCALE if dtype == torch.float16 else 1.0
+
+
+def _compute_dtype(hidden):
+    # Autocast does not reach into an op of our own, so its dtype is applied by hand.
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype

@@ -1,0 +1,217 @@
+"""RMSNorm with the residual add in front of it. Forward and backward read each row once.
+
+With s = x + residual, u = s / sqrt(mean(s^2) + eps) and y = u * weight:
+ds = (weight * dy - u * mean(weight * dy * u)) / sqrt(mean(s^2) + eps), plus the gradient that reaches s directly;
+dweight = sum over rows of dy * u, in fp32, first inside a program and then over programs, always in one order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ant5m.kernels.triton.layout import rows
+
+MAX_SIZE = 65_536
+# Programs of the backward pass: each leaves one partial sum of the weight's gradient.
+_PROGRAMS = 1_024
+
+
+@triton.jit
+def rms_norm_fwd_kernel(
+    p_x,
+    p_residual,
+    p_weight,
+    p_y,
+    p_total,
+    p_scale,
+    N,
+    eps,
+    stride_x,
+    stride_residual,
+    D: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    o_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    o_d = tl.arange(0, BLOCK_D)
+    m_n = o_n < N
+    m = m_n[:, None] & (o_d < D)[None, :]
+    o_out = o_n[:, None] * D + o_d[None, :]
+    b_x = tl.load(p_x + o_n[:, None] * stride_x + o_d[None, :], mask=m, other=0.0).to(tl.float32)  # [N, D]
+    if RESIDUAL:
+        b_residual = tl.load(p_residual + o_n[:, None] * stride_residual + o_d[None, :], mask=m, other=0.0)
+        b_total = (b_x + b_residual.to(tl.float32)).to(p_total.dtype.element_ty)
+        tl.store(p_total + o_out, b_total, mask=m)
+        b_x = b_total.to(tl.float32)
+    b_scale = 1.0 / tl.sqrt(tl.sum(b_x * b_x, 1) / D + eps)  # [N]
+    tl.store(p_scale + o_n, b_scale, mask=m_n)
+    b_weight = tl.load(p_weight + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    b_y = b_x * b_scale[:, None] * b_weight[None, :]
+    tl.store(p_y + o_out, b_y.to(p_y.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def rms_norm_bwd_kernel(
+    p_dy,
+    p_dtotal,
+    p_total,
+    p_weight,
+    p_scale,
+    p_dx,
+    p_dresidual,
+    p_dweight,
+    N,
+    stride_dy,
+    stride_dtotal,
+    stride_total,
+    D: tl.constexpr,
+    DTOTAL: tl.constexpr,
+    DRESIDUAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_dweight = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
+        o_n = (block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+        m_n = o_n < N
+        m = m_n[:, None] & m_d[None, :]
+        b_scale = tl.load(p_scale + o_n, mask=m_n, other=0.0)
+        b_total = tl.load(p_total + o_n[:, None] * stride_total + o_d[None, :], mask=m, other=0.0)
+        b_dy = tl.load(p_dy + o_n[:, None] * stride_dy + o_d[None, :], mask=m, other=0.0).to(tl.float32)
+        b_unit = b_total.to(tl.float32) * b_scale[:, None]
+        b_dweight += b_dy * b_unit
+        b_dunit = b_dy * b_weight[None, :]
+        b_along = tl.sum(b_dunit * b_unit, 1) / D
+        b_ds = (b_dunit - b_unit * b_along[:, None]) * b_scale[:, None]
+        if DTOTAL:
+            b_ds += tl.load(p_dtotal + o_n[:, None] * stride_dtotal + o_d[None, :], mask=m, other=0.0).to(
+                tl.float32
+            )
+        o_out = o_n[:, None] * D + o_d[None, :]
+        tl.store(p_dx + o_out, b_ds.to(p_dx.dtype.element_ty), mask=m)
+        if DRESIDUAL:
+            tl.store(p_dresidual + o_out, b_ds.to(p_dresidual.dtype.element_ty), mask=m)
+    tl.store(p_dweight + tl.program_id(0) * D + o_d, tl.sum(b_dweight, 0), mask=m_d)
+
+
+@torch.library.custom_op("ant5m_triton::rms_norm", mutates_args=())
+def _forward(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> y, x + residual (empty without one), 1 / root mean square of each row."""
+    y, total, scale = _outputs(x, weight, eps, residual)
+    wide = rows(x)
+    other = wide if residual is None else rows(residual)
+    tile = _tile(x.shape[-1])
+    with torch.cuda.device_of(x):
+        rms_norm_fwd_kernel[(triton.cdiv(len(wide), tile["BLOCK_N"]),)](
+            wide,
+            other,
+            weight,
+            y,
+            total,
+            scale,
+            len(wide),
+            eps,
+            wide.stride(0),
+            other.stride(0),
+            D=x.shape[-1],
+            RESIDUAL=residual is not None,
+            **tile,
+        )
+    return y, total, scale
+
+
+@_forward.register_fake
+def _outputs(x, weight, eps, residual):
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    total = x.new_empty(0) if residual is None else torch.empty_like(y)
+    return y, total, torch.empty(x.numel() // x.shape[-1], dtype=torch.float32, device=x.device)
+
+
+@torch.library.custom_op("ant5m_triton::rms_norm_backward", mutates_args=())
+def _backward(
+    dy: torch.Tensor,
+    dtotal: torch.Tensor | None,
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> gradient of x, of the residual if its dtype is another one (else empty), of the weight."""
+    dx, dresidual, dweight = _gradients(dy, dtotal, total, weight, scale, dtype, residual_dtype)
+    dy, total = rows(dy), rows(total)
+    direct = dy if dtotal is None else rows(dtotal)
+    size = total.shape[-1]
+    tile = _tile(size)
+    programs = min(_PROGRAMS, triton.cdiv(len(total), tile["BLOCK_N"]))
+    partial = torch.empty(programs, size, dtype=torch.float32, device=dy.device)
+    with torch.cuda.device_of(dy):
+        rms_norm_bwd_kernel[(programs,)](
+            dy,
+            direct,
+            total,
+            weight,
+            scale,
+            dx,
+            dresidual,
+            partial,
+            len(total),
+            dy.stride(0),
+            direct.stride(0),
+            total.stride(0),
+            D=size,
+            DTOTAL=dtotal is not None,
+            DRESIDUAL=dresidual.numel() > 0,
+            **tile,
+        )
+    return dx, dresidual, dweight.copy_(partial.sum(0))
+
+
+@_backward.register_fake
+def _gradients(dy, dtotal, total, weight, scale, dtype, residual_dtype):
+    dx = torch.empty(dy.shape, dtype=dtype, device=dy.device)
+    dresidual = torch.empty(
+        dy.shape if residual_dtype != dtype else 0, dtype=residual_dtype, device=dy.device
+    )
+    return dx, dresidual, torch.empty_like(weight)
+
+
+def _save(ctx, inputs, output):
+    x, weight, _, residual = inputs
+    _, total, scale = output
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = x.dtype, x.dtype if residual is None else residual.dtype
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(x if residual is None else total, weight, scale)
+
+
+def _differentiate(ctx, dy, dtotal, _):
+    total, weight, scale = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(total)
+    dx, dresidual, dweight = _backward(dy, dtotal, total, weight, scale, *ctx.dtypes)
+    if not ctx.has_residual:
+        return dx, dweight, None, None
+    return dx, dweight, None, dx if ctx.dtypes[0] == ctx.dtypes[1] else dresidual
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def rms_norm(x, weight, eps=1e-5, residual=None):
+    y, total, _ = _forward(x, weight, eps, residual)
+    return y if residual is None else (y, total)
+
+
+def _tile(size: int) -> dict[str, int]:
+    # 2,048 elements, 16 a thread, until a row alone is longer.
+    block = triton.next_power_of_2(size)
+    warps = min(max(4, block // 1_024), 32)
+    return {"BLOCK_N": max(1, 2_048 // block), "BLOCK_D": block, "num_warps": warps}

@@ -1,0 +1,168 @@
+"""Rotary position embedding of q and k in one launch, half-rotate layout: dimension j turns with j + D/2.
+
+The gradient of a rotation is the rotation back, so the backward pass is the same kernel with -sin.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ant5m.kernels.triton.layout import dense
+
+
+@triton.jit
+def _rotate(
+    p_x,
+    p_out,
+    b_cos,
+    b_sin,
+    i_b,
+    i_t,
+    T,
+    stride_b,
+    stride_t,
+    stride_h,
+    H: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    o_t = tl.arange(0, BLOCK_T)[:, None, None]
+    o_h = tl.arange(0, BLOCK_H)[None, :, None]
+    o_d = tl.arange(0, BLOCK_D)[None, None, :]
+    m = (i_t + o_t < T) & (o_h < H) & (o_d < HALF)
+    p_first = p_x + i_b * stride_b + i_t * stride_t + (o_t * stride_t + o_h * stride_h + o_d)
+    b_first = tl.load(p_first, mask=m, other=0.0).to(tl.float32)  # [T, H, D/2]
+    b_second = tl.load(p_first + HALF, mask=m, other=0.0).to(tl.float32)
+    p_first = p_out + (i_b * T + i_t) * (H * 2 * HALF) + ((o_t * H + o_h) * 2 * HALF + o_d)
+    dtype = p_out.dtype.element_ty
+    tl.store(p_first, (b_first * b_cos - b_second * b_sin).to(dtype), mask=m)
+    tl.store(p_first + HALF, (b_second * b_cos + b_first * b_sin).to(dtype), mask=m)
+
+
+@triton.jit
+def rope_kernel(
+    p_q,
+    p_k,
+    p_cos,
+    p_sin,
+    p_q_out,
+    p_k_out,
+    T,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    H: tl.constexpr,
+    KV: tl.constexpr,
+    HALF: tl.constexpr,
+    BACK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    blocks = tl.cdiv(T, BLOCK_T)
+    i_b = (tl.program_id(0) // blocks).to(tl.int64)
+    i_t = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_T
+    o_t = tl.arange(0, BLOCK_T)[:, None, None]
+    o_d = tl.arange(0, BLOCK_D)[None, None, :]
+    m = (i_t + o_t < T) & (o_d < HALF)
+    o = i_t * HALF + (o_t * HALF + o_d)
+    b_cos = tl.load(p_cos + o, mask=m, other=0.0)  # [T, 1, D/2]
+    b_sin = tl.load(p_sin + o, mask=m, other=0.0)
+    if BACK:
+        b_sin = -b_sin
+    _rotate(
+        p_q,
+        p_q_out,
+        b_cos,
+        b_sin,
+        i_b,
+        i_t,
+        T,
+        stride_qb,
+        stride_qt,
+        stride_qh,
+        H,
+        HALF,
+        BLOCK_T,
+        BLOCK_H,
+        BLOCK_D,
+    )
+    _rotate(
+        p_k,
+        p_k_out,
+        b_cos,
+        b_sin,
+        i_b,
+        i_t,
+        T,
+        stride_kb,
+        stride_kt,
+        stride_kh,
+        KV,
+        HALF,
+        BLOCK_T,
+        BLOCK_KV,
+        BLOCK_D,
+    )
+
+
+@torch.library.custom_op("ant5m_triton::rope", mutates_args=())
+def _rope(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k turned by the angles whose cosines and sines are given, or back by them."""
+    q_out, k_out = _outputs(q, k, cos, sin, back)
+    q, k, cos, sin = dense(q), dense(k), cos.contiguous(), sin.contiguous()
+    batch, length, heads, size = q.shape
+    kv, half = k.shape[2], size // 2
+    block_h, block_d = triton.next_power_of_2(heads), triton.next_power_of_2(half)
+    block_t = max(1, 1_024 // (block_h * block_d))
+    with torch.cuda.device_of(q):
+        rope_kernel[(batch * triton.cdiv(length, block_t),)](
+            q,
+            k,
+            cos,
+            sin,
+            q_out,
+            k_out,
+            length,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            H=heads,
+            KV=kv,
+            HALF=half,
+            BACK=back,
+            BLOCK_T=block_t,
+            BLOCK_H=block_h,
+            BLOCK_KV=triton.next_power_of_2(kv),
+            BLOCK_D=block_d,
+        )
+    return q_out, k_out
+
+
+@_rope.register_fake
+def _outputs(q, k, cos, sin, back):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+
+
+def _save(ctx, inputs, output):
+    _, _, cos, sin, back = inputs
+    ctx.back = back
+    ctx.save_for_backward(cos, sin)
+
+
+def _differentiate(ctx, dq, dk):
+    return *_rope(dq, dk, *ctx.saved_tensors, not ctx.back), None, None, None
+
+
+_rope.register_autograd(_differentiate, setup_context=_save)
+
+
+def rope(q, k, cos, sin):
+    return _rope(q, k, cos, sin, False)

@@ -1,0 +1,104 @@
+"""SwiGLU: silu(gate) * up in one pass, and both gradients in another, from the inputs alone.
+
+With a = sigmoid(gate): dup = dy * gate * a, dgate = dy * up * a * (1 + gate * (1 - a)).
+Elements are taken in one flat order over rows, so a width such as 516 wastes no lanes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ant5m.kernels.triton.layout import rows
+
+_BLOCK = 1_024
+
+
+@triton.jit
+def _offsets(N, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Row and column of the program's elements, and which of them exist."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    o = (first % D).to(tl.int32) + tl.arange(0, BLOCK)
+    o_n = first // D + o // D
+    return o_n, o % D, o_n < N
+
+
+@triton.jit
+def swiglu_fwd_kernel(p_gate, p_up, p_y, N, stride_gate, stride_up, D: tl.constexpr, BLOCK: tl.constexpr):
+    o_n, o_d, m = _offsets(N, D, BLOCK)
+    b_gate = tl.load(p_gate + o_n * stride_gate + o_d, mask=m, other=0.0).to(tl.float32)
+    b_up = tl.load(p_up + o_n * stride_up + o_d, mask=m, other=0.0).to(tl.float32)
+    b_y = b_gate * tl.sigmoid(b_gate) * b_up
+    tl.store(p_y + o_n * D + o_d, b_y.to(p_y.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def swiglu_bwd_kernel(
+    p_dy, p_gate, p_up, p_dboth, N, stride_dy, stride_gate, stride_up, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    o_n, o_d, m = _offsets(N, D, BLOCK)
+    b_dy = tl.load(p_dy + o_n * stride_dy + o_d, mask=m, other=0.0).to(tl.float32)
+    b_gate = tl.load(p_gate + o_n * stride_gate + o_d, mask=m, other=0.0).to(tl.float32)
+    b_up = tl.load(p_up + o_n * stride_up + o_d, mask=m, other=0.0).to(tl.float32)
+    b_sigmoid = tl.sigmoid(b_gate)
+    b_silu = b_gate * b_sigmoid
+    b_dgate = b_dy * b_up * (b_sigmoid + b_silu * (1.0 - b_sigmoid))
+    p_dgate = p_dboth + o_n * 2 * D + o_d
+    tl.store(p_dgate, b_dgate.to(p_dboth.dtype.element_ty), mask=m)
+    tl.store(p_dgate + D, (b_dy * b_silu).to(p_dboth.dtype.element_ty), mask=m)
+
+
+@torch.library.custom_op("ant5m_triton::swiglu", mutates_args=())
+def _forward(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    y = _output(gate, up)
+    gate, up = rows(gate), rows(up)
+    with torch.cuda.device_of(y):
+        swiglu_fwd_kernel[(triton.cdiv(y.numel(), _BLOCK),)](
+            gate, up, y, len(gate), gate.stride(0), up.stride(0), D=gate.shape[1], BLOCK=_BLOCK
+        )
+    return y
+
+
+@_forward.register_fake
+def _output(gate, up):
+    return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+
+
+@torch.library.custom_op("ant5m_triton::swiglu_backward", mutates_args=())
+def _backward(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """-> both gradients side by side [..., 2 D]: where one product made gate and up, its gradient needs no copy."""
+    dboth = _gradients(dy, gate, up)
+    dy, gate, up = rows(dy), rows(gate), rows(up)
+    with torch.cuda.device_of(dy):
+        swiglu_bwd_kernel[(triton.cdiv(gate.numel(), _BLOCK),)](
+            dy,
+            gate,
+            up,
+            dboth,
+            len(gate),
+            dy.stride(0),
+            gate.stride(0),
+            up.stride(0),
+            D=gate.shape[1],
+            BLOCK=_BLOCK,
+        )
+    return dboth
+
+
+@_backward.register_fake
+def _gradients(dy, gate, up):
+    return torch.empty((*gate.shape[:-1], 2 * gate.shape[-1]), dtype=gate.dtype, device=gate.device)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, dy):
+    return _backward(dy, *ctx.saved_tensors).chunk(2, -1)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def swiglu(gate, up):
+    return _forward(gate, up)
