@@ -15,11 +15,14 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import zstandard
 
 from ant5m.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 BLOCK = 1 << 20
 """bytes read at once"""
@@ -114,6 +117,20 @@ class Cursor(Iterator[str]):
                 raise UserError(f"{source.name} holds no text")
             before += source.size
             self.position, self.bytes_read, skip = Position(index + 1), before, 0
+
+
+def tracked(corpus: Corpus, progress: "Progress", description: str = "reading") -> Iterator[str]:
+    """All documents, with a bar."""
+    if any(source.name == "builtin" for source in corpus.sources):
+        from ant5m.data.builtin import load_builtin
+
+        load_builtin(progress)
+    task = progress.add_task(description, total=corpus.size or None)
+    cursor = corpus.documents()
+    for text in cursor:
+        progress.update(task, completed=cursor.bytes_read)
+        yield text
+    progress.update(task, total=1, completed=1)
 
 
 Report = Callable[[int], None]

@@ -8,7 +8,7 @@ on the probe below, `tokenizers` itself does the work.
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +127,17 @@ class Tokenizer:
         """Text of ids, special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
+    def shrunk(self, vocab_size: int) -> "Tokenizer":
+        """What `train_tokenizer` would have made of the same text with fewer entries.
+
+        BPE learns its entries one after the other, so the smaller vocabulary is the beginning of this one.
+        """
+        content = json.loads(self.backend.to_str())
+        model = content["model"]
+        model["vocab"] = {token: i for token, i in model["vocab"].items() if i < vocab_size}
+        model["merges"] = [[left, right] for left, right in model["merges"] if left + right in model["vocab"]]
+        return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)), self.eos_token)
+
     @functools.cached_property
     def vocab(self) -> dict[str, int]:
         """token -> id, added tokens included, in the spelling of `tokenizer.json`."""
@@ -175,13 +186,24 @@ def train_tokenizer(
     """Learn a byte-level BPE of exactly `vocab_size` entries, `<|endoftext|>` being the first.
 
     Reads all of `texts` but learns from an evenly spread sample of at most `sample_bytes` bytes, so memory is
-    bounded. The same texts give the same tokenizer. `progress` shows the two phases after the reading.
+    bounded. The same texts give the same tokenizer. `progress` shows what happens after the reading.
     Raises `UserError` when the size is not possible or the text is too small for it.
     """
     check_vocab_size(vocab_size)
     sample = spread_sample(texts, sample_bytes)
     if not sample:
         raise UserError("there is no text to learn a tokenizer from")
+    tokenizer = learn_bpe(sample, vocab_size, progress)
+    if tokenizer.vocab_size < vocab_size:
+        raise UserError(
+            f"the text supports a vocabulary of only {tokenizer.vocab_size:,} entries, not {vocab_size:,}: "
+            f"ask for {tokenizer.vocab_size:,} or fewer, or give more text"
+        )
+    return tokenizer
+
+
+def learn_bpe(sample: Sequence[str], vocab_size: int, progress: "Progress | None" = None) -> Tokenizer:
+    """As `train_tokenizer`, from all of `sample`; has fewer entries where the text supports no more."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -198,13 +220,18 @@ def train_tokenizer(
         max_token_length=MAX_TOKEN_LENGTH,
         show_progress=False,
     )
-    backend.train_from_iterator(_counted(sample, progress), trainer)
-    reached = backend.get_vocab_size()
-    if reached < vocab_size:
-        raise UserError(
-            f"the text supports a vocabulary of only {reached:,} entries, not {vocab_size:,}: "
-            f"ask for {reached:,} or fewer, or give more text"
-        )
+    if progress is None:
+        backend.train_from_iterator(sample, trainer)
+        return Tokenizer(backend)
+    counting = progress.add_task("counting words", total=len(sample))
+    merging = progress.add_task("learning merges", total=None, start=False)
+
+    def counted() -> Iterator[str]:
+        yield from progress.track(sample, task_id=counting)
+        progress.start_task(merging)
+
+    backend.train_from_iterator(counted(), trainer)
+    progress.update(merging, total=1, completed=1)
     return Tokenizer(backend)
 
 
@@ -240,15 +267,3 @@ def spread_sample(texts: Iterable[str], max_bytes: int) -> list[str]:
             kept, sizes, stride = kept[::2], sizes[::2], stride * 2
             total = sum(sizes)
     return kept
-
-
-def _counted(sample: list[str], progress: "Progress | None") -> Iterable[str]:
-    """The sample, with a bar for the words counted and a spinner for the merges that follow."""
-    if progress is None:
-        yield from sample
-        return
-    task = progress.add_task("counting words", total=len(sample))
-    for text in sample:
-        yield text
-        progress.advance(task)
-    progress.add_task("learning merges", total=None)

@@ -1,0 +1,202 @@
+"""`ant5m tokenizer train` and `ant5m tokenizer health`."""
+
+import itertools
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ant5m.data.health import Health
+
+_STYLE = {"fit": "bold green", "fit with reservations": "bold yellow", "unfit": "bold red"}
+
+
+@dataclass
+class TokenizerTrain:
+    """Learn a byte-level BPE from text.
+
+    Examples:
+      ant5m tokenizer train books/ more.jsonl.zst --out my-tokenizer
+      ant5m tokenizer train hf:roneneldan/TinyStories --vocab-size 4096 --out stories-tokenizer
+      ant5m tokenizer train builtin --out docs-tokenizer
+    """
+
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """.txt, .jsonl (also .gz, .xz, .zst) and .parquet files, folders or globs of them, hf:OWNER/NAME[:SPLIT],
+    or builtin"""
+    out: Path
+    """folder for tokenizer.json and the files that transformers needs to open it; must not exist"""
+    vocab_size: int = 16_384
+    """entries, the 256 bytes and <|endoftext|> included; at most 65,536"""
+    sample_mb: int = 100
+    """megabytes of text to learn from, evenly spread over the inputs"""
+    max_documents: int | None = None
+    """read no more than so many: for a data set that is too large to be read to its end"""
+    text_column: str = "text"
+    """field of .jsonl, .parquet and hf: rows that holds the text"""
+
+    def run(self) -> None:
+        from ant5m.data.corpus import Corpus, tracked
+        from ant5m.data.tokenizer import check_vocab_size, train_tokenizer
+        from ant5m.files import new_folder
+
+        check_vocab_size(self.vocab_size)
+        corpus = Corpus.open(self.inputs, self.text_column)
+        with new_folder(self.out) as folder, _progress() as progress:
+            texts = itertools.islice(tracked(corpus, progress), self.max_documents)
+            train_tokenizer(texts, self.vocab_size, self.sample_mb * 1_000_000, progress).save(folder)
+        Console().print(f"learned {self.vocab_size:,} entries; written to {escape(str(self.out))}")
+
+
+@dataclass
+class TokenizerHealth:
+    """Is this tokenizer fit for this text, and for a model of this size?
+
+    Examples:
+      ant5m tokenizer health books/ --tokenizer my-tokenizer
+      ant5m tokenizer health books/ --tokenizer my-tokenizer --preset ant-5m-fit --compare 1024 2048 4096
+      ant5m tokenizer health builtin --tokenizer gpt2/tokenizer.json --json > health.json
+    """
+
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """.txt, .jsonl (also .gz, .xz, .zst) and .parquet files, folders or globs of them, hf:OWNER/NAME[:SPLIT],
+    or builtin"""
+    tokenizer: Path
+    """tokenizer folder, or a tokenizer.json"""
+    preset: str = "ant-5m"
+    """model whose table the vocabulary becomes: a preset (ant-5m, ant-5m-wide, ant-5m-fit, archaea-74m) or a
+    config file"""
+    compare: tuple[int, ...] = (2_048, 4_096, 8_192, 16_384)
+    """vocabulary sizes to learn from the same text, to see what each costs and brings"""
+    sample_mb: int = 10
+    """megabytes of text to measure on, evenly spread over the inputs"""
+    max_documents: int | None = None
+    """read no more than so many: for a data set that is too large to be read to its end"""
+    text_column: str = "text"
+    """field of .jsonl, .parquet and hf: rows that holds the text"""
+    picture: Path = Path("tokenizer-health.png")
+    """where the picture goes"""
+    json: bool = False
+    """print JSON instead of tables"""
+
+    def run(self) -> None:
+        from ant5m.data import health
+        from ant5m.data.corpus import Corpus, tracked
+        from ant5m.data.tokenizer import Tokenizer
+        from ant5m.model.config import load_config
+
+        config = load_config(self.preset)
+        tokenizer = Tokenizer.load(self.tokenizer)
+        corpus = Corpus.open(self.inputs, self.text_column)
+        with _progress() as progress:
+            texts = itertools.islice(tracked(corpus, progress), self.max_documents)
+            found = health.examine(
+                tokenizer, texts, config, self.preset, self.compare, self.sample_mb * 1_000_000, progress
+            )
+        health.draw(found, self.picture)
+        if self.json:
+            json.dump(found.to_dict(), sys.stdout, indent=2, ensure_ascii=False)
+            print()
+        else:
+            _show(found, Console(highlight=False))
+            Console().print(f"picture: {escape(str(self.picture))}")
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+    )
+
+
+def _show(health: "Health", console: Console) -> None:
+    from ant5m.data.health import RARE
+
+    console.print(_overview(health, RARE))
+    console.print(_tokens(health))
+    repeated = {"Repeated lines": health.repeated_lines, "Repeated fragments": health.repeated_ngrams}
+    for title, fragments in repeated.items():
+        if fragments:
+            table = Table("times", "text", title=title, title_justify="left")
+            for fragment in fragments:
+                table.add_row(f"{fragment.count:,}", escape(_shortened(fragment.text)))
+            console.print(table)
+    if health.comparison:
+        console.print(_comparison(health))
+    console.print(f"[{_STYLE[health.verdict]}]{health.verdict}[/]")
+    for reason in health.reasons:
+        console.print(f"  - {escape(reason)}")
+
+
+def _overview(health: "Health", rare: int) -> Table:
+    lost = [
+        *health.lost_characters[:3],
+        *health.lost_unicode,
+        *["text of the sample"][: health.lost_documents],
+    ]
+    never = " ".join(map(repr, health.unreachable[:5]))
+    model = health.model
+    rows = {
+        "sample": f"{health.documents:,} documents, {health.bytes / 1e6:.1f} MB, {health.words:,} words, "
+        f"{health.tokens:,} tokens",
+        "bytes per token": f"{health.bytes_per_token:.3f}",
+        "tokens per word (fertility)": f"{health.fertility:.3f}",
+        "round trip": f"lost: {', '.join(lost)}"
+        if lost
+        else "every byte, awkward Unicode and the sample come back",
+        "vocabulary never used": f"{health.unused:.1%}",
+        "vocabulary hardly used": f"{health.hardly_used:.1%} (fewer than {rare} times)",
+        "unreachable entries": f"{len(health.unreachable):,} {never}",
+        "URLs": f"{health.url_share:.2%} of the text",
+        "repeated lines": f"{health.repeated_line_share:.2%} of the text",
+        "repeated fragments": f"{health.repeated_ngram_share:.2%} of the tokens",
+        f"table in {model['name']}": f"{model['table_share']:.1%} of {model['parameters']:,} parameters",
+    }
+    title = f"Tokenizer of {health.vocab_size:,} entries"
+    table = Table(show_header=False, title=title, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(escape(name), escape(value))
+    return table
+
+
+def _tokens(health: "Health", number: int = 10) -> Table:
+    table = Table("token", "share", "token", "share", title="Most frequent tokens", title_justify="left")
+    top = [(escape(repr(row["token"])), f"{row['share']:.2%}") for row in health.most_frequent[:number]]
+    half = (len(top) + 1) // 2
+    for left, right in itertools.zip_longest(top[:half], top[half:], fillvalue=("", "")):
+        table.add_row(*left, *right)
+    return table
+
+
+def _comparison(health: "Health") -> Table:
+    table = Table(
+        title=f"Vocabulary sizes learned from this sample, in {health.model['name']}", title_justify="left"
+    )
+    for heading in ("entries", "bytes per token", "tokens per word", "hardly used", "parameters", "table"):
+        table.add_column(heading, justify="right")
+    for row in health.comparison:
+        table.add_row(
+            f"{row['vocab_size']:,}",
+            f"{row['bytes_per_token']:.3f}",
+            f"{row['fertility']:.3f}",
+            f"{row['hardly_used']:.1%}",
+            f"{row['parameters']:,}",
+            f"{row['table_share']:.1%}",
+        )
+    return table
+
+
+def _shortened(text: str, width: int = 90) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1] + "…"
