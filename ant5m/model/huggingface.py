@@ -251,8 +251,12 @@ def card_of_run(name: str, run: Path, checkpoint: Path) -> ModelCard:
         name=name,
         data=_sources(Path(data) if data else run / "data"),
         tokens=state.get("tokens"),
-        validation=next((one for one in measured if "validation split" in one["text"]), {}),
+        validation=next((_held_out(one) for one in measured if "validation split" in one["text"]), {}),
     )
+
+
+def _held_out(evaluation: dict[str, Any]) -> dict[str, Any]:
+    return {**evaluation, "text": "the held-out part of the same text"}
 
 
 def _sources(shards: Path) -> str | None:
