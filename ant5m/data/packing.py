@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import ant5m
+from ant5m.data.builtin import load_builtin
 from ant5m.data.corpus import Corpus, Cursor, Position
 from ant5m.data.shards import COUNTS, FORMAT, META, PROGRESS, TOKEN, file_sha256
 from ant5m.data.tokenizer import MAX_VOCAB_SIZE, Tokenizer
@@ -37,7 +38,7 @@ SHARD_TOKENS = 1 << 26
 """128 MiB a shard file"""
 BATCH_BYTES = 1 << 22
 """text that is encoded at once"""
-JOURNAL_BYTES = 1 << 26
+JOURNAL_BYTES = 1 << 25
 """text that is encoded again, at most, after a stop"""
 CACHE_BYTES = 1 << 28
 """text after which the encoder starts over: its cache of words has no bound of its own"""
@@ -142,12 +143,15 @@ def _full_disk_explained(out: Path) -> Iterator[None]:
 
 
 def _plan(corpus: Corpus, tokenizer: Tokenizer, options: dict[str, Any]) -> dict[str, Any]:
-    inputs = [[source.name, source.size, _modified(source.name)] for source in corpus.sources]
+    inputs = [[source.name, source.size, _version(source.name)] for source in corpus.sources]
     return {"format": FORMAT, "inputs": inputs, "tokenizer": tokenizer.fingerprint, **options}
 
 
-def _modified(name: str) -> int | None:
-    return os.stat(name).st_mtime_ns if os.path.exists(name) else None  # hf:... and builtin are no files
+def _version(source: str) -> int | str | None:
+    """Changes when the text of a source does; None for hf:..., which does not tell."""
+    if source == "builtin":
+        return load_builtin().fingerprint
+    return os.stat(source).st_mtime_ns if os.path.exists(source) else None
 
 
 def _begin(out: Path, plan: dict[str, Any]) -> _Journal:
