@@ -23,13 +23,14 @@ _STYLE = {"fit": "bold green", "fit with reservations": "bold yellow", "unfit": 
 class TokenizerTrain:
     """Learn a byte-level BPE from text.
 
-    Examples:
-      ant5m tokenizer train books/ more.jsonl.zst --out my-tokenizer
-      ant5m tokenizer train hf:roneneldan/TinyStories --vocab-size 4096 --out stories-tokenizer
-      ant5m tokenizer train builtin --out docs-tokenizer
+    For example:
+
+        ant5m tokenizer train books/ more.jsonl.zst --out my-tokenizer
+        ant5m tokenizer train hf:roneneldan/TinyStories --vocab-size 4096 --out stories-tokenizer
+        ant5m tokenizer train builtin --out docs-tokenizer
     """
 
-    inputs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT...")]
     """.txt, .jsonl (also .gz, .xz, .zst) and .parquet files, folders or globs of them, hf:OWNER/NAME[:SPLIT],
     or builtin"""
     out: Path
@@ -60,13 +61,14 @@ class TokenizerTrain:
 class TokenizerHealth:
     """Is this tokenizer fit for this text, and for a model of this size?
 
-    Examples:
-      ant5m tokenizer health books/ --tokenizer my-tokenizer
-      ant5m tokenizer health books/ --tokenizer my-tokenizer --preset ant-5m-fit --compare 1024 2048 4096
-      ant5m tokenizer health builtin --tokenizer gpt2/tokenizer.json --json > health.json
+    For example:
+
+        ant5m tokenizer health books/ --tokenizer my-tokenizer
+        ant5m tokenizer health books/ --tokenizer my-tokenizer --preset ant-5m-fit --compare 1024 2048
+        ant5m tokenizer health builtin --tokenizer gpt2/tokenizer.json --json > health.json
     """
 
-    inputs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT...")]
     """.txt, .jsonl (also .gz, .xz, .zst) and .parquet files, folders or globs of them, hf:OWNER/NAME[:SPLIT],
     or builtin"""
     tokenizer: Path
@@ -106,7 +108,7 @@ class TokenizerHealth:
             json.dump(found.to_dict(), sys.stdout, indent=2, ensure_ascii=False)
             print()
         else:
-            _show(found, Console(highlight=False))
+            _show(found, Console(highlight=False), health.RARE)
             Console().print(f"picture: {escape(str(self.picture))}")
 
 
@@ -120,10 +122,8 @@ def _progress() -> Progress:
     )
 
 
-def _show(health: "Health", console: Console) -> None:
-    from ant5m.data.health import RARE
-
-    console.print(_overview(health, RARE))
+def _show(health: "Health", console: Console, rare: int) -> None:
+    console.print(_overview(health, rare))
     console.print(_tokens(health))
     repeated = {"Repeated lines": health.repeated_lines, "Repeated fragments": health.repeated_ngrams}
     for title, fragments in repeated.items():
@@ -140,11 +140,8 @@ def _show(health: "Health", console: Console) -> None:
 
 
 def _overview(health: "Health", rare: int) -> Table:
-    lost = [
-        *health.lost_characters[:3],
-        *health.lost_unicode,
-        *["text of the sample"][: health.lost_documents],
-    ]
+    trip = health.round_trip
+    changed = f"{len(trip.lost):,} lost, {len(trip.normalized):,} normalized"
     never = " ".join(map(repr, health.unreachable[:5]))
     model = health.model
     rows = {
@@ -152,9 +149,7 @@ def _overview(health: "Health", rare: int) -> Table:
         f"{health.tokens:,} tokens",
         "bytes per token": f"{health.bytes_per_token:.3f}",
         "tokens per word (fertility)": f"{health.fertility:.3f}",
-        "round trip": f"lost: {', '.join(lost)}"
-        if lost
-        else "every byte, awkward Unicode and the sample come back",
+        "round trip": changed if trip.lost or trip.normalized else "bytes, Unicode and the sample come back",
         "vocabulary never used": f"{health.unused:.1%}",
         "vocabulary hardly used": f"{health.hardly_used:.1%} (fewer than {rare} times)",
         "unreachable entries": f"{len(health.unreachable):,} {never}",

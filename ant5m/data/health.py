@@ -5,7 +5,9 @@ entries earn their row in the model's table, and which pieces of text crowd out 
 """
 
 import dataclasses
+import io
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ import numpy as np
 
 from ant5m.data.tokenizer import MAX_VOCAB_SIZE, Tokenizer, check_vocab_size, learn_bpe, spread_sample
 from ant5m.errors import UserError
+from ant5m.files import write_file
 from ant5m.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -57,6 +60,17 @@ class Fragment:
 
 
 @dataclass
+class RoundTrip:
+    """Names of what is not the same after encoding and decoding: characters (which hold every byte that UTF-8
+    has), kinds of awkward Unicode, documents of the sample.
+    """
+
+    lost: list[str]
+    normalized: list[str]
+    """comes back in another Unicode normal form"""
+
+
+@dataclass
 class Health:
     """What `examine` found. Shares are between 0 and 1; counts are of the sample."""
 
@@ -69,12 +83,7 @@ class Health:
     bytes_per_token: float
     fertility: float
     """tokens per word"""
-    lost_characters: list[str]
-    """code points, of those that hold every byte UTF-8 has, that do not come back"""
-    lost_unicode: list[str]
-    """kinds of awkward Unicode that do not come back"""
-    lost_documents: int
-    """documents of the sample that do not come back"""
+    round_trip: RoundTrip
     unused: float
     """share of the vocabulary that the sample never uses"""
     hardly_used: float
@@ -143,9 +152,7 @@ def examine(
         tokens=len(ids),
         bytes_per_token=size / len(ids),
         fertility=len(ids) / max(1, words),
-        lost_characters=[f"U+{ord(c):04X}" for c in every_byte() if not _comes_back(tokenizer, c)],
-        lost_unicode=[name for name, text in AWKWARD.items() if not _comes_back(tokenizer, text)],
-        lost_documents=sum(not _comes_back(tokenizer, t) for t in spread_sample(sample, ROUND_TRIP_BYTES)),
+        round_trip=round_trip(tokenizer, sample),
         unused=float((ordinary == 0).mean()),
         hardly_used=float((ordinary < RARE).mean()),
         unreachable=unreachable(tokenizer),
@@ -179,8 +186,19 @@ def every_byte() -> list[str]:
     return two + three + four
 
 
-def _comes_back(tokenizer: Tokenizer, text: str) -> bool:
-    return tokenizer.decode(tokenizer.encode(text)) == text
+def round_trip(tokenizer: Tokenizer, sample: Sequence[str]) -> RoundTrip:
+    """Encode and decode characters with every byte, the awkward Unicode, and documents of the sample."""
+    found = RoundTrip([], [])
+    texts = {f"U+{ord(character):04X}": character for character in every_byte()} | AWKWARD
+    for number, document in enumerate(spread_sample(sample, ROUND_TRIP_BYTES), 1):
+        texts[f"document {number}"] = document
+    for name, text in texts.items():
+        back = tokenizer.decode(tokenizer.encode(text))
+        if back == text:
+            continue
+        same = unicodedata.normalize("NFKC", back) == unicodedata.normalize("NFKC", text)
+        (found.normalized if same else found.lost).append(name)
+    return found
 
 
 # Which entries are of use?
@@ -311,14 +329,8 @@ def judge(health: Health) -> tuple[str, list[str]]:
 
 def _failures(health: Health) -> list[str]:
     found = []
-    if health.lost_characters:
-        found.append(
-            f"{len(health.lost_characters):,} characters do not come back, {health.lost_characters[0]} first"
-        )
-    if health.lost_unicode:
-        found.append(f"Unicode that does not come back: {', '.join(health.lost_unicode)}")
-    if health.lost_documents:
-        found.append(f"{health.lost_documents:,} documents of the sample do not come back")
+    if health.round_trip.lost:
+        found.append(f"text is lost: {named(health.round_trip.lost)}")
     if health.vocab_size > MAX_VOCAB_SIZE:
         found.append(
             f"{health.vocab_size:,} entries do not fit the shards' uint16 (at most {MAX_VOCAB_SIZE:,})"
@@ -328,8 +340,18 @@ def _failures(health: Health) -> list[str]:
     return found
 
 
+def named(names: Sequence[str], number: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - number:,} more" if len(names) > number else ""
+    return ", ".join(names[:number]) + more
+
+
 def _reservations(health: Health) -> list[str]:
     found = []
+    if health.round_trip.normalized:
+        found.append(
+            f"text is changed into another Unicode normal form: {named(health.round_trip.normalized)}"
+        )
     if 0.35 < health.model["table_share"] <= 0.75:
         found.append(_table_reason(health) + ": a smaller vocabulary leaves more to the layers")
     enough = health.tokens >= 100 * health.vocab_size
@@ -380,8 +402,15 @@ def draw(health: Health, path: Path) -> None:
     _draw_compression(compression, health)
     _draw_share(share, health, points)
     figure.suptitle(f"{health.vocab_size:,} entries on {health.bytes / 1e6:.1f} MB of text: {health.verdict}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    kinds = figure.canvas.get_supported_filetypes()
+    kind = path.suffix[1:].lower()
+    if kind not in kinds:
+        raise UserError(
+            f"a picture cannot be written as {path.name}: use one of .{', .'.join(sorted(kinds))}"
+        )
+    picture = io.BytesIO()
+    figure.savefig(picture, format=kind, dpi=120)
+    write_file(path, picture.getvalue())
 
 
 def _as_point(health: Health) -> dict[str, Any]:
