@@ -24,6 +24,8 @@ BUILTIN_EPOCHS = 8
 CPU_MICRO_TOKENS = 4_096
 """tokens computed at once on a CPU: more does not go faster, it only takes memory"""
 LEAST_BATCH_TOKENS = 2_048
+GPU_PROBE_TOKENS = 65_536
+"""computed at once to measure a GPU's speed: with few, it would wait for the launches"""
 TIME_FOR_TRAINING = 0.9
 """of a time limit; the rest is for validation, samples and checkpoints"""
 
@@ -84,7 +86,8 @@ def measure_speed(net: Ant, config: TrainConfig, precision: str) -> float:
     length = net.config.max_position_embeddings
     twin = copy.deepcopy(net)
     optimizer = Optimizer(twin, config.optimizer)
-    rows = max(1, LEAST_BATCH_TOKENS * 2 // length)
+    probe = LEAST_BATCH_TOKENS if net.device.type == "cpu" else GPU_PROBE_TOKENS
+    rows = _micro_batch(net.config, max(1, probe // length), length, net.device)
     tokens = torch.zeros(rows, length, dtype=torch.int64, device=net.device)
     tokens += torch.arange(length, device=net.device) % net.config.vocab_size
     seconds = []
@@ -97,7 +100,7 @@ def measure_speed(net: Ant, config: TrainConfig, precision: str) -> float:
         optimizer.zero_grad()
         loss.item()  # waits for the device
         seconds.append(time.monotonic() - start)
-    return min(seconds[1:]) / tokens.numel()
+    return sum(seconds[1:]) / len(seconds[1:]) / tokens.numel()
 
 
 def _tokens(config: TrainConfig, num_tokens: int, seconds_per_token: Callable[[], float]) -> int:

@@ -224,7 +224,8 @@ class Trainer:
         )
         samples = [{"prompt": prompt, "text": text} for prompt, text in zip(PROMPTS, texts, strict=True)]
         self.metrics.write("sample", self.step, samples=samples)
-        self.progress.print(f"step {self.step:,}: {PROMPTS[0]}{texts[0]}")
+        shown = " ".join(f"{PROMPTS[0]}{texts[0]}".split())
+        self.progress.print(f"step {self.step:,}: {shown}")
 
     def _save(self) -> None:
         state = {
