@@ -71,7 +71,9 @@ def test_gather_takes_windows_out_of_any_file():
         np.testing.assert_array_equal(targets, windows[:, 1:])
 
 
-@pytest.mark.parametrize(("start", "length"), [(-1, 4), (6, 4), (10, 1), (9, 1), (2**63 - 2, 4)])
+@pytest.mark.parametrize(
+    ("start", "length"), [(-1, 4), (6, 4), (10, 1), (9, 1), (2**63 - 2, 4), (0, 10), (0, 99)]
+)
 def test_gather_refuses_windows_outside(start, length):
     tokens = Tokens([np.zeros(4, np.uint16), np.zeros(6, np.uint16)])
     inputs, targets = np.zeros((1, length), np.int64), np.zeros((1, length), np.int64)

@@ -35,7 +35,9 @@ class Tokens:
     def __init__(self, parts: list[NDArray[np.uint16]]) -> None:
         self._parts = parts
         self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
-        self._addresses = np.array([part.ctypes.data for part in parts], dtype=np.int64)
+        first = np.append(0, self._ends[:-1])
+        # Where token 0 would lie if a part's memory went on before its beginning.
+        self._origins = np.array([part.ctypes.data for part in parts]) - first * TOKEN.itemsize
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -66,12 +68,11 @@ class Tokens:
         _check_gather(starts, length, inputs, targets)
         if len(starts) == 0:
             return
-        if starts.min() < 0 or starts.max() >= len(self) - length:
+        if length >= len(self) or starts.view(np.uint64).max() >= len(self) - length:  # below 0 is huge there
             raise IndexError(f"a window of {length} + 1 tokens leaves the {len(self)} tokens of the split")
         part = np.searchsorted(self._ends, starts, side="right")
-        bases = np.concatenate([[0], self._ends[:-1]])
-        windows = self._addresses[part] + (starts - bases[part]) * TOKEN.itemsize
-        crossing = np.flatnonzero(starts + length >= self._ends[part])
+        windows = self._origins[part] + starts * TOKEN.itemsize
+        crossing = (starts + length >= self._ends[part]).nonzero()[0]
         copies = [self[start : start + length + 1] for start in starts[crossing].tolist()]
         windows[crossing] = [copy.ctypes.data for copy in copies]
         _cpu.gather(windows.ctypes.data, len(starts), length, inputs.ctypes.data, targets.ctypes.data)
