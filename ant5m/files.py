@@ -59,7 +59,8 @@ def read_json(path: Path) -> Any:
 def new_folder(path: Path) -> Iterator[Path]:
     """Fill a folder aside; it takes the name `path` only when the block ends well.
 
-    Yields the temporary folder. On an exception it is removed and `path` never appears. `path` must not exist.
+    Yields the temporary folder. On an exception it is removed and `path` never appears. `path` must not
+    exist.
     """
     if path.exists():
         raise UserError(f"{path} exists already: choose another name or remove it")

@@ -1,7 +1,7 @@
 """One training setup in a process of its own, stepped from outside: peak memory is then its own, and several
 setups can take turns, so that a ratio holds on a machine whose speed drifts.
 
-    python benchmarks/arm.py '{"name": "reference", "preset": "ant-5m", "batch_size": 8, "sequence_length": 1024}'
+    python benchmarks/arm.py '{"name": "cpu", "preset": "ant-5m", "batch_size": 8, "sequence_length": 1024}'
 
 reads a line, makes one step, answers with one line of JSON: {"seconds": .., "peak_bytes": .., "loss": ..}.
 """
@@ -16,13 +16,18 @@ from typing import Any
 
 
 class Arm:
-    """The outside of such a process. `name` is "transformers", "transformers-compiled" or a kernel backend."""
+    """The outside of such a process; `name`: transformers, transformers-compiled, or a kernel backend."""
 
     def __init__(self, name: str, preset: str, batch_size: int, sequence_length: int):
         self.name, self.tokens = name, batch_size * sequence_length
         self.seconds: list[float] = []
         self.peak_bytes = 0
-        settings = {"name": name, "preset": preset, "batch_size": batch_size, "sequence_length": sequence_length}
+        settings = {
+            "name": name,
+            "preset": preset,
+            "batch_size": batch_size,
+            "sequence_length": sequence_length,
+        }
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__)), json.dumps(settings)],
             stdin=subprocess.PIPE,
@@ -87,11 +92,13 @@ def _model(name: str, config, device):
         return net, list(net.parameters())
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    net = LlamaForCausalLM(LlamaConfig(**config.to_dict(), attn_implementation="sdpa", use_cache=False)).to(device)
+    net = LlamaForCausalLM(LlamaConfig(**config.to_dict(), attn_implementation="sdpa", use_cache=False)).to(
+        device
+    )
     run = torch.compile(net) if name == "transformers-compiled" else net
 
     def loss_of(inputs, targets):
-        # The targets are shifted already; transformers' own loss over them, so that nothing is computed twice.
+        # Our targets are shifted already, so transformers need not do it again.
         return run(input_ids=inputs, labels=targets, shift_labels=targets).loss
 
     return loss_of, list(net.parameters())

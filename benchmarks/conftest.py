@@ -1,4 +1,4 @@
-"""Keeps what was measured: one JSON file in results/ with device, versions and commit, and a table on the terminal."""
+"""Keeps what was measured: JSON in results/ with device, versions and commit, and a table on the terminal."""
 
 import datetime
 import os
@@ -33,7 +33,9 @@ def pytest_terminal_summary(terminalreporter, config):
     if not hasattr(config, "_ant5m_report"):
         return
     path, rows = config._ant5m_report
-    table = Table("preset", "arm", "tokens/s", "x transformers", "peak MB", "x transformers", "hours for 655.36M tokens")
+    table = Table(
+        "preset", "arm", "tokens/s", "x transformers", "peak MB", "x transformers", "hours for 655.36M tokens"
+    )
     for row in rows:
         for arm, figures in row["info"].get("arms", {}).items():
             table.add_row(
@@ -47,7 +49,9 @@ def pytest_terminal_summary(terminalreporter, config):
             )
     if table.row_count:
         Console().print(table)
-    terminalreporter.write_line(f"results: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    terminalreporter.write_line(
+        f"results: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}"
+    )
 
 
 def provenance() -> dict:

@@ -1,7 +1,7 @@
 """A whole training step (forward, backward, clipping, AdamW) beside transformers' Llama, in one run.
 
-Every round lets each arm take one step in turn; the figures are medians over rounds, the ratios medians of the
-rounds' own ratios. Peak memory is that of the arm's whole process.
+Every round lets each arm take one step in turn; the figures are medians over rounds, the ratios medians of
+the rounds' own ratios. Peak memory is that of the arm's whole process.
 """
 
 import statistics

@@ -19,7 +19,9 @@ def nan_filled(monkeypatch):
         return made.fill_(float("nan")) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    monkeypatch.setattr(torch, "empty_like", lambda x, **kw: poisoned(x.shape, dtype=kw.get("dtype", x.dtype)))
+    monkeypatch.setattr(
+        torch, "empty_like", lambda x, **kw: poisoned(x.shape, dtype=kw.get("dtype", x.dtype))
+    )
 
 
 def draw(*shape, scale=1.0, seed=0):
@@ -98,7 +100,9 @@ def test_swiglu(shape):
 @pytest.mark.parametrize("rows, size, vocab", [(1, 8, 5), (37, 16, 1_003), (64, 100, 257)])
 @pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
 def test_linear_cross_entropy(rows, size, vocab, scale, monkeypatch):
-    monkeypatch.setattr(reference, "HEAD_CHUNK_BYTES", 8 * vocab * 10)  # 10 rows a chunk: several, and an odd last
+    monkeypatch.setattr(
+        reference, "HEAD_CHUNK_BYTES", 8 * vocab * 10
+    )  # 10 rows a chunk: several, and an odd last
     hidden, weight = draw(rows, size, scale=scale), draw(vocab, size)
     targets = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(0))
     targets[::5] = -100
@@ -123,7 +127,9 @@ def test_linear_cross_entropy_without_gradient_equals_with():
     hidden, weight, targets = draw(9, 8).detach(), draw(50, 8).detach(), torch.arange(9)
     with torch.no_grad():
         alone = kernels.linear_cross_entropy(hidden, weight, targets, backend="reference")
-    assert alone == kernels.linear_cross_entropy(hidden.requires_grad_(), weight, targets, backend="reference")
+    assert alone == kernels.linear_cross_entropy(
+        hidden.requires_grad_(), weight, targets, backend="reference"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

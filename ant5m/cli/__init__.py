@@ -6,7 +6,9 @@ docstring is the help text. Modules are imported only when their command is call
 
 import errno
 import importlib
+import inspect
 import sys
+import warnings
 from collections.abc import Callable
 
 import tyro
@@ -52,6 +54,7 @@ def call(words: list[str], program: str | None = None) -> int:
 
 def guarded(action: Callable[[], object]) -> int:
     """Call `action`; errors that a user can mend become one line on stderr and an exit code."""
+    warnings.showwarning = _warn
     try:
         action()
     except UserError as error:
@@ -61,7 +64,8 @@ def guarded(action: Callable[[], object]) -> int:
         return INTERRUPTED
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            return _fail(f"no room left on the disk while writing {error.filename or 'a file'}: free some and run again")
+            what = error.filename or "a file"
+            return _fail(f"no room left on the disk while writing {what}: free some and run again")
         if isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError):
             return _fail(f"{error.filename}: {error.strerror}")
         raise
@@ -71,7 +75,14 @@ def guarded(action: Callable[[], object]) -> int:
 def _load(name: str, flags: list[str], program: str):
     module, _, cls = COMMANDS[name][0].partition(":")
     command = getattr(importlib.import_module(module), cls)
-    return tyro.cli(command, args=flags, prog=program)
+    # tyro would drop the examples at the end of the docstring, and give every switch a --no- twin.
+    return tyro.cli(
+        command,
+        args=flags,
+        prog=program,
+        description=inspect.cleandoc(command.__doc__ or ""),
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
 
 
 def _unknown(words: list[str]) -> int:
@@ -89,6 +100,10 @@ def _unknown(words: list[str]) -> int:
 
 def _stderr() -> Console:
     return Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def _warn(message, category, filename, lineno, file=None, line=None) -> None:
+    _stderr().print(f"[yellow]warning:[/yellow] {escape(str(message))}")
 
 
 def _fail(message: str) -> int:

@@ -99,6 +99,7 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             **special,
             "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
             "model_max_length": model_max_length,
         }
         write_json(folder / "tokenizer_config.json", config)

@@ -1,9 +1,9 @@
 """The five ops of a Llama training step, each with the same signature in every backend.
 
 `reference` (plain PyTorch) is their specification; `cpu` is C++. A backend is a module of this package with a
-function for each op that it has and one `why_not(op, *tensors) -> str | None`: None when it can run the op (on
-these tensors), else the reason. A backend that is asked for by name and cannot run raises; `auto` takes the first
-of `_PREFERENCE` that can.
+function for each op that it has and one `why_not(op, *tensors) -> str | None`: None when it can run the op
+(on these tensors), else the reason. A backend that is asked for by name and cannot run raises; `auto` takes
+the first of `_PREFERENCE` that can.
 """
 
 import importlib
@@ -42,14 +42,15 @@ def rope(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotary position embedding of q [B, T, H, D] and k [B, T, KV, D]; cos and sin are fp32 [T, D/2].
 
-    Half-rotate layout, as Llama's in Hugging Face: dimension j turns with j + D/2. No gradient reaches cos and sin.
+    Half-rotate layout, as Llama's in Hugging Face: dimension j turns with j + D/2. No gradient reaches cos
+    and sin.
     Source: Su et al., "RoFormer", 2021.
     """
     return _pick("rope", backend, q, k).rope(q, k, cos, sin)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str | None = None) -> torch.Tensor:
-    """Causal attention: softmax(q k^T / sqrt(D)) v, with q [B, T, H, D] and k, v [B, T, KV, D] -> [B, T, H, D].
+    """Causal attention softmax(q k^T / sqrt(D)) v of q [B, T, H, D] and k, v [B, T, KV, D]: [B, T, H, D].
 
     Query head h uses key/value head h // (H / KV); KV must divide H.
     """

@@ -1,13 +1,13 @@
 """The ops in plain PyTorch: their specification, and the backend that runs everywhere.
 
-Written to be read, and to keep in memory only what the backward pass needs. Every op takes float64 too: that is
-the truth that the other backends are measured against.
+Written to be read, and to keep in memory only what the backward pass needs. Every op takes float64 too: that
+is the truth that the other backends are measured against.
 """
 
 import torch
 import torch.nn.functional as F
 
-# Logits alive at once in the head. On two CPU cores 16 MiB (256 rows of 16,384 entries) was fastest of 4-64 MiB.
+# Logits alive at once in the head. On two CPU cores 16 MiB (256 rows of 16,384 entries) was fastest.
 HEAD_CHUNK_BYTES = 16 << 20
 
 
@@ -100,8 +100,9 @@ def swiglu(gate, up):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    # The gradients are computed beside the loss, chunk by chunk, so that the logits are made once and never kept.
-    # They stay unscaled (softmax - one-hot, at most 1 in size) until backward, so fp16 needs no loss scale here.
+    # The gradients are computed beside the loss, chunk by chunk, so that the logits are made once and never
+    # kept. They stay unscaled (softmax - one-hot, at most 1 in size) until backward, so fp16 needs no loss
+    # scale here.
     @staticmethod
     def forward(ctx, hidden, weight, targets, ignore_index):
         ctx.dtypes = hidden.dtype, weight.dtype

@@ -1,8 +1,8 @@
 """The model: Hugging Face's Llama, number for number, over the ops of `ant5m.kernels`.
 
-Parameters carry the names of `LlamaForCausalLM`, so a state dict moves between the two as it is. The matrices stay
-separate (an optimizer such as Muon must see them one by one); the forward pass multiplies by q, k, v together and
-by gate, up together, because at these sizes reading the activations once is what counts.
+Parameters carry the names of `LlamaForCausalLM`, so a state dict moves between the two as it is. The
+matrices stay separate (an optimizer such as Muon must see them one by one); the forward pass multiplies by
+q, k, v together and by gate, up together, because at these sizes reading the activations once is what counts.
 """
 
 import torch
@@ -23,7 +23,9 @@ class KVCache:
     `keys` and `values` are [layers, B, max_length, KV, head dim]; `length` positions are filled.
     """
 
-    def __init__(self, config: ModelConfig, batch_size: int, max_length: int, device=None, dtype=torch.float32):
+    def __init__(
+        self, config: ModelConfig, batch_size: int, max_length: int, device=None, dtype=torch.float32
+    ):
         shape = (
             config.num_hidden_layers,
             batch_size,
@@ -34,8 +36,6 @@ class KVCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
-        # First position of each row that is not padding, [B]; earlier ones are never attended to.
-        self.start = torch.zeros(batch_size, device=device, dtype=torch.long)
 
     @property
     def max_length(self) -> int:
@@ -50,7 +50,7 @@ class KVCache:
 
 
 class _Split(torch.autograd.Function):
-    """x.split(sizes, -1) whose gradient is not copied together when the op after it made it in one piece already.
+    """x.split(sizes, -1), whose gradient is not copied together when it was made in one piece already.
 
     For gate and up of `ant-5m` that copy was 3.6 % of a training step on a CPU.
     """
@@ -66,7 +66,7 @@ class _Split(torch.autograd.Function):
 
 
 def _side_by_side(parts):
-    """The tensor that `parts` split along the last dimension, if they still lie beside one another in memory."""
+    """The tensor that `parts` split along the last dimension, if they lie beside one another in memory."""
     first, offset = parts[0], parts[0].storage_offset()
     for part in parts:
         same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
@@ -109,20 +109,18 @@ class Attention(nn.Module):
         if cache is None:
             mixed = kernels.attention(q, k, v)
         else:
-            mixed = _attention_over_cache(q, *cache.append(self.layer, k, v), cache.start)
+            keys, values = cache.append(self.layer, k, v)
+            mixed = _attention_over_cache(q, keys, values)
         return self.o_proj(mixed.flatten(-2))
 
 
-def _attention_over_cache(q, k, v, start):
-    """Causal attention of the last T positions of k, v [B, S, KV, D]; positions before `start` [B] are padding."""
+def _attention_over_cache(q, k, v):
+    """Causal attention of the last T of the S positions of k, v [B, S, KV, D]."""
     new, total = q.shape[1], k.shape[1]
-    position = torch.arange(total, device=q.device)
-    causal = position <= position[total - new :, None]
-    # A padding row sees itself: a row of nothing would be NaN.
-    seen = causal & ((position >= start[:, None, None]) | (position == position[total - new :, None]))
+    seen = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, seen[:, None], enable_gqa=grouped).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=grouped).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -146,6 +144,12 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
+    def forward(self, made, residual, cos, sin, cache=None):
+        """`made` [B, T, D], by the layer before, is yet to be added to `residual`; so is what is returned."""
+        x, residual = _add_and_norm(self.input_layernorm, made, residual)
+        x, residual = self.post_attention_layernorm(self.self_attn(x, cos, sin, cache), residual)
+        return self.mlp(x), residual
+
 
 class Body(nn.Module):
     """Everything between token ids and the head."""
@@ -161,10 +165,7 @@ class Body(nn.Module):
         residual = self.embed_tokens(input_ids)
         made = None
         for layer in self.layers:
-            x, residual = _add_and_norm(layer.input_layernorm, made, residual)
-            made = layer.self_attn(x, cos, sin, cache)
-            x, residual = layer.post_attention_layernorm(made, residual)
-            made = layer.mlp(x)
+            made, residual = layer(made, residual, cos, sin, cache)
         return _add_and_norm(self.norm, made, residual)[0]
 
 
@@ -175,10 +176,14 @@ def _add_and_norm(norm, made, residual):
 class Ant(nn.Module):
     """A Llama of `config`'s shape with freshly drawn weights (torch's global generator decides them).
 
-    `net(input_ids)` gives the logits [B, T, V] of input_ids [B, T] int64; `net(input_ids, targets)` the mean loss in
-    nats over targets [B, T] (-100: not counted); `net(input_ids, cache=cache)` the logits of new positions, whose
-    keys and values are added to the cache. Raises `UserError` when T is above the context length.
+    `net(input_ids)` gives the logits [B, T, V] of input_ids [B, T] int64; `net(input_ids, targets)` the mean
+    loss in nats over targets [B, T] (-100: not counted); `net(input_ids, cache=cache)` the logits of new
+    positions, whose keys and values are added to the cache. Raises `UserError` when T is above the context
+    length.
     """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -213,11 +218,7 @@ class Ant(nn.Module):
             raise UserError(
                 f"{end} tokens do not fit into the model's context of {self.config.max_position_embeddings}"
             )
-        if cache is None:
-            cos, sin = self.cos[:end], self.sin[:end]
-        else:
-            cos, sin = self.cos[past:end], self.sin[past:end]
-        hidden = self.model(input_ids, cos, sin, cache)
+        hidden = self.model(input_ids, self.cos[past:end], self.sin[past:end], cache)
         if cache is not None:
             cache.length = end
         if targets is None:

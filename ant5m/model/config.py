@@ -52,7 +52,8 @@ class ModelConfig:
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise UserError(
-                    f"num_attention_heads ({self.num_attention_heads}) must divide hidden_size ({self.hidden_size})"
+                    f"num_attention_heads ({self.num_attention_heads}) must divide "
+                    f"hidden_size ({self.hidden_size})"
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.head_size % 2:
@@ -74,7 +75,9 @@ class ModelConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise UserError(f"unknown in a model config: {', '.join(unknown)} (known: {', '.join(sorted(known))})")
+            raise UserError(
+                f"unknown in a model config: {', '.join(unknown)} (known: {', '.join(sorted(known))})"
+            )
         missing = [name for name in _REQUIRED if name not in values]
         if missing:
             raise UserError(f"missing in a model config: {', '.join(missing)}")
@@ -108,12 +111,16 @@ def _check_types(config: ModelConfig) -> None:
 
 
 PRESETS = {
-    # The published model. Its SwiGLU width is not stated; 516 is the multiple of four that gives the published
-    # 4.73M parameters of which 44.3 % are the embedding.
+    # The published model. Its SwiGLU width is not stated; 516 is the multiple of four that gives the
+    # published 4.73M parameters of which 44.3 % are the embedding.
     "ant-5m": ModelConfig(),
     # The published correction as written; its table alone is 4.19M parameters, so it leaves the 5M envelope.
     "ant-5m-wide": ModelConfig(
-        hidden_size=256, intermediate_size=704, num_hidden_layers=7, num_attention_heads=4, num_key_value_heads=4
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=7,
+        num_attention_heads=4,
+        num_key_value_heads=4,
     ),
     # The correction made to fit 5M.
     "ant-5m-fit": ModelConfig(
