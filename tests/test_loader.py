@@ -101,10 +101,12 @@ def test_tokens_too_few_for_a_sequence(tmp_path):
     assert starts(Loader(Shards.open(tmp_path / "data"), 1, LENGTH, seed=0), 2) == [0, 0]
 
 
-@pytest.mark.parametrize(("batch_size", "length", "rank"), [(0, 8, 0), (1, 0, 0), (1, 8, 2)])
-def test_impossible_sizes(shards, batch_size, length, rank):
+@pytest.mark.parametrize(
+    ("batch_size", "length", "seed", "rank"), [(0, 8, 0, 0), (1, 0, 0, 0), (1, 8, -1, 0), (1, 8, 0, 2)]
+)
+def test_impossible_sizes(shards, batch_size, length, seed, rank):
     with pytest.raises(UserError, match="must be above 0"):
-        Loader(shards, batch_size, length, seed=0, rank=rank, world_size=2)
+        Loader(shards, batch_size, length, seed, rank, world_size=2)
 
 
 @pytest.mark.parametrize("limit", [None, 1, 8, 20, 24, 236, 237, 10_000])

@@ -81,6 +81,14 @@ def test_gather_refuses_windows_outside(start, length):
         tokens.gather(np.array([start]), length, inputs, targets)
 
 
+@pytest.mark.parametrize(
+    "part", [np.zeros(4, np.int32), np.zeros((2, 2), np.uint16), np.zeros(8, np.uint16)[::2]]
+)
+def test_tokens_are_flat_uint16(part):
+    with pytest.raises(ValueError, match="uint16"):
+        Tokens([part])
+
+
 def test_gather_refuses_arrays_it_cannot_fill():
     tokens = Tokens([np.zeros(10, np.uint16)])
     starts, good = np.zeros(2, np.int64), np.zeros((2, 4), np.int64)

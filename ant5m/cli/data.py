@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -79,10 +80,12 @@ def _progress() -> Progress:
 
 
 def _table(splits: dict) -> Table:
-    table = Table("split", "documents", "tokens", "bytes", "words", "bytes per token")
+    table = Table("split", "documents", "tokens", "words", "MB of text", "bytes/token", box=box.SIMPLE)
     for column in table.columns[1:]:
         column.justify = "right"
     for name, split in splits.items():
-        counts = [f"{split[key]:,}" for key in ("documents", "tokens", "bytes", "words")]
-        table.add_row(name, *counts, f"{split['bytes'] / split['tokens']:.2f}")
+        counts = [f"{split[key]:,}" for key in ("documents", "tokens", "words")]
+        table.add_row(
+            name, *counts, f"{split['bytes'] / 1e6:,.1f}", f"{split['bytes'] / split['tokens']:.2f}"
+        )
     return table

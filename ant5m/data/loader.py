@@ -40,10 +40,10 @@ class Loader:
 
         Raises `UserError` when the split is shorter than one sequence and the target of its last token.
         """
-        if batch_size < 1 or sequence_length < 1 or not 0 <= rank < world_size:
+        if batch_size < 1 or sequence_length < 1 or seed < 0 or not 0 <= rank < world_size:
             raise UserError(
                 f"batch_size ({batch_size}) and sequence_length ({sequence_length}) must be above 0, "
-                f"and rank ({rank}) below world_size ({world_size})"
+                f"seed ({seed}) not below 0, and rank ({rank}) below world_size ({world_size})"
             )
         self.num_sequences = (shards.num_tokens - 1) // sequence_length
         if self.num_sequences < 1:

@@ -86,7 +86,7 @@ def pack(
     options = dict(zip(OPTIONS, (corpus.text_column, validation_fraction, seed, shard_tokens), strict=True))
     _check(tokenizer, validation_fraction, shard_tokens)
     with _full_disk_explained(out):
-        journal = _begin(out, _plan(corpus, tokenizer, options))
+        journal = _begin(out, _plan(corpus, tokenizer, options, progress))
         while again := _pack(journal, corpus, tokenizer, out, progress):
             journal = again
             journal.write(out)
@@ -142,15 +142,17 @@ def _full_disk_explained(out: Path) -> Iterator[None]:
         ) from None
 
 
-def _plan(corpus: Corpus, tokenizer: Tokenizer, options: dict[str, Any]) -> dict[str, Any]:
-    inputs = [[source.name, source.size, _version(source.name)] for source in corpus.sources]
+def _plan(
+    corpus: Corpus, tokenizer: Tokenizer, options: dict[str, Any], progress: "Progress | None"
+) -> dict[str, Any]:
+    inputs = [[source.name, source.size, _version(source.name, progress)] for source in corpus.sources]
     return {"format": FORMAT, "inputs": inputs, "tokenizer": tokenizer.fingerprint, **options}
 
 
-def _version(source: str) -> int | str | None:
+def _version(source: str, progress: "Progress | None") -> int | str | None:
     """Changes when the text of a source does; None for hf:..., which does not tell."""
     if source == "builtin":
-        return load_builtin().fingerprint
+        return load_builtin(progress).fingerprint
     return os.stat(source).st_mtime_ns if os.path.exists(source) else None
 
 
@@ -208,7 +210,8 @@ def _pack(
                 journal.write(out)
                 unsaved = 0
             if progress and bar is not None:
-                progress.update(bar, completed=batch.bytes_read)
+                text = sum(split["bytes"] for split in journal.splits.values())
+                progress.update(bar, completed=batch.bytes_read if corpus.size else text)
         for writer in writers.values():
             writer.end_shard()
     journal.write(out)

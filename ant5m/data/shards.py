@@ -33,6 +33,8 @@ class Tokens:
     """
 
     def __init__(self, parts: list[NDArray[np.uint16]]) -> None:
+        if not all(part.dtype == TOKEN and part.ndim == 1 and part.flags.c_contiguous for part in parts):
+            raise ValueError("tokens are one-dimensional contiguous uint16")
         self._parts = parts
         self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
         first = np.append(0, self._ends[:-1])
