@@ -366,9 +366,9 @@ def _blocks(name: str, report: Report) -> Iterator[str]:
         for block in _decompressed(name, raw):
             if b"\0" in block:
                 raise UserError(f"{name} is binary, not text (byte {offset + block.index(0):,} is NUL)")
+            report(raw.tell())
             yield _decoded(decoder, block, name, offset)
             offset += len(block)
-            report(raw.tell())
     yield _decoded(decoder, b"", name, offset, final=True)
 
 

@@ -1,0 +1,264 @@
+"""Every way in gives the same documents, in bounded memory, from any position; bad input gets one line."""
+
+import gzip
+import json
+import lzma
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from ant5m.data import corpus
+from ant5m.data.corpus import SEPARATOR, Corpus, Position, cut_documents
+from ant5m.errors import UserError
+
+TEXTS = ["One.\n\nTwo.", "naïve — 中文 👩\u200d👧", 'quotes " and \\ and \t', "x" * 5000, "\u2028 line\r\n"]
+PACKERS = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda raw: zstandard.compress(raw[: len(raw) // 2]) + zstandard.compress(raw[len(raw) // 2 :]),
+}
+
+
+def write_jsonl(path: Path, texts=TEXTS, column="text", pack=bytes) -> str:
+    rows = (json.dumps({"id": i, column: text}) for i, text in enumerate(texts))
+    path.write_bytes(pack("\n".join(rows).encode()))
+    return str(path)
+
+
+def write_parquet(path: Path, texts=TEXTS, column="text") -> str:
+    table = pyarrow.table({"id": list(range(len(texts))), column: texts})
+    pyarrow.parquet.write_table(table, path, row_group_size=2)
+    return str(path)
+
+
+def write(path: Path, content: str | bytes) -> str:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+def read(*names: str, **options) -> list[str]:
+    return list(Corpus.open(names, **options).documents())
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks, pieces and whole texts of a few characters, so that every boundary is met."""
+    monkeypatch.setattr(corpus, "BLOCK", 64)
+    monkeypatch.setattr(corpus, "WHOLE", 200)
+    monkeypatch.setattr(corpus, "PIECE", 50)
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_jsonl(tmp_path, suffix, small_blocks):
+    assert read(write_jsonl(tmp_path / f"a.jsonl{suffix}", pack=PACKERS[suffix])) == TEXTS
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_txt(tmp_path, suffix):
+    assert read(write(tmp_path / f"a.TXT{suffix}", PACKERS[suffix](TEXTS[1].encode()))) == [TEXTS[1]]
+
+
+def test_parquet(tmp_path):
+    assert read(write_parquet(tmp_path / "a.parquet")) == TEXTS
+
+
+def test_another_text_column(tmp_path):
+    names = (
+        write_jsonl(tmp_path / "a.jsonl", column="body"),
+        write_parquet(tmp_path / "b.parquet", column="body"),
+    )
+    assert read(*names, text_column="body") == TEXTS * 2
+
+
+def test_blank_documents_are_left_out(tmp_path):
+    assert read(write_jsonl(tmp_path / "a.jsonl", ["", " \n", "a", None, "b"])) == ["a", "b"]
+    assert read(write_parquet(tmp_path / "a.parquet", ["", None, "a", " ", "b"])) == ["a", "b"]
+
+
+def test_half_a_surrogate_pair_is_replaced(tmp_path):
+    name = write(tmp_path / "a.jsonl", r'{"text": "a \ud83d b \ud83d\ude00 \\ud83d"}')
+    assert read(name) == ["a \ufffd b 😀 \\ud83d"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    assert read(write(tmp_path / "a.txt", b"\xef\xbb\xbfhello")) == ["hello"]
+
+
+def test_long_texts_are_cut_at_paragraph_ends_and_lose_nothing(tmp_path, small_blocks):
+    text = "\n\n".join(f"Paragraph {i} of é and 中文." for i in range(40)) + "\n"
+    pieces = read(write(tmp_path / "a.txt", text))
+    assert "".join(pieces) == text
+    assert len(pieces) > 10
+    assert all(len(piece) <= 50 + len(SEPARATOR) for piece in pieces)
+    assert all(piece.endswith("\n\n") for piece in pieces[:-1])
+
+
+def test_a_text_without_any_break_is_cut_all_the_same(tmp_path, small_blocks):
+    text = "é" * 999
+    pieces = read(write(tmp_path / "a.txt", text))
+    assert "".join(pieces) == text and max(map(len, pieces)) <= 50 + len(SEPARATOR)
+
+
+@pytest.mark.parametrize("block", [1, 3, 7, 64, 10_000])
+def test_separated_documents_in_one_file(block, small_blocks):
+    texts = ["First.", "x" * 180, "Long. " * 100, "Last."]
+    whole = f"\n{SEPARATOR}\n".join(texts) + f"\n{SEPARATOR}\n"
+    blocks = [whole[i : i + block] for i in range(0, len(whole), block)]
+    found = [text for text in cut_documents(blocks) if text]
+    assert found[:2] == texts[:2] and found[-1] == texts[-1]
+    assert "".join(found[2:-1]).strip() == texts[2].strip()
+
+
+def test_folders_and_globs_are_sorted_and_read_once(tmp_path):
+    inner = tmp_path / "books" / "inner"
+    inner.mkdir(parents=True)
+    b, a = write(tmp_path / "books" / "b.txt", "b"), write(inner / "a.txt.gz", gzip.compress(b"a"))
+    write(tmp_path / "books" / "README.md", "no text")
+    write(tmp_path / "books" / ".hidden.txt", "no text")
+    assert read(str(tmp_path / "books")) == ["b", "a"]
+    assert read(str(tmp_path / "books" / "**" / "*.txt*")) == ["b", "a"]
+    assert read(str(tmp_path / "bo*"), a) == ["b", "a"]
+    assert read(a, b, str(tmp_path / "books")) == ["a", "b"]
+
+
+def test_reading_goes_on_from_any_position(tmp_path, small_blocks):
+    text = "\n\n".join(f"Paragraph {i}." for i in range(60))
+    texts = [*TEXTS[:2], "", *TEXTS[2:]]
+    files = [
+        write(tmp_path / "a.txt", text),
+        write_jsonl(tmp_path / "b.jsonl.zst", texts, pack=PACKERS[".zst"]),
+        write_parquet(tmp_path / "c.parquet", texts),
+        write(tmp_path / "d.txt.gz", gzip.compress(text.encode())),
+    ]
+    source = Corpus.open(files)
+    cursor = source.documents()
+    positions, documents = [cursor.position], []
+    for document in cursor:
+        documents.append(document)
+        positions.append(Position(*json.loads(json.dumps(cursor.position))))
+    assert cursor.bytes_read == source.size == sum(Path(file).stat().st_size for file in files)
+    for number, position in enumerate(positions):
+        assert list(source.documents(position)) == documents[number:]
+    assert list(source.documents(cursor.position)) == []
+
+
+def test_progress_grows_with_the_reading(tmp_path, small_blocks):
+    source = Corpus.open([write_jsonl(tmp_path / "a.jsonl"), write_parquet(tmp_path / "b.parquet")])
+    cursor = source.documents()
+    seen = [cursor.bytes_read for _ in cursor]
+    assert seen == sorted(seen) and 0 < seen[0] < source.size
+
+
+def test_memory_stays_small(tmp_path):
+    name = write(tmp_path / "a.txt", ("A sentence of some length. " * 40 + "\n\n") * 20_000)
+    tracemalloc.start()
+    size = sum(map(len, Corpus.open([name]).documents()))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size > 20_000_000 and peak < 12_000_000
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A data set in the hub's layout, with two splits."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "hub"
+    (folder / "data").mkdir(parents=True)
+    write_parquet(folder / "data" / "train-00000-of-00002.parquet", TEXTS[:3])
+    write_parquet(folder / "data" / "train-00001-of-00002.parquet", TEXTS[3:])
+    write_parquet(folder / "data" / "validation-00000-of-00001.parquet", ["held out"])
+    return folder
+
+
+def test_hub_data_set(hub, monkeypatch):
+    monkeypatch.chdir(hub.parent)
+    assert read("hf:./hub") == read(f"hf:{hub}:train") == read(f"hf:{hub}:default:train") == TEXTS
+    assert read(f"hf:{hub}:validation") == ["held out"]
+    source = Corpus.open([f"hf:{hub}"])
+    cursor = source.documents()
+    assert [next(cursor), next(cursor)] == TEXTS[:2]
+    assert list(source.documents(cursor.position)) == TEXTS[2:]
+    for name, words in {
+        f"hf:{hub}:nowhere": "nowhere",
+        f"hf:{hub.parent / 'absent'}": "cannot be opened",
+        "hf:": "hf:OWNER/NAME",
+        "hf:a:b:c:d": "hf:OWNER/NAME",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            read(name)
+    with pytest.raises(UserError, match=r"no column 'body' \(found: id, text\)"):
+        read(f"hf:{hub}", text_column="body")
+
+
+def test_hub_data_set_of_jsonl(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    (tmp_path / "hub").mkdir()
+    write_jsonl(tmp_path / "hub" / "train.jsonl")
+    assert read(f"hf:{tmp_path / 'hub'}") == TEXTS
+
+
+def test_a_hub_data_set_read_in_part_lets_the_process_end(hub):
+    script = "import sys; from ant5m.data.corpus import *; c = Corpus.open(sys.argv[1:]).documents()"
+    words = [sys.executable, "-c", f"{script}; print(len(next(c)))", f"hf:{hub}"]
+    done = subprocess.run(words, capture_output=True, timeout=120, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, str(len(TEXTS[0]))), done.stderr
+
+
+BAD = {
+    "a.txt": (b"", "is empty"),
+    "b.txt": (b"text \x00 more", r"is binary, not text \(byte 5 is NUL\)"),
+    "c.txt": ("h\u00e9llo".encode("latin-1"), r"is not UTF-8 text \(byte 1\)"),
+    "d.txt": ("é".encode()[:1], r"is not UTF-8 text \(byte 0\)"),
+    "e.txt": (b" \n\n ", "holds no text"),
+    "f.csv": (b"text\nhello", r"unknown kind: \.txt, \.jsonl"),
+    "g": (b"hello", "unknown kind"),
+    "h.jsonl": (b'{"text": "a"}\n\n{"text": \n', r"h\.jsonl, line 3: not valid JSON"),
+    "i.jsonl": (b'{"text": "a"}\n[1]\n', "line 2: not a JSON object"),
+    "j.jsonl": (
+        b'{"body": "a", "title": "b"}\n',
+        r"line 1: no column 'text' \(found: body, title\).*--text-column",
+    ),
+    "k.jsonl": (b'{"text": 5}\n', "line 1: column 'text' holds int, not text"),
+    "l.jsonl": (b'{"text": "a"}\n{"text": "' + b"\xff" + b'"}', "not UTF-8"),
+    "m.parquet": (b"PAR1 no parquet", "not a readable parquet file"),
+    "n.txt.gz": (b"not gzip", "damaged or not compressed"),
+    "o.txt.gz": (gzip.compress(b"hello" * 999)[:-9], "damaged"),
+    "p.txt.xz": (lzma.compress(b"hello" * 999)[:-9], "damaged"),
+    "q.txt.zst": (zstandard.compress(b"hello" * 999)[:-3], "damaged"),
+    "r.txt.zst": (b"not zstd", "damaged or not compressed"),
+    "s.parquet.gz": (gzip.compress(b"x"), "unknown kind"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files(tmp_path, name):
+    content, words = BAD[name]
+    with pytest.raises(UserError, match=words) as error:
+        read(write(tmp_path / name, content))
+    assert "\n" not in str(error.value)
+
+
+def test_bad_names(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for names, words in {
+        (): "no text given",
+        (str(tmp_path / "absent.txt"),): "absent.txt does not exist",
+        (str(tmp_path / "*.txt"),): "matches no file",
+        (str(tmp_path / "empty"),): "holds no text file",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            Corpus.open(names)
+
+
+def test_parquet_without_text(tmp_path):
+    with pytest.raises(UserError, match=r"a\.parquet: no column 'text' \(found: id, body\).*--text-column"):
+        read(write_parquet(tmp_path / "a.parquet", column="body"))
+    with pytest.raises(UserError, match="column 'id' holds int, not text"):
+        read(write_parquet(tmp_path / "a.parquet"), text_column="id")
