@@ -323,7 +323,9 @@ def _key_gradients(
         o_do = (o_r // BG * stride_dt + o_r % BG * stride_dh)[:, None] + o_d[None, :]
         o_h = wide * H + (o_r // BG * H + o_r % BG)
         b_q = tl.load(p_q + wide * stride_qt + o_q, mask=m_r[:, None], other=0.0)  # [M, D]
-        b_lse = tl.load(p_lse + o_h, mask=m_r, other=float("inf"))  # no such row: p = 0
+        b_lse = tl.load(
+            p_lse + o_h, mask=m_r, other=0.0
+        )  # without such a row dO is 0, and so is what it adds
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [N, M]
         b_p = tl.exp2(b_s * c - b_lse[None, :])
         if MASKED:
@@ -420,6 +422,33 @@ class _Tile(NamedTuple):
     stages: int
 
 
+# By kernel and head size: the shapes that compile without spills and with the fewest instructions a score while two
+# blocks still fit an SM, counted in the machine code for sm_80 and sm_90 (benchmarks/triton_resources.py).
+_TILES = {
+    "forward": {size: _Tile(128, 64, 4 if size == 16 else 8, 2) for size in HEAD_SIZES},
+    "dq": {size: _Tile(128, 64, 8, 2) for size in HEAD_SIZES},
+    "dkdv": {
+        16: _Tile(64, 64, 4, 2),
+        32: _Tile(64, 64, 4, 2),
+        64: _Tile(64, 64, 4, 2),
+        128: _Tile(32, 128, 8, 2),
+    },
+}
+# Devices below this keep operands of products in registers, or have no room: Hopper's tiles would spill there.
+_LARGE_SHARED_MEMORY = 200 << 10
+_SMALL_TILES = {
+    ("dq", 128): _Tile(64, 64, 8, 2),
+    ("dkdv", 64): _Tile(32, 64, 4, 2),
+    ("dkdv", 128): _Tile(64, 64, 8, 2),
+}
+# No tensor cores here: their fp32 products are of 10 bits.
+_FP32_TILES = {
+    "forward": {size: _Tile(64, 32, 4, 1) if size <= 32 else _Tile(32, 32, 8, 1) for size in HEAD_SIZES},
+    "dq": {size: _Tile(64, 32, 4, 1) if size <= 32 else _Tile(32, 32, 8, 1) for size in HEAD_SIZES},
+    "dkdv": {size: _Tile(32, 32, 4 if size == 16 else 8, 1) for size in HEAD_SIZES},
+}
+
+
 def _launch(kernel: str, q: torch.Tensor, k: torch.Tensor, starts: torch.Tensor | None):
     """Grid and keyword arguments of a kernel for these shapes, on the current device."""
     batch, length, heads, size = q.shape
@@ -447,7 +476,11 @@ def _launch(kernel: str, q: torch.Tensor, k: torch.Tensor, starts: torch.Tensor 
 
 
 def _tile(kernel: str, size: int, itemsize: int) -> _Tile:
-    return _Tile(64, 32, 4, 2) if itemsize == 4 else _Tile(128, 64, 4, 2)
+    if itemsize == 4:
+        return _FP32_TILES[kernel][size]
+    if shared_memory() < _LARGE_SHARED_MEMORY and (kernel, size) in _SMALL_TILES:
+        return _SMALL_TILES[kernel, size]
+    return _TILES[kernel][size]
 
 
 @torch.library.custom_op("ant5m_triton::attention", mutates_args=())

@@ -12,10 +12,19 @@ import triton.language as tl
 
 # Logits alive at once. Few large chunks: 4,096 rows of 16,384 entries in 16 bits.
 CHUNK_BYTES = 128 << 20
-# Longer rows are read twice; up to here a row stays in registers, 64 entries a thread.
-_MAX_BLOCK = 65_536
 # softmax - one-hot in fp16 would lose every probability below 2^-24. Exact in the other dtypes, where it is 1.
 _FP16_SCALE = 2.0**12
+
+
+@triton.jit
+def _load(p_row, o, V, stride):
+    b_z = tl.load(p_row + o, mask=o < stride, other=0.0).to(tl.float32)
+    return tl.where(o < V, b_z, -float("inf"))
+
+
+@triton.jit
+def _store(p_row, o, stride, b_delta):
+    tl.store(p_row + o, b_delta.to(p_row.dtype.element_ty), mask=o < stride)
 
 
 @triton.jit
@@ -31,51 +40,50 @@ def softmax_gradient_kernel(
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A row of logits -> its loss, and in its place scale * (softmax - one-hot), or 0 when it does not count.
+    """A row of logits -> its loss, and in its place scale * (softmax - one-hot); both 0 where it does not count.
 
     A row has room for `stride` entries, a multiple of 16, so that vectors of entries are read and written; what
-    lies behind entry V is written, and never used. A target that is no entry makes the loss NaN.
+    lies behind entry V is never used. A target that is no entry makes the loss NaN.
     """
     i_n = tl.program_id(0).to(tl.int64)
     target = tl.load(p_targets + i_n)
-    counted = target != ignore_index
-    known = (target >= 0) & (target < V)
-    target = target.to(tl.int32)
     p_row = p_logits + i_n * stride
     o = tl.arange(0, BLOCK)
-    if WHOLE:
-        b_z = tl.load(p_row + o, mask=o < stride, other=0.0).to(tl.float32)
-        b_z = tl.where(o < V, b_z, -float("inf"))
-        highest = tl.max(b_z, 0)
-        b_exp = tl.exp(b_z - highest)
-        total = tl.sum(b_exp, 0)
-        at_target = tl.sum(tl.where(o == target, b_z, 0.0), 0)
-        if GRADIENT:
-            b_delta = b_exp / total - tl.where(o == target, 1.0, 0.0)
-            b_delta = tl.where(counted, b_delta * scale, 0.0)
-            tl.store(p_row + o, b_delta.to(p_logits.dtype.element_ty), mask=o < stride)
-    else:
-        b_max = tl.full((BLOCK,), -1e30, tl.float32)
-        b_sum = tl.zeros((BLOCK,), tl.float32)
-        b_target = tl.zeros((BLOCK,), tl.float32)
-        for first in range(0, V, BLOCK):
-            b_z = tl.load(p_row + first + o, mask=first + o < stride, other=0.0).to(tl.float32)
-            b_z = tl.where(first + o < V, b_z, -float("inf"))
-            b_new = tl.maximum(b_max, b_z)
-            b_sum = b_sum * tl.exp(b_max - b_new) + tl.exp(b_z - b_new)
-            b_max = b_new
-            b_target += tl.where(first + o == target, b_z, 0.0)
-        highest = tl.max(b_max, 0)
-        total = tl.sum(b_sum * tl.exp(b_max - highest), 0)
-        at_target = tl.sum(b_target, 0)
+    if target == ignore_index:
+        tl.store(p_losses + i_n, 0.0)
         if GRADIENT:
             for first in range(0, V, BLOCK):
-                b_z = tl.load(p_row + first + o, mask=first + o < stride, other=0.0).to(tl.float32)
-                b_delta = tl.exp(b_z - highest) / total - tl.where(first + o == target, 1.0, 0.0)
-                b_delta = tl.where(counted, b_delta * scale, 0.0)
-                tl.store(p_row + first + o, b_delta.to(p_logits.dtype.element_ty), mask=first + o < stride)
-    loss = (highest - at_target) + tl.log(total)
-    tl.store(p_losses + i_n, tl.where(counted, tl.where(known, loss, float("nan")), 0.0))
+                _store(p_row, first + o, stride, tl.zeros((BLOCK,), tl.float32))
+    else:
+        known = (target >= 0) & (target < V)
+        # Before the first reduction, whose barrier keeps it from meeting what other threads write further down.
+        at_target = tl.load(p_row + target, mask=known, other=float("nan")).to(tl.float32)
+        if WHOLE:
+            b_z = _load(p_row, o, V, stride)
+            highest = tl.max(b_z, 0)
+            b_exp = tl.exp(b_z - highest)
+            total = tl.sum(b_exp, 0)
+            if GRADIENT:
+                _store(p_row, o, stride, b_exp * (scale / total))
+        else:
+            b_max = tl.full((BLOCK,), -1e30, tl.float32)
+            b_sum = tl.zeros((BLOCK,), tl.float32)
+            for first in range(0, V, BLOCK):
+                b_z = _load(p_row, first + o, V, stride)
+                b_new = tl.maximum(b_max, b_z)
+                b_sum = b_sum * tl.exp(b_max - b_new) + tl.exp(b_z - b_new)
+                b_max = b_new
+            highest = tl.max(b_max, 0)
+            total = tl.sum(b_sum * tl.exp(b_max - highest), 0)
+            if GRADIENT:
+                for first in range(0, V, BLOCK):
+                    b_z = _load(p_row, first + o, V, stride)
+                    _store(p_row, first + o, stride, tl.exp(b_z - highest) * (scale / total))
+        tl.store(p_losses + i_n, highest - at_target + tl.log(total))
+        if GRADIENT:
+            tl.debug_barrier()
+            delta = (tl.exp(at_target - highest) / total - 1.0) * scale
+            tl.store(p_row + target, delta.to(p_logits.dtype.element_ty), mask=known)
 
 
 @torch.library.custom_op("ant5m_triton::linear_cross_entropy", mutates_args=())
@@ -100,7 +108,7 @@ def _forward(
     losses = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
     if need_weight:
         grad_weight.zero_()
-    block = min(triton.next_power_of_2(padded), _MAX_BLOCK)
+    tile = _tile(padded)
     with torch.cuda.device_of(hidden):
         for start in range(0, tokens, chunk):
             x = hidden[start : start + chunk]
@@ -114,9 +122,7 @@ def _forward(
                 ignore_index,
                 _scale(dtype),
                 GRADIENT=need_hidden or need_weight,
-                WHOLE=padded <= block,
-                BLOCK=block,
-                num_warps=min(max(4, block // 2_048), 32),
+                **tile,
             )
             if need_hidden:
                 _product(logits, weight, grad_hidden[start : start + chunk])
@@ -156,6 +162,14 @@ def linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
     grad = torch.is_grad_enabled()
     needs = grad and hidden.requires_grad, grad and weight.requires_grad
     return _forward(hidden, weight, targets, ignore_index, _compute_dtype(hidden), *needs)[0]
+
+
+def _tile(padded: int) -> dict[str, int | bool]:
+    # A row stays in registers, 32 entries a thread, up to what a block has threads for; longer rows are read twice.
+    if padded <= 32_768:
+        block = triton.next_power_of_2(padded)
+        return {"WHOLE": True, "BLOCK": block, "num_warps": max(4, block // 1_024)}
+    return {"WHOLE": False, "BLOCK": 8_192, "num_warps": 16}
 
 
 def _product(a, b, out=None):

@@ -4,6 +4,8 @@ With a = sigmoid(gate): dup = dy * gate * a, dgate = dy * up * a * (1 + gate * (
 Elements are taken in one flat order over rows, so a width such as 516 wastes no lanes.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -14,31 +16,56 @@ _BLOCK = 1_024
 
 
 @triton.jit
-def _offsets(N, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Row and column of the program's elements, and which of them exist."""
+def _offsets(N, D: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
+    """Row and column of the program's elements, and which of them exist. ALIGN divides D and BLOCK.
+
+    Strides are constants and ALIGN is told, because only then does Triton see that elements can be read as vectors.
+    """
     first = tl.program_id(0).to(tl.int64) * BLOCK
-    o = (first % D).to(tl.int32) + tl.arange(0, BLOCK)
+    o = tl.multiple_of((first % D).to(tl.int32), ALIGN) + tl.arange(0, BLOCK)
     o_n = first // D + o // D
     return o_n, o % D, o_n < N
 
 
 @triton.jit
-def swiglu_fwd_kernel(p_gate, p_up, p_y, N, stride_gate, stride_up, D: tl.constexpr, BLOCK: tl.constexpr):
-    o_n, o_d, m = _offsets(N, D, BLOCK)
+def swiglu_fwd_kernel(
+    p_gate,
+    p_up,
+    p_y,
+    N,
+    stride_gate: tl.constexpr,
+    stride_up: tl.constexpr,
+    UP: tl.constexpr,
+    D: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    o_n, o_d, m = _offsets(N, D, ALIGN, BLOCK)
     b_gate = tl.load(p_gate + o_n * stride_gate + o_d, mask=m, other=0.0).to(tl.float32)
-    b_up = tl.load(p_up + o_n * stride_up + o_d, mask=m, other=0.0).to(tl.float32)
+    b_up = tl.load(p_up + UP + o_n * stride_up + o_d, mask=m, other=0.0).to(tl.float32)
     b_y = b_gate * tl.sigmoid(b_gate) * b_up
     tl.store(p_y + o_n * D + o_d, b_y.to(p_y.dtype.element_ty), mask=m)
 
 
 @triton.jit
 def swiglu_bwd_kernel(
-    p_dy, p_gate, p_up, p_dboth, N, stride_dy, stride_gate, stride_up, D: tl.constexpr, BLOCK: tl.constexpr
+    p_dy,
+    p_gate,
+    p_up,
+    p_dboth,
+    N,
+    stride_dy: tl.constexpr,
+    stride_gate: tl.constexpr,
+    stride_up: tl.constexpr,
+    UP: tl.constexpr,
+    D: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    o_n, o_d, m = _offsets(N, D, BLOCK)
+    o_n, o_d, m = _offsets(N, D, ALIGN, BLOCK)
     b_dy = tl.load(p_dy + o_n * stride_dy + o_d, mask=m, other=0.0).to(tl.float32)
     b_gate = tl.load(p_gate + o_n * stride_gate + o_d, mask=m, other=0.0).to(tl.float32)
-    b_up = tl.load(p_up + o_n * stride_up + o_d, mask=m, other=0.0).to(tl.float32)
+    b_up = tl.load(p_up + UP + o_n * stride_up + o_d, mask=m, other=0.0).to(tl.float32)
     b_sigmoid = tl.sigmoid(b_gate)
     b_silu = b_gate * b_sigmoid
     b_dgate = b_dy * b_up * (b_sigmoid + b_silu * (1.0 - b_sigmoid))
@@ -50,10 +77,10 @@ def swiglu_bwd_kernel(
 @torch.library.custom_op("ant5m_triton::swiglu", mutates_args=())
 def _forward(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     y = _output(gate, up)
-    gate, up = rows(gate), rows(up)
+    gate, (up, behind) = rows(gate), _from_boundary(rows(up))
     with torch.cuda.device_of(y):
         swiglu_fwd_kernel[(triton.cdiv(y.numel(), _BLOCK),)](
-            gate, up, y, len(gate), gate.stride(0), up.stride(0), D=gate.shape[1], BLOCK=_BLOCK
+            gate, up, y, len(gate), gate.stride(0), up.stride(0), UP=behind, **_tile(gate.shape[1])
         )
     return y
 
@@ -67,7 +94,7 @@ def _output(gate, up):
 def _backward(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """-> both gradients side by side [..., 2 D]: where one product made gate and up, its gradient needs no copy."""
     dboth = _gradients(dy, gate, up)
-    dy, gate, up = rows(dy), rows(gate), rows(up)
+    dy, gate, (up, behind) = rows(dy), rows(gate), _from_boundary(rows(up))
     with torch.cuda.device_of(dy):
         swiglu_bwd_kernel[(triton.cdiv(gate.numel(), _BLOCK),)](
             dy,
@@ -78,8 +105,8 @@ def _backward(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.T
             dy.stride(0),
             gate.stride(0),
             up.stride(0),
-            D=gate.shape[1],
-            BLOCK=_BLOCK,
+            UP=behind,
+            **_tile(gate.shape[1]),
         )
     return dboth
 
@@ -102,3 +129,17 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 def swiglu(gate, up):
     return _forward(gate, up)
+
+
+def _from_boundary(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """x's memory from the 16-byte boundary before it, and how many elements x lies behind that.
+
+    All that Triton knows of a pointer is whether it is at such a boundary, and the second half of [.., 2 * 516] is
+    not: it would be read an element at a time.
+    """
+    behind = x.data_ptr() % 16 // x.itemsize
+    return x.as_strided(x.shape, x.stride(), x.storage_offset() - behind), behind
+
+
+def _tile(size: int) -> dict[str, int]:
+    return {"D": size, "ALIGN": math.gcd(size, _BLOCK), "BLOCK": _BLOCK}
