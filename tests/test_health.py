@@ -117,6 +117,8 @@ def test_repeated_fragments():
     assert [(fragment.text, fragment.count) for fragment in worst] == [("SIXTEEN LETTERS!", 20)]
     assert share == 16 * 20 / (66 * 20)
     assert repeated_ngrams(plain, plain.encode_flat(noise)[0]) == ([], 0.0)
+    longer = plain.encode_flat(["A FEW MORE LETTERS THAN BEFORE" + text for text in noise])[0]
+    assert [fragment.text for fragment in repeated_ngrams(plain, longer)[0]] == ["A FEW MORE LETTE"]
     assert repeated_ngrams(plain, plain.encode_flat(["short"])[0]) == ([], 0.0)
 
 

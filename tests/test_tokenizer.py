@@ -88,6 +88,7 @@ def test_transformers_opens_the_folder(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "t", model_max_length=256)
     opened = transformers.AutoTokenizer.from_pretrained(tmp_path / "t")
     assert (opened.eos_token_id, len(opened), opened.model_max_length) == (0, 330, 256)
+    assert opened.clean_up_tokenization_spaces is False
     for text in [*sentences(5), "a , b . c ' d", *AWKWARD.values()]:
         if END_OF_TEXT in text:
             continue
@@ -118,6 +119,10 @@ def test_a_smaller_vocabulary_is_the_beginning_of_a_larger_one(tokenizer):
 def test_impossible_sizes(size, words):
     with pytest.raises(UserError, match=words):
         train_tokenizer(sentences(10), size)
+
+
+def test_what_occurs_once_is_not_learned():
+    assert learn_bpe(["abcdefgh ijklmnop"], 1_000).vocab_size == 257
 
 
 def test_the_error_names_a_size_that_works():
