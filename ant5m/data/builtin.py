@@ -14,6 +14,7 @@ import inspect
 import multiprocessing
 import os
 import re
+import signal
 import sysconfig
 import warnings
 import zlib
@@ -92,8 +93,12 @@ def _pool() -> ProcessPoolExecutor:
     # nothing but `ast` and `re`.
     fork = "fork" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("fork" if fork else None)
-    # Syntax trees have no cycles, and looking for some doubles the time.
-    return ProcessPoolExecutor(min(8, os.cpu_count() or 1), mp_context=context, initializer=gc.disable)
+    return ProcessPoolExecutor(min(8, os.cpu_count() or 1), mp_context=context, initializer=_begin_worker)
+
+
+def _begin_worker() -> None:
+    gc.disable()  # syntax trees have no cycles, and looking for some doubles the time
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
 
 
 # Finding the files
