@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import sysconfig
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -99,6 +100,15 @@ def _pool() -> ProcessPoolExecutor:
 def _begin_worker() -> None:
     gc.disable()  # syntax trees have no cycles, and looking for some doubles the time
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    # Workers of a process that was killed would wait for work forever.
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
+        os._exit(1)
 
 
 # Finding the files
