@@ -1,8 +1,8 @@
 """Builds `ant5m._cpu` from csrc/cpu with ninja; torch is not needed, and no torch header is included.
 
-`bindings.cpp`, `dispatch.cpp` and `parallel.cpp` are compiled once. Every other file is an op: it is compiled once for each
-instruction set below, and `dispatch.cpp` picks one at run time by what the processor has.
-The environment variable ANT5M_SANITIZE=address,undefined makes a build for the sanitizers.
+`bindings.cpp`, `dispatch.cpp` and `parallel.cpp` are compiled once. Every other file is an op: it is
+compiled once for each instruction set below, and `dispatch.cpp` picks one at run time by what the processor
+has. The environment variable ANT5M_SANITIZE=address,undefined makes a build for the sanitizers.
 """
 
 import os
@@ -45,10 +45,11 @@ def write_ninja(ninja: Writer, target: Path) -> None:
 
     includes = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')} -I{SOURCES.absolute()}"
     sanitize = os.environ.get("ANT5M_SANITIZE", "")
-    sanitizer = f"-fsanitize={sanitize} -fno-omit-frame-pointer -g" if sanitize else ""
+    sanitizer = f"-O1 -fsanitize={sanitize} -fno-omit-frame-pointer -g" if sanitize else ""
     ninja.variable("cxx", os.environ.get("CXX", "c++"))
     ninja.variable(
-        "flags", f"-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra {sanitizer} {includes}"
+        "flags",
+        f"-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra {sanitizer} {includes}",
     )
     ninja.rule("compile", "$cxx $flags $isa -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
     apple = "-undefined dynamic_lookup" if sys.platform == "darwin" else ""

@@ -33,6 +33,7 @@ constexpr int kRows = 6;
 
 typedef float Vec __attribute__((vector_size(kWidth * sizeof(float))));
 typedef int32_t IntVec __attribute__((vector_size(kWidth * sizeof(int32_t))));
+typedef uint32_t BitVec __attribute__((vector_size(kWidth * sizeof(uint32_t))));
 
 inline Vec load(const float* p) {
     Vec v;
@@ -125,9 +126,9 @@ inline Vec exp2(Vec x) {
 #ifdef __AVX512F__
     return _mm512_maskz_scalef_ps(0xffff, p, x);
 #else
-    IntVec exponent;
+    BitVec exponent;
     std::memcpy(&exponent, &shifted, sizeof exponent);
-    IntVec bits;
+    BitVec bits;
     std::memcpy(&bits, &p, sizeof bits);
     bits += exponent << 23;
     std::memcpy(&p, &bits, sizeof p);
