@@ -68,10 +68,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield aside
-        os.chmod(aside, 0o755)
-        for entry in aside.rglob("*"):
+        for entry in (aside, *aside.rglob("*")):
+            entry.chmod(0o755 if entry.is_dir() else 0o644)  # as a plain `open` would have made them
             fsync(entry)
-        fsync(aside)
         os.rename(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
