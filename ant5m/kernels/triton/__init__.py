@@ -23,7 +23,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def why_not(op: str, *tensors: torch.Tensor) -> str | None:
-    """These ops take fp16, bf16 or fp32 on an NVIDIA GPU; what has a product in it needs compute capability 8.0."""
+    """These ops take fp16, bf16 or fp32 on an NVIDIA GPU; attention and bf16 need compute capability 8.0."""
     if triton is None:
         return "Triton is not installed"
     if not layout.interpreted() and not (torch.cuda.is_available() and torch.version.cuda):
@@ -41,7 +41,7 @@ def _device_refuses(op, *tensors):
     if layout.interpreted():
         return None
     for x in tensors:
-        if x.device.type != "cuda":
+        if not _on_gpu(x):
             return f"the tensors are on {x.device.type}"
     capability = torch.cuda.get_device_capability(tensors[0].device if tensors else None)
     if capability >= (8, 0):
@@ -54,6 +54,10 @@ def _device_refuses(op, *tensors):
     return None
 
 
+def _on_gpu(x):
+    return x.device.type == "cuda"
+
+
 def _shape_refuses(op, *tensors):
     x = tensors[0]
     if op == "attention":
@@ -61,6 +65,8 @@ def _shape_refuses(op, *tensors):
             return f"it takes head sizes {', '.join(map(str, HEAD_SIZES))}, not {x.shape[-1]}"
         if any(y.dtype != x.dtype for y in tensors):
             return f"q, k and v differ in dtype: {', '.join(str(y.dtype) for y in tensors)}"
+        if any(y.shape[1] != x.shape[1] for y in tensors):
+            return "queries and keys differ in length"
     if op == "swiglu" and tensors[1].dtype != x.dtype:
         return f"gate is {x.dtype}, up {tensors[1].dtype}"
     if op == "rms_norm" and x.shape[-1] > MAX_SIZE:

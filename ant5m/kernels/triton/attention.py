@@ -1,11 +1,11 @@
 """Causal flash attention with grouped queries.
 
-A tile of query rows holds BQ positions times BG heads of one key/value group, so K and V are read once for all of
-them, and the sum of dK and dV over the group is the sum over the rows of a product. Only tiles on the diagonal are
-masked. Scores are kept in units of log2: p = exp2(q.k * c - m) with c = log2(e) / sqrt(D).
+A tile of query rows holds BQ positions times BG heads of one key/value group, so K and V are read once for
+all of them, and the sum of dK and dV over the group is the sum over the rows of a product. Only tiles on the
+diagonal are masked. Scores are kept in units of log2: p = exp2(q.k * c - m) with c = log2(e) / sqrt(D).
 
-The backward pass is two kernels without atomics, so it is deterministic: one owns query rows (dQ, and on its way
-rowsum(dO * O)), one owns keys (dK and dV). Source: Dao, "FlashAttention-2", 2023.
+The backward pass is two kernels without atomics, so it is deterministic: one owns query rows (dQ, and on its
+way rowsum(dO * O)), one owns keys (dK and dV). Source: Dao, "FlashAttention-2", 2023.
 
 `starts` [B, T] int32 keeps attention inside documents: position t sees positions starts[b, t]..t. It must not
 decrease along T.
@@ -84,7 +84,8 @@ def _place(T, GROUP: tl.constexpr, KV: tl.constexpr, BLOCK: tl.constexpr, BG: tl
     i_block = tl.program_id(0) % blocks
     i = tl.program_id(0) // blocks
     TILES: tl.constexpr = (GROUP + BG - 1) // BG
-    return i_block, (i // (TILES * KV)).to(tl.int64), i // TILES % KV, i % TILES * BG
+    i = i.to(tl.int64)
+    return i_block, i // (TILES * KV), i // TILES % KV, i % TILES * BG
 
 
 @triton.jit
@@ -124,7 +125,7 @@ def attention_fwd_kernel(
     i_h = i_kv * GROUP + i_g
     p_q += i_b * stride_qb + i_t.to(tl.int64) * stride_qt + i_h * stride_qh
     b_q = tl.load(
-        p_q + (o_r // BG * stride_qt + o_r % BG * stride_qh)[:, None] + o_d[None, :],
+        p_q + (o_r // BG * stride_qt + (o_r % BG).to(tl.int64) * stride_qh)[:, None] + o_d[None, :],
         mask=m_r[:, None],
         other=0.0,
     )
@@ -145,8 +146,8 @@ def attention_fwd_kernel(
             D, False, STARTS, BN, PRECISION,
         )  # fmt: skip
     b_acc, b_sum, b_max = _attend(
-        b_acc, b_sum, b_max, b_q, p_k, p_v, o_t, b_start, diagonal, tl.minimum(i_t + BQ, T), T, c, stride_kt, stride_vt,
-        D, True, STARTS, BN, PRECISION,
+        b_acc, b_sum, b_max, b_q, p_k, p_v, o_t, b_start, diagonal, tl.minimum(i_t + BQ, T), T, c,
+        stride_kt, stride_vt, D, True, STARTS, BN, PRECISION,
     )  # fmt: skip
 
     o_out = (i_b * T + i_t) * (KV * GROUP) + i_h + o_r // BG * (KV * GROUP) + o_r % BG
@@ -244,13 +245,13 @@ def attention_bwd_dq_kernel(
     i_h = i_kv * GROUP + i_g
     p_q += i_b * stride_qb + i_t.to(tl.int64) * stride_qt + i_h * stride_qh
     b_q = tl.load(
-        p_q + (o_r // BG * stride_qt + o_r % BG * stride_qh)[:, None] + o_d[None, :],
+        p_q + (o_r // BG * stride_qt + (o_r % BG).to(tl.int64) * stride_qh)[:, None] + o_d[None, :],
         mask=m_r[:, None],
         other=0.0,
     )
     p_do += i_b * stride_db + i_t.to(tl.int64) * stride_dt + i_h * stride_dh
     b_do = tl.load(
-        p_do + (o_r // BG * stride_dt + o_r % BG * stride_dh)[:, None] + o_d[None, :],
+        p_do + (o_r // BG * stride_dt + (o_r % BG).to(tl.int64) * stride_dh)[:, None] + o_d[None, :],
         mask=m_r[:, None],
         other=0.0,
     )
@@ -319,8 +320,8 @@ def _key_gradients(
         o_t = t + o_r // BG
         m_r = (o_t < T) & (i_g + o_r % BG < GROUP)
         wide = tl.cast(t, tl.int64)
-        o_q = (o_r // BG * stride_qt + o_r % BG * stride_qh)[:, None] + o_d[None, :]
-        o_do = (o_r // BG * stride_dt + o_r % BG * stride_dh)[:, None] + o_d[None, :]
+        o_q = (o_r // BG * stride_qt + (o_r % BG).to(tl.int64) * stride_qh)[:, None] + o_d[None, :]
+        o_do = (o_r // BG * stride_dt + (o_r % BG).to(tl.int64) * stride_dh)[:, None] + o_d[None, :]
         o_h = wide * H + (o_r // BG * H + o_r % BG)
         b_q = tl.load(p_q + wide * stride_qt + o_q, mask=m_r[:, None], other=0.0)  # [M, D]
         b_lse = tl.load(
@@ -422,8 +423,9 @@ class _Tile(NamedTuple):
     stages: int
 
 
-# By kernel and head size: the shapes that compile without spills and with the fewest instructions a score while two
-# blocks still fit an SM, counted in the machine code for sm_80 and sm_90 (benchmarks/triton_resources.py).
+# By kernel and head size: the shapes that compile without spills and with the fewest instructions a score
+# while two blocks still fit an SM, counted in the machine code for sm_80 and sm_90
+# (benchmarks/triton_resources.py).
 _TILES = {
     "forward": {size: _Tile(128, 64, 4 if size == 16 else 8, 2) for size in HEAD_SIZES},
     "dq": {size: _Tile(128, 64, 8, 2) for size in HEAD_SIZES},
@@ -434,7 +436,7 @@ _TILES = {
         128: _Tile(32, 128, 8, 2),
     },
 }
-# Devices below this keep operands of products in registers, or have no room: Hopper's tiles would spill there.
+# Devices below this have no room, or keep operands of products in registers: Hopper's tiles would spill.
 _LARGE_SHARED_MEMORY = 200 << 10
 _SMALL_TILES = {
     ("dq", 128): _Tile(64, 64, 8, 2),
@@ -571,4 +573,6 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def attention(q, k, v, starts=None):
+    if starts is not None:
+        starts = starts.to(torch.int32).contiguous()
     return _forward(q, k, v, starts)[0]

@@ -1,4 +1,4 @@
-"""What the kernels take for granted about memory: rows without gaps, and the room a device has on chip."""
+"""What the kernels take for granted about memory: rows without gaps, and how much of it is on the chip."""
 
 import functools
 
@@ -6,8 +6,8 @@ import torch
 import triton
 from triton.runtime import driver
 
-# Compute capability 8.0 and 9.0 have more; what the interpreter is asked to stand for.
-_LARGE_SHARED_MEMORY = 227 << 10
+# The interpreter stands for a device of compute capability 9.0.
+_INTERPRETED_SHARED_MEMORY = 227 << 10
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:
@@ -21,13 +21,15 @@ def rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1 when Triton was imported)."""
+    """Whether kernels run in Triton's interpreter: TRITON_INTERPRET was 1 when this was imported."""
     return not isinstance(_probe, triton.JITFunction)
 
 
 def shared_memory() -> int:
     """Bytes of shared memory that a block may use on the current device."""
-    return _LARGE_SHARED_MEMORY if interpreted() else _shared_memory(driver.active.get_current_device())
+    if interpreted():
+        return _INTERPRETED_SHARED_MEMORY
+    return _shared_memory(driver.active.get_current_device())
 
 
 @functools.cache

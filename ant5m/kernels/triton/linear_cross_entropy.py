@@ -1,9 +1,10 @@
-"""The head: logits = hidden weight^T, their softmax cross-entropy, and both gradients, a chunk of rows at a time.
+"""The head: logits = hidden weight^T, their cross-entropy and both gradients, a chunk of rows at a time.
 
-The products are cuBLAS's, which uses the tensor cores of every device; between them one kernel turns a chunk of
-logits in place into softmax - one-hot. The gradients are therefore computed beside the loss, from logits that are
-made once and never kept. They stay unscaled (softmax - one-hot is at most 1 in size) until the backward pass, so
-fp16 needs no loss scale here; both are summed in fp32. Nothing is skipped, and nothing waits for the device.
+The products are cuBLAS's, which uses the tensor cores of every device; between them one kernel turns a chunk
+of logits in place into softmax - one-hot. So the gradients are computed beside the loss, from logits that are
+made once and never kept. They are divided by the number of targets only in the backward pass (softmax -
+one-hot is at most 1 in size), so fp16 needs no loss scale here; both are summed in fp32. Nothing is skipped,
+and nothing waits for the device.
 """
 
 import torch
@@ -12,7 +13,7 @@ import triton.language as tl
 
 # Logits alive at once. Few large chunks: 4,096 rows of 16,384 entries in 16 bits.
 CHUNK_BYTES = 128 << 20
-# softmax - one-hot in fp16 would lose every probability below 2^-24. Exact in the other dtypes, where it is 1.
+# As it is, fp16 would lose probabilities below 2^-24. A power of two, so that it changes nothing else.
 _FP16_SCALE = 2.0**12
 
 
@@ -40,10 +41,10 @@ def softmax_gradient_kernel(
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A row of logits -> its loss, and in its place scale * (softmax - one-hot); both 0 where it does not count.
+    """A row of logits -> its loss, and in its place scale * (softmax - one-hot); 0 where it does not count.
 
-    A row has room for `stride` entries, a multiple of 16, so that vectors of entries are read and written; what
-    lies behind entry V is never used. A target that is no entry makes the loss NaN.
+    A row has room for `stride` entries, a multiple of 16, so that vectors of entries are read and written;
+    what lies behind entry V is never used. A target that is no entry makes the loss NaN.
     """
     i_n = tl.program_id(0).to(tl.int64)
     target = tl.load(p_targets + i_n)
@@ -56,7 +57,7 @@ def softmax_gradient_kernel(
                 _store(p_row, first + o, stride, tl.zeros((BLOCK,), tl.float32))
     else:
         known = (target >= 0) & (target < V)
-        # Before the first reduction, whose barrier keeps it from meeting what other threads write further down.
+        # Read before the first reduction: its barrier comes before what other threads write there.
         at_target = tl.load(p_row + target, mask=known, other=float("nan")).to(tl.float32)
         if WHOLE:
             b_z = _load(p_row, o, V, stride)
@@ -96,14 +97,14 @@ def _forward(
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Products in `dtype` -> loss, fp32 gradients (empty where not needed) times count * scale, count of targets."""
+    """-> loss; fp32 gradients times count * _scale(dtype), empty where not needed; count of targets."""
     loss, grad_hidden, grad_weight, count = _outputs(
         hidden, weight, targets, ignore_index, dtype, need_hidden, need_weight
     )
     hidden, weight, targets = hidden.to(dtype), weight.to(dtype), targets.contiguous()
     tokens, vocab = len(hidden), len(weight)
     padded = triton.cdiv(vocab, 64) * 64
-    chunk = min(tokens, max(1, CHUNK_BYTES // (padded * dtype.itemsize)))
+    chunk = max(1, min(tokens, CHUNK_BYTES // (padded * dtype.itemsize)))
     buffer = torch.empty(chunk, padded, dtype=dtype, device=hidden.device)
     losses = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
     if need_weight:
@@ -151,7 +152,10 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, grad, *_):
     *grads, count = ctx.saved_tensors
     scale = grad / (count * _scale(ctx.dtype))
-    scaled = ((x * scale).to(dtype) if need else None for x, dtype, need in zip(grads, ctx.dtypes, ctx.needs))
+    scaled = (
+        (x * scale).to(dtype) if need else None
+        for x, dtype, need in zip(grads, ctx.dtypes, ctx.needs, strict=True)
+    )
     return *scaled, None, None, None, None, None
 
 
@@ -165,7 +169,7 @@ def linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
 
 
 def _tile(padded: int) -> dict[str, int | bool]:
-    # A row stays in registers, 32 entries a thread, up to what a block has threads for; longer rows are read twice.
+    # 32 entries a thread, so that a row stays in registers; what no block has threads for is read twice.
     if padded <= 32_768:
         block = triton.next_power_of_2(padded)
         return {"WHOLE": True, "BLOCK": block, "num_warps": max(4, block // 1_024)}

@@ -1,8 +1,8 @@
 """RMSNorm with the residual add in front of it. Forward and backward read each row once.
 
-With s = x + residual, u = s / sqrt(mean(s^2) + eps) and y = u * weight:
-ds = (weight * dy - u * mean(weight * dy * u)) / sqrt(mean(s^2) + eps), plus the gradient that reaches s directly;
-dweight = sum over rows of dy * u, in fp32, first inside a program and then over programs, always in one order.
+With s = x + residual, u = s / sqrt(mean(s^2) + eps) and y = u * weight: ds = (weight * dy - u * mean(weight *
+dy * u)) / sqrt(mean(s^2) + eps), plus the gradient that reaches s directly; dweight = sum over rows of dy *
+u, in fp32, first inside a program and then over programs, always in one order.
 """
 
 import torch

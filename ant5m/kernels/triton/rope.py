@@ -29,7 +29,7 @@ def _rotate(
     BLOCK_D: tl.constexpr,
 ):
     o_t = tl.arange(0, BLOCK_T)[:, None, None]
-    o_h = tl.arange(0, BLOCK_H)[None, :, None]
+    o_h = tl.arange(0, BLOCK_H)[None, :, None].to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)[None, None, :]
     m = (i_t + o_t < T) & (o_h < H) & (o_d < HALF)
     p_first = p_x + i_b * stride_b + i_t * stride_t + (o_t * stride_t + o_h * stride_h + o_d)

@@ -19,7 +19,7 @@ _BLOCK = 1_024
 def _offsets(N, D: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
     """Row and column of the program's elements, and which of them exist. ALIGN divides D and BLOCK.
 
-    Strides are constants and ALIGN is told, because only then does Triton see that elements can be read as vectors.
+    Strides are constants and ALIGN is given, because only then does Triton find that vectors can be read.
     """
     first = tl.program_id(0).to(tl.int64) * BLOCK
     o = tl.multiple_of((first % D).to(tl.int32), ALIGN) + tl.arange(0, BLOCK)
@@ -92,7 +92,7 @@ def _output(gate, up):
 
 @torch.library.custom_op("ant5m_triton::swiglu_backward", mutates_args=())
 def _backward(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """-> both gradients side by side [..., 2 D]: where one product made gate and up, its gradient needs no copy."""
+    """-> both gradients side by side [..., 2 D]: the product that made gate and up gets its own whole."""
     dboth = _gradients(dy, gate, up)
     dy, gate, (up, behind) = rows(dy), rows(gate), _from_boundary(rows(up))
     with torch.cuda.device_of(dy):
@@ -134,10 +134,10 @@ def swiglu(gate, up):
 def _from_boundary(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     """x's memory from the 16-byte boundary before it, and how many elements x lies behind that.
 
-    All that Triton knows of a pointer is whether it is at such a boundary, and the second half of [.., 2 * 516] is
-    not: it would be read an element at a time.
+    All that Triton knows of a pointer is whether it is at such a boundary. The second half of a row of
+    2 * 516 is not, and would be read an element at a time.
     """
-    behind = x.data_ptr() % 16 // x.itemsize
+    behind = min(x.data_ptr() % 16 // x.itemsize, x.storage_offset())
     return x.as_strided(x.shape, x.stride(), x.storage_offset() - behind), behind
 
 

@@ -1,0 +1,180 @@
+"""What the kernels cost a device, found out without one: registers, shared memory, spills, tensor cores.
+
+Triton compiles for any compute capability on any machine. A `compile_only` device stands in for Triton's
+driver: an op that is called under it, on tensors of the CPU, compiles exactly the kernels that it would
+launch on such a device, with the same arguments, and launches none. What the op returns then is not computed.
+"""
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime import driver
+
+from ant5m.kernels import triton as ops
+
+# Most shared memory of a block, by compute capability. 8.0 stands for its whole family, of which the consumer
+# devices (8.6, 8.9) have least. Source: CUDA C++ Programming Guide, technical specifications per capability.
+SHARED_MEMORY = {75: 64 << 10, 80: 99 << 10, 90: 227 << 10}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one compiled kernel. Bytes are a block's, except `spill_bytes`, which are a thread's.
+
+    `narrow_accesses` counts loads and stores in global memory of less than 4 bytes: vectors that were none.
+    """
+
+    kernel: str
+    capability: int
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    registers: int
+    shared_bytes: int
+    spill_bytes: int
+    instructions: int
+    tensor_instructions: int
+    narrow_accesses: int
+
+
+@contextlib.contextmanager
+def compile_only(capability: int, shared_memory: int | None = None) -> Iterator[list[Resources]]:
+    """Inside, ops called on CPU tensors compile for `capability` (75, 80, 90); new kernels join the list."""
+    found: list[Resources] = []
+    before = driver._active
+    driver.set_active(_CompileOnly(capability, shared_memory or SHARED_MEMORY[capability], found))
+    try:
+        yield found
+    finally:
+        driver._active = before
+
+
+def of_training_step(
+    capability: int,
+    dtype: torch.dtype,
+    *,
+    hidden: int,
+    intermediate: int,
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    vocab: int,
+    length: int = 1_024,
+    documents: bool = False,
+) -> list[Resources]:
+    """The kernels that a training step of such a Llama launches, with activations in `dtype`, the rest fp32.
+
+    `documents`: attention stays inside document boundaries. Below 80 there is none: `why_not` refuses it.
+    """
+
+    def draw(*shape, dtype=dtype):
+        return torch.zeros(1, length, *shape, dtype=dtype, requires_grad=True)
+
+    with compile_only(capability) as found:
+        weight = torch.ones(hidden, requires_grad=True)
+        embedding = torch.zeros(vocab, hidden, requires_grad=True)
+        residual = draw(hidden, dtype=torch.float32)
+        outputs = [ops.rms_norm(residual, weight), *ops.rms_norm(draw(hidden), weight, 1e-5, residual)]
+        sizes = [count * head_size for count in (heads, kv_heads, kv_heads)]
+        q, k, v = (part.unflatten(-1, (-1, head_size)) for part in draw(sum(sizes)).split(sizes, -1))
+        angles = torch.zeros(length, head_size // 2)
+        q, k = ops.rope(q, k, angles, angles)
+        outputs += [q, k]
+        if capability >= 80:
+            starts = torch.zeros(1, length, dtype=torch.int32) if documents else None
+            outputs.append(ops.attention(q, k, v, starts))
+        outputs.append(ops.swiglu(*draw(2 * intermediate).chunk(2, -1)))
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            few = residual[0, :16]  # because products are computed, on the CPU
+            outputs.append(ops.linear_cross_entropy(few, embedding, torch.zeros(16, dtype=torch.long)))
+        torch.autograd.backward([out.sum() for out in outputs])
+    return found
+
+
+class _CompileOnly(DriverBase):
+    _count = 0
+
+    def __init__(self, capability: int, shared_memory: int, found: list[Resources]):
+        # A number of its own, because Triton keeps compiled kernels and properties by device.
+        _CompileOnly._count += 1
+        self._device = -_CompileOnly._count
+        self._capability, self._found, self._launched = capability, found, None
+        self.utils = SimpleNamespace(
+            load_binary=self._load_binary,
+            get_device_properties=lambda device: {"max_shared_mem": shared_memory},
+        )
+
+    def launcher_cls(self, source, metadata):
+        """Called once for each compiled kernel, before its binary is loaded."""
+        names = source.fn.arg_names
+        self._launched = metadata, {names[path[0]]: value for path, value in source.constants.items()}
+        return lambda *arguments: None
+
+    def _load_binary(self, name, binary, shared, device):
+        metadata, constants = self._launched
+        found = Resources(
+            kernel=name,
+            capability=self._capability,
+            constants=constants,
+            warps=metadata.num_warps,
+            stages=metadata.num_stages,
+            shared_bytes=shared,
+            **_read(binary),
+        )
+        self._found.append(found)
+        return None, None, found.registers, found.spill_bytes, 1_024
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self._capability, 32)
+
+    def get_current_device(self):
+        return self._device
+
+    def get_current_stream(self, device):
+        return 0
+
+    @classmethod
+    def is_active(cls):
+        return False
+
+    def map_python_to_cpp_type(self, ty):
+        raise NotImplementedError
+
+    def get_active_torch_device(self):
+        raise NotImplementedError
+
+    def get_benchmarker(self):
+        raise NotImplementedError
+
+
+def _read(binary: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        usage = _cuobjdump("--dump-resource-usage", file.name)
+        code = _cuobjdump("--dump-sass", file.name)
+    # STACK holds spilled registers, and arrays with computed indices, which these kernels do not have.
+    registers, stack = (int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9.]+)", code)
+    return {
+        "registers": registers,
+        "spill_bytes": stack,
+        "instructions": sum(name != "NOP" for name in instructions),
+        "tensor_instructions": sum(name.startswith(("HMMA", "HGMMA")) for name in instructions),
+        "narrow_accesses": sum(bool(re.match(r"(LDG|STG)\..*[US](8|16)\b", name)) for name in instructions),
+    }
+
+
+def _cuobjdump(*arguments: str) -> str:
+    command = [triton.knobs.nvidia.cuobjdump.path, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,639 @@
+"""The Triton ops against the reference in float64: small shapes in Triton's interpreter, more on a GPU.
+
+The interpreter has to be chosen before Triton is imported, and other tests import Triton too. So without a
+GPU the tests of this file are skipped where pytest finds them, and run in a process of their own:
+test_in_the_interpreter.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ant5m import kernels
+from ant5m.kernels import reference
+from ant5m.kernels import triton as ops
+from ant5m.model.ant import Ant
+from ant5m.model.config import ModelConfig
+
+pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+runs_here = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="runs in test_in_the_interpreter")
+big = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")]
+
+fp32, fp16, bf16 = torch.float32, torch.float16, torch.bfloat16
+# RMS error over RMS of the float64 result.
+TOLERANCES = {
+    "rms_norm": {fp32: 1e-5, fp16: 1e-3, bf16: 4e-3},
+    "rope": {fp32: 1e-5, fp16: 1e-3, bf16: 4e-3},
+    "swiglu": {fp32: 1e-5, fp16: 1e-3, bf16: 4e-3},
+    "attention": {fp32: 1e-5, fp16: 5e-3, bf16: 2e-2},
+    "linear_cross_entropy": {fp32: 1e-5, fp16: 5e-3, bf16: 2e-2},
+}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+def test_in_the_interpreter():
+    """Everything below, where TRITON_INTERPRET=1 comes before Triton."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout and " failed" not in done.stdout
+
+
+@pytest.fixture(autouse=True)
+def nan_filled():
+    """Memory that an op asks for and does not write shows up as NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(4).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def interpreter_with_bf16(monkeypatch):
+    """Triton 3.7's interpreter multiplies the bits of bf16 as integers, and cuts off where a GPU rounds."""
+    if not INTERPRETED:
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+
+    def widen(x):
+        if x.dtype != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+    def rounded(data, source, target, mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(data, source, target, mode)
+        return torch.tensor(data).bfloat16().view(torch.int16).numpy().view("uint16")
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+    monkeypatch.setattr(
+        interpreter.InterpreterBuilder,
+        "create_dot",
+        lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest),
+    )
+
+
+def draw(*shape, scale=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return (torch.randn(*shape, generator=generator) * scale).to(DEVICE)
+
+
+def results(op, inputs, dtype, layout=lambda x: x):
+    """Outputs and gradients of `op` in `dtype` at `inputs`, each laid out in memory by `layout`."""
+    leaves = [x.detach().clone().to(dtype).requires_grad_() for x in inputs]
+    outs = op(*(layout(x) for x in leaves))
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    loss = sum(
+        (o * torch.linspace(-1, 1, o.numel(), device=DEVICE).view_as(o).to(o.dtype)).sum() for o in outs
+    )
+    return [*outs, *torch.autograd.grad(loss, leaves)]
+
+
+def error(got, truth):
+    assert got.shape == truth.shape
+    return (
+        (got.double() - truth).square().mean().sqrt() / truth.square().mean().sqrt().clamp(min=1e-9)
+    ).item()
+
+
+def check(name, op, truth, inputs, dtype, eager=None, layout=lambda x: x):
+    """No output or gradient is off by more than the tolerance, nor by much more than eager PyTorch's is."""
+    inputs = [x.to(dtype) for x in inputs]
+    tolerance = TOLERANCES[name][dtype]
+    exact = results(truth, inputs, torch.float64)
+    plain = results(eager or truth, inputs, dtype)
+    for i, (got, same, right) in enumerate(
+        zip(results(op, inputs, dtype, layout), plain, exact, strict=True)
+    ):
+        off, usual = error(got, right), error(same, right)
+        assert off <= tolerance and off <= usual + tolerance / 5, (name, i, off, usual)
+
+
+def check_rms_norm(op, shape, dtype, with_residual, layout=lambda x: x):
+    inputs = [draw(*shape), draw(shape[-1]), *([draw(*shape, seed=1)] if with_residual else [])]
+    check(
+        "rms_norm",
+        lambda x, weight, *residual: op(x, weight, 1e-5, *residual),
+        lambda x, weight, *residual: reference.rms_norm(x, weight, 1e-5, *residual),
+        inputs,
+        dtype,
+        layout=layout,
+    )
+
+
+def check_rope(op, shape, kv, dtype, layout=lambda x: x):
+    length, size = shape[1], shape[3]
+    angle = draw(length, size // 2).abs()
+    cos, sin = angle.cos(), angle.sin()
+    q, k = draw(*shape), draw(shape[0], length, kv, size)
+    check(
+        "rope",
+        lambda q, k: op(q, k, cos, sin),
+        lambda q, k: reference.rope(q, k, cos, sin),
+        [q, k],
+        dtype,
+        None,
+        layout,
+    )
+
+
+def check_swiglu(op, shape, dtype, layout=lambda x: x):
+    check("swiglu", op, reference.swiglu, [draw(*shape, scale=3), draw(*shape, seed=1)], dtype, None, layout)
+
+
+def check_attention(op, shape, kv, dtype, scale=1.0, layout=lambda x: x):
+    """One tensor holds q, k and v, as in the model: the op sees views with gaps."""
+    batch, length, heads, size = shape
+
+    def parts(qkv):
+        return (part.unflatten(-1, (-1, size)) for part in qkv.split([n * size for n in (heads, kv, kv)], -1))
+
+    qkv = draw(batch, length, (heads + 2 * kv) * size)
+    qkv[..., : heads * size] *= scale
+    check(
+        "attention",
+        lambda x: op(*(layout(part) for part in parts(x))),
+        lambda x: reference.attention(*parts(x)),
+        [qkv],
+        dtype,
+    )
+
+
+def check_head(op, rows, size, vocab, dtype, scale=1.0, layout=lambda x: x):
+    targets = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    targets[::5] = -100
+    targets[-1] = vocab - 1
+    check(
+        "linear_cross_entropy",
+        lambda hidden, weight: op(hidden, weight, targets),
+        lambda hidden, weight: F.cross_entropy(hidden.double() @ weight.double().T, targets),
+        [draw(rows, size, scale=scale), draw(vocab, size, scale=0.3)],
+        dtype,
+        lambda hidden, weight: reference.linear_cross_entropy(hidden, weight, targets),
+        layout,
+    )
+
+
+def with_gaps(x):
+    """x's values where no two of them are neighbours in the last dimension."""
+    return torch.stack((x, x), -1)[..., 0]
+
+
+def heads_first(x):
+    """x [B, T, H, D] in the memory order [B, H, T, D]."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@runs_here
+@pytest.mark.parametrize("dtype", [fp32, fp16, bf16])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(1, 3), (3, 5, 128), (2, 7, 100), (1, 9, 4_100), pytest.param((64, 1_024, 128), marks=big)]
+)
+def test_rms_norm(shape, with_residual, dtype):
+    check_rms_norm(ops.rms_norm, shape, dtype, with_residual)
+
+
+@runs_here
+def test_rms_norm_of_mixed_dtypes():
+    """Half-precision activations on an fp32 residual stream, as under autocast."""
+    x, residual, weight = draw(3, 40).to(fp16), draw(3, 40, seed=1), draw(40)
+    leaves = [t.requires_grad_() for t in (x, weight, residual)]
+    y, total = ops.rms_norm(x, weight, 1e-5, residual)
+    (y.square().sum() + total.sum()).backward()
+    assert [t.dtype for t in (y, total, x.grad, residual.grad)] == [fp32, fp32, fp16, fp32]
+    truth = [t.detach().double().requires_grad_() for t in leaves]
+    y, total = reference.rms_norm(truth[0], truth[1], 1e-5, truth[2])
+    (y.square().sum() + total.sum()).backward()
+    assert error(x.grad, truth[0].grad) < 1e-3
+    assert all(error(leaves[i].grad, truth[i].grad) < 1e-5 for i in (1, 2))
+
+
+@runs_here
+def test_rms_norm_when_only_the_sum_is_used():
+    x, residual, weight = (t.requires_grad_() for t in (draw(2, 8), draw(2, 8, seed=1), draw(8)))
+    ops.rms_norm(x, weight, 1e-5, residual)[1].sum().backward()
+    assert (x.grad == 1).all() and (residual.grad == 1).all() and not weight.grad.any()
+
+
+@runs_here
+@pytest.mark.parametrize("dtype", [fp32, fp16, bf16])
+@pytest.mark.parametrize(
+    "shape, kv",
+    [
+        ((2, 1, 8, 16), 2),
+        ((1, 15, 4, 64), 4),
+        ((2, 33, 3, 6), 1),
+        ((1, 5, 9, 128), 3),
+        pytest.param((64, 1_024, 8, 16), 2, marks=big),
+    ],
+)
+def test_rope(shape, kv, dtype):
+    check_rope(ops.rope, shape, kv, dtype)
+
+
+@runs_here
+@pytest.mark.parametrize("dtype", [fp32, fp16, bf16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5, 516), (2, 3, 7), pytest.param((64, 1_024, 516), marks=big)])
+def test_swiglu(shape, dtype):
+    check_swiglu(ops.swiglu, shape, dtype)
+
+
+@runs_here
+def test_swiglu_of_halves_gives_one_gradient():
+    """The gradients of gate and up lie side by side, so what made both gets its own without a copy."""
+    both = draw(3, 2 * 516).half().requires_grad_()
+    gate, up = both.chunk(2, -1)
+    truth = reference.swiglu(gate.double(), up.double())
+    y = ops.swiglu(gate, up)
+    assert error(y, truth) < 1e-3
+    first, second = torch.autograd.grad(y.sum(), (gate, up))
+    assert second.data_ptr() == first.data_ptr() + 516 * 2 and first.stride() == (1_032, 1)
+
+
+ATTENTION = [  # [B, T, H, D], KV heads
+    ((2, 1, 8, 16), 2),
+    ((1, 15, 8, 16), 2),
+    ((2, 130, 8, 16), 2),
+    ((1, 70, 3, 32), 1),  # a group that is no power of two
+    ((2, 65, 2, 64), 2),  # no groups
+    ((1, 40, 6, 128), 2),
+    ((1, 20, 12, 16), 1),  # a group of more than one tile
+]
+LARGE_ATTENTION = [
+    pytest.param((batch, length, heads, size), kv, marks=big)
+    for batch, length, heads, size, kv in [
+        (4, 1_023, 8, 16, 2),
+        (64, 1_024, 8, 16, 2),
+        (4, 1_025, 4, 64, 4),
+        (2, 4_096, 8, 32, 2),
+        (1, 4_096, 6, 128, 2),
+    ]
+]
+
+
+@runs_here
+@pytest.mark.parametrize("dtype", [fp32, fp16, bf16])
+@pytest.mark.parametrize("shape, kv", [*ATTENTION, *LARGE_ATTENTION])
+def test_attention(shape, kv, dtype):
+    check_attention(ops.attention, shape, kv, dtype)
+
+
+@runs_here
+@pytest.mark.parametrize("length", [1_023, 1_024, 1_025])
+def test_attention_over_many_tiles(length):
+    check_attention(ops.attention, (1, length, 4, 16), 1, fp16)
+
+
+@runs_here
+@pytest.mark.parametrize("dtype", [fp32, fp16, bf16])
+def test_attention_with_peaked_scores(dtype):
+    check_attention(ops.attention, (1, 70, 4, 16), 1, dtype, scale=6.0)
+
+
+@runs_here
+@pytest.mark.parametrize("layout", [with_gaps, heads_first])
+def test_attention_layouts(layout):
+    check_attention(ops.attention, (2, 19, 4, 16), 2, fp32, layout=layout)
+
+
+@runs_here
+@pytest.mark.parametrize("shape, kv", [((1, 70, 4, 64), 2), ((1, 70, 2, 128), 1)])
+def test_attention_with_little_shared_memory(shape, kv, monkeypatch):
+    module = sys.modules["ant5m.kernels.triton.attention"]
+    monkeypatch.setattr(module, "shared_memory", lambda: 228 << 10)
+    usual = [module._tile(kernel, shape[3], 2) for kernel in ("forward", "dq", "dkdv")]
+    monkeypatch.setattr(module, "shared_memory", lambda: 99 << 10)
+    assert usual != [module._tile(kernel, shape[3], 2) for kernel in ("forward", "dq", "dkdv")]
+    check_attention(ops.attention, shape, kv, fp16)
+
+
+@runs_here
+@pytest.mark.parametrize("dtype", [fp32, fp16])
+@pytest.mark.parametrize("length, lengths", [(70, [[70], [1, 68, 1]]), (150, [[100, 50], [65, 64, 21]])])
+def test_attention_inside_documents(length, lengths, dtype):
+    starts = torch.zeros(2, length, dtype=torch.long)
+    for row, documents in zip(starts, lengths, strict=True):
+        ends = torch.tensor(documents).cumsum(0)
+        for first, end in zip([0, *ends[:-1]], ends, strict=True):
+            row[first:end] = first
+    position = torch.arange(length)
+    seen = (position <= position[:, None]) & (position >= starts[:, :, None])
+    starts, seen = starts.to(DEVICE), seen.to(DEVICE)
+
+    def truth(q, k, v):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, seen[:, None], enable_gqa=True).transpose(1, 2)
+
+    inputs = [draw(2, length, 4, 16), draw(2, length, 2, 16), draw(2, length, 2, 16, seed=1)]
+    check("attention", lambda *x: ops.attention(*x, starts), truth, inputs, dtype)
+
+
+@runs_here
+@pytest.mark.parametrize("dtype", [fp32, fp16, bf16])
+@pytest.mark.parametrize("scale", [0.1, 30.0])
+@pytest.mark.parametrize(
+    "rows, size, vocab",
+    [
+        (1, 8, 5),
+        (37, 16, 1_003),
+        pytest.param(8_192, 128, 16_384, marks=big),
+        pytest.param(4_097, 512, 50_257, marks=big),
+    ],
+)
+def test_linear_cross_entropy(rows, size, vocab, scale, dtype):
+    check_head(ops.linear_cross_entropy, rows, size, vocab, dtype, scale)
+
+
+@runs_here
+@pytest.mark.parametrize("dtype", [fp32, fp16])
+def test_linear_cross_entropy_in_chunks_and_loops(dtype, monkeypatch):
+    """Several chunks with an odd last one; rows that no block has registers for, so they are read twice."""
+    module = sys.modules["ant5m.kernels.triton.linear_cross_entropy"]
+    monkeypatch.setattr(module, "CHUNK_BYTES", 1_024 * dtype.itemsize * 10)
+    monkeypatch.setattr(module, "_tile", lambda padded: {"WHOLE": False, "BLOCK": 256, "num_warps": 4})
+    check_head(ops.linear_cross_entropy, 33, 16, 1_003, dtype, layout=with_gaps)
+
+
+@runs_here
+def test_linear_cross_entropy_at_the_edges():
+    hidden, weight = draw(4, 8).requires_grad_(), draw(5, 8).requires_grad_()
+    nothing = torch.full((4,), -100, device=DEVICE)
+    loss = ops.linear_cross_entropy(hidden, weight, nothing)
+    loss.backward()
+    assert loss == 0 and not hidden.grad.any() and not weight.grad.any()
+    targets = torch.arange(4, device=DEVICE)
+    with torch.no_grad():
+        alone = ops.linear_cross_entropy(hidden, weight, targets)
+    assert alone == ops.linear_cross_entropy(hidden, weight, targets)
+    assert ops.linear_cross_entropy(hidden, weight, targets + 2).isnan(), "5 is no entry of a vocabulary of 5"
+    frozen = ops.linear_cross_entropy(hidden.detach(), weight, targets, ignore_index=2)
+    (gradient,) = torch.autograd.grad(frozen, weight)
+    truth = weight.detach().double().requires_grad_()
+    F.cross_entropy(hidden.detach().double() @ truth.T, targets, ignore_index=2).backward()
+    assert error(gradient, truth.grad) < 1e-5
+
+
+@runs_here
+def test_linear_cross_entropy_under_autocast():
+    """Products in half precision, gradients in the fp32 of the weights and not rounded on the way."""
+    hidden, weight = draw(64, 32).requires_grad_(), draw(500, 32, scale=0.3).requires_grad_()
+    targets = torch.arange(64, device=DEVICE)
+    with torch.autocast(DEVICE, fp16):
+        loss = ops.linear_cross_entropy(hidden, weight, targets)
+    loss.backward()
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    F.cross_entropy(exact[0] @ exact[1].T, targets).backward()
+    for got, truth in zip((hidden, weight), exact, strict=True):
+        assert got.grad.dtype == fp32 and error(got.grad, truth.grad) < 2e-3
+        assert (got.grad != got.grad.half()).any()
+
+
+@runs_here
+def test_offsets_beyond_32_bits():
+    """Two rows of a batch that lie more than 2^31 elements apart; the memory between is never touched."""
+    try:
+        memory = torch.empty(2**31 + 4_096, dtype=fp16, device=DEVICE) if DEVICE == "cuda" else _untouched()
+    except RuntimeError:
+        pytest.skip("no room for 4 GiB of addresses")
+
+    def apart(*shape):
+        inner = torch.empty(shape[1:]).stride()
+        return memory.as_strided(shape, (2**31, *inner)).copy_(draw(*shape))
+
+    x = apart(2, 3, 64)
+    assert error(ops.rms_norm(x, x[0, 0]), reference.rms_norm(x.double(), x[0, 0].double())) < 1e-3
+    assert error(ops.swiglu(x, x), reference.swiglu(x.double(), x.double())) < 1e-3
+    x = apart(2, 3, 2, 16)
+    assert error(ops.attention(x, x, x), reference.attention(*[x.double()] * 3)) < 1e-3
+    angle = draw(3, 8)
+    for got, truth in zip(
+        ops.rope(x, x, angle, angle), reference.rope(*[x.double()] * 2, angle, angle), strict=True
+    ):
+        assert error(got, truth) < 1e-3
+
+
+def _untouched():
+    torch.use_deterministic_algorithms(False)  # or all of it is filled with NaN
+    return torch.empty(2**31 + 4_096, dtype=fp16)
+
+
+@runs_here
+def test_results_repeat_to_the_bit():
+    inputs = [draw(2, 130, 8, 16), draw(2, 130, 2, 16), draw(2, 130, 2, 16, seed=1)]
+    first, second = (results(ops.attention, inputs, fp16) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+class Block(torch.nn.Module):
+    """A layer and a head: every op, as a model uses them."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Parameter(draw(64, 32, scale=0.1))
+        self.norm = torch.nn.Parameter(torch.ones(32))
+        self.qkv, self.out = torch.nn.Linear(32, 64), torch.nn.Linear(20, 32)
+        self.both = torch.nn.Linear(32, 40)
+
+    def forward(self, ids, targets):
+        residual = self.embedding[ids]
+        q, k, v = self.qkv(ops.rms_norm(residual, self.norm)).split([32, 16, 16], -1)
+        q, k, v = (x.unflatten(-1, (-1, 16)) for x in (q, k, v))
+        angle = torch.arange(ids.shape[1] * 8.0, device=ids.device).view(-1, 8)
+        q, k = ops.rope(q, k, angle.cos(), angle.sin())
+        x, residual = ops.rms_norm(ops.attention(q, k, v).flatten(-2), self.norm, 1e-5, residual)
+        x, _ = ops.rms_norm(self.out(ops.swiglu(*self.both(x).chunk(2, -1))), self.norm, 1e-5, residual)
+        return ops.linear_cross_entropy(x.flatten(0, 1), self.embedding, targets.flatten())
+
+
+@runs_here
+@pytest.mark.parametrize("half", [False, True])
+def test_torch_compile_takes_the_ops_without_graph_breaks(half):
+    torch.manual_seed(0)
+    block = Block().to(DEVICE)
+    ids, targets = torch.randint(64, (2, 1, 20)).to(DEVICE)
+
+    def run(function):
+        with torch.autocast(DEVICE, fp16, enabled=half):
+            loss = function(ids, targets)
+        return [loss, *torch.autograd.grad(loss, list(block.parameters()))]
+
+    torch._dynamo.reset()
+    plain, compiled = run(block), run(torch.compile(block, backend="aot_eager", fullgraph=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain, compiled, strict=True))
+
+
+@runs_here
+def test_op_registrations():
+    """Schemas, fake kernels and autograd formulas agree with what the ops do."""
+    x, weight = draw(3, 16).requires_grad_(), draw(16).requires_grad_()
+    q, k = draw(1, 5, 2, 16).requires_grad_(), draw(1, 5, 1, 16).requires_grad_()
+    angle = draw(5, 8)
+    arguments = {
+        "rms_norm": (x, weight, 1e-5, draw(3, 16, seed=1).requires_grad_()),
+        "rope": (q, k, angle, angle, False),
+        "attention": (q, k, k, None),
+        "swiglu": (x, x),
+        "linear_cross_entropy": (
+            x,
+            draw(7, 16).requires_grad_(),
+            torch.arange(3, device=DEVICE),
+            -100,
+            fp32,
+            True,
+            True,
+        ),
+    }
+    torch.use_deterministic_algorithms(False)  # it compares empty outputs too
+    for name, values in arguments.items():
+        torch.library.opcheck(getattr(torch.ops.ant5m_triton, name), values, test_utils=CHECKS)
+
+
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+@runs_here
+def test_training_follows_the_reference(monkeypatch):
+    """A small model's loss over some steps of AdamW."""
+    monkeypatch.setattr(kernels, "BACKENDS", tuple(dict.fromkeys((*kernels.BACKENDS, "triton"))))
+    monkeypatch.setitem(kernels._modules, "triton", ops)
+    config = ModelConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=36,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=16,
+    )
+
+    def losses(backend, steps=200 if DEVICE == "cuda" else 12):
+        monkeypatch.setattr(kernels, "_selected", backend)
+        torch.manual_seed(0)
+        net = Ant(config).to(DEVICE)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+        for step in range(steps):
+            ids = torch.arange(2 * 17, device=DEVICE).view(2, 17) * (step % 3 + 1) % 50
+            loss = net(ids[:, :-1], ids[:, 1:])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            yield loss.item()
+
+    pairs = list(zip(losses("reference"), losses("triton"), strict=False))
+    assert pairs[-1][0] < pairs[0][0]
+    assert all(abs(a - b) < 1e-3 for a, b in pairs), pairs
+
+
+# What must not go unnoticed: the op, a piece of its source, and what a mistake would make of it.
+MISTAKES = {
+    "no causal mask": ("attention", 'b_s = tl.where(m_s, b_s, -float("inf"))', "pass"),
+    "no scale of scores": ("attention", "tl.exp2(b_s * c - b_new[:, None])", "tl.exp2(b_s - b_new[:, None])"),
+    "old sum not rescaled": ("attention", "b_acc * b_keep[:, None]", "b_acc"),
+    "a tile of keys lost": ("attention", "range(low, high, BN)", "range(low + (high > BN) * BN, high, BN)"),
+    "no mask in dQ": ("attention", "b_p = tl.where(m_s, b_p, 0.0)\n        b_dp", "pass\n        b_dp"),
+    "no scale of dQ": ("attention", "(b_dq * scale)", "b_dq"),
+    "no mask in dK": ("attention", "b_p = tl.where(m_s, b_p, 0.0)\n        b_do", "pass\n        b_do"),
+    "no scale of dK": ("attention", "(b_dk * scale)", "b_dk"),
+    "one head of a group in dK": (
+        "attention",
+        "m_r = (o_t < T) & (i_g + o_r % BG < GROUP)\n        w",
+        "m_r = (o_t < T) & (o_r % BG < 1)\n        w",
+    ),
+    "no rowsum(dO * O)": ("attention", "b_p * (b_dp - b_delta[:, None])", "b_p * b_dp"),
+    "no mean in the norm's gradient": ("rms_norm", "b_dunit - b_unit * b_along[:, None]", "b_dunit"),
+    "direct gradient of the sum lost": ("rms_norm", "if DTOTAL:", "if False:"),
+    "partial sums lost": ("rms_norm", "b_dweight +=", "b_dweight ="),
+    "rotated forth, not back": ("rope", "if BACK:", "if False:"),
+    "sigmoid held constant": ("swiglu", "b_sigmoid + b_silu * (1.0 - b_sigmoid)", "b_sigmoid"),
+    "no one-hot": ("linear_cross_entropy", "/ total - 1.0)", "/ total)"),
+    "ignored rows count": ("linear_cross_entropy", "target == ignore_index:", "target == ignore_index - 1:"),
+    "last entry lost": ("linear_cross_entropy", "tl.where(o < V, b_z", "tl.where(o < V - 1, b_z"),
+}
+
+
+def _check_mutant(name, op, monkeypatch, module):
+    if name == "rms_norm":
+        monkeypatch.setattr(module, "_PROGRAMS", 2)  # so that a program has several blocks of rows
+        check_rms_norm(op, (1, 100, 128), fp32, True)
+    elif name == "rope":
+        check_rope(op, (1, 5, 2, 16), 1, fp32)
+    elif name == "swiglu":
+        check_swiglu(op, (3, 20), fp32)
+    elif name == "attention":
+        check_attention(op, (1, 70, 4, 16), 1, fp16)
+    else:
+        check_head(op, 12, 16, 100, fp32)
+
+
+def _op_of(path, name, source, tag):
+    """The op of that source, registered under a name of its own."""
+    path.write_text(source.replace("ant5m_triton::", f"ant5m_{tag}::"))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module, getattr(module, name)
+
+
+@runs_here
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_wrong_kernel_fails(mistake, tmp_path, monkeypatch):
+    name, right, wrong = MISTAKES[mistake]
+    source = Path(sys.modules[f"ant5m.kernels.triton.{name}"].__file__).read_text()
+    assert right in source
+    number = list(MISTAKES).index(mistake)
+    module, op = _op_of(
+        tmp_path / f"mutant{number}.py", name, source.replace(right, wrong), f"mutant{number}"
+    )
+    with pytest.raises(AssertionError):
+        _check_mutant(name, op, monkeypatch, module)
+
+
+@runs_here
+@pytest.mark.parametrize("name", kernels.OPS)
+def test_the_right_kernel_passes_what_wrong_ones_fail(name, tmp_path, monkeypatch):
+    source = Path(sys.modules[f"ant5m.kernels.triton.{name}"].__file__).read_text()
+    module, op = _op_of(tmp_path / f"copy_of_{name}.py", name, source, f"copy_of_{name}")
+    _check_mutant(name, op, monkeypatch, module)
+
+
+@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="there is something to run on")
+def test_why_not_without_a_gpu():
+    assert {ops.why_not(op) for op in kernels.OPS} == {"there is no NVIDIA GPU"}
+
+
+@runs_here
+def test_why_not_by_shape_and_dtype():
+    q, k = draw(1, 4, 2, 16), draw(1, 4, 1, 16)
+    assert ops.why_not("attention", q, k, k) is None
+    assert "head sizes 16, 32, 64, 128, not 24" in ops.why_not("attention", draw(1, 4, 2, 24), k, k)
+    assert "differ in dtype" in ops.why_not("attention", q.half(), k, k)
+    assert "differ in length" in ops.why_not("attention", q[:, 3:], k, k)
+    assert "not torch.float64" in ops.why_not("swiglu", q.double(), q.double())
+    assert "gate is torch.float16, up torch.float32" in ops.why_not("swiglu", q.half(), q)
+    assert "up to 65536 elements" in ops.why_not("rms_norm", draw(1, 65_537), draw(65_537))
+
+
+def test_why_not_below_compute_capability_8(monkeypatch):
+    monkeypatch.setattr(ops.layout, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    refused = {op: ops.why_not(op) for op in kernels.OPS if ops.why_not(op)}
+    assert list(refused) == ["attention"] and "(this device: 7.5)" in refused["attention"]
+    on_device = torch.empty(0, dtype=bf16, device="meta")
+    monkeypatch.setattr(ops, "_on_gpu", lambda x: True)
+    assert "bf16 needs compute capability 8.0" in ops.why_not("swiglu", on_device, on_device)
