@@ -1,9 +1,9 @@
 """The five ops of a Llama training step, each with the same signature in every backend.
 
-`reference` (plain PyTorch) is their specification; `cpu` is C++. A backend is a module of this package with a
-function for each op that it has and one `why_not(op, *tensors) -> str | None`: None when it can run the op
-(on these tensors), else the reason. A backend that is asked for by name and cannot run raises; `auto` takes
-the first of `_PREFERENCE` that can.
+`reference` (plain PyTorch) is their specification, `cpu` is C++, `triton` is for NVIDIA GPUs. A backend is a
+module of this package with a function for each op that it has and one `why_not(op, *tensors) -> str | None`:
+None when it can run the op (on these tensors), else the reason. A backend asked for by name that cannot run
+raises; `auto` takes the first of `_PREFERENCE` that can.
 """
 
 import importlib
@@ -15,8 +15,9 @@ import torch
 from ant5m.errors import UserError
 
 OPS = ("rms_norm", "rope", "attention", "swiglu", "linear_cross_entropy")
-BACKENDS = ("reference", "cpu")
-_PREFERENCE = {"cpu": ("cpu", "reference")}  # fastest first; any other device type: the reference
+BACKENDS = ("reference", "cpu", "triton")
+# Fastest first; elsewhere the reference. On a GPU `triton` has to be asked for until it has run on one.
+_PREFERENCE = {"cpu": ("cpu", "reference")}
 
 _modules: dict[str, ModuleType] = {}
 _selected = os.environ.get("ANT5M_KERNELS", "auto")

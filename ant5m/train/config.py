@@ -41,8 +41,8 @@ class TrainConfig:
 
     optimizer: Literal["adamw", "muon"] = "muon"
     """muon: Muon for the matrices of the layers, AdamW for the rest"""
-    learning_rate: float = 4e-3
-    """peak learning rate of AdamW"""
+    learning_rate: float | None = None
+    """peak learning rate of AdamW; default: 4e-3, on the built-in text 1.2e-2"""
     muon_learning_rate: float = 0.014
     """peak learning rate of Muon"""
     betas: tuple[float, float] = (0.9, 0.99)
@@ -151,7 +151,7 @@ def _check_range(
     most: float | None = None,
 ) -> None:
     value = getattr(config, name)
-    if value is None and name == "max_minutes":
+    if value is None and name in ("max_minutes", "learning_rate"):
         return
     if not _is_number(value):
         raise UserError(f"{_flag(name)} must be a number, not {value!r}")

@@ -60,6 +60,8 @@ class Trainer:
     def __init__(self, run: Run, net: Ant, train: Shards, validation: Shards, tokenizer: Tokenizer):
         config = run.config
         assert config.steps and config.batch_size and config.micro_batch_size and config.sequence_length
+        assert config.learning_rate
+        self.learning_rate = config.learning_rate
         self.run, self.config, self.net, self.tokenizer = run, config, net, tokenizer
         self.validation = validation
         self.steps = config.steps
@@ -183,7 +185,7 @@ class Trainer:
                 one.step,
                 loss=loss,
                 grad_norm=norm,
-                learning_rate=self.config.learning_rate * one.factor,
+                learning_rate=self.learning_rate * one.factor,
                 tokens=one.tokens,
                 skipped=self.skipped,
                 tokens_per_second=round(speed, 1),
@@ -191,7 +193,7 @@ class Trainer:
             )
         last = self._pending[-1]
         self._pending.clear()
-        self.progress.update(last.step, loss, self.config.learning_rate * last.factor, speed)
+        self.progress.update(last.step, loss, self.learning_rate * last.factor, speed)
 
     def _lap(self) -> float:
         """Seconds since the last call, added to the run's time."""
