@@ -2,12 +2,12 @@
 
 import json
 import random
-import types
 
 import pytest
 from test_train import MODEL, WORDS
 
 from ant5m.data import packing
+from ant5m.data.builtin import Builtin
 from ant5m.data.shards import Shards
 from ant5m.data.tokenizer import Tokenizer, train_tokenizer
 from ant5m.errors import UserError
@@ -21,8 +21,8 @@ def builtin(monkeypatch):
     """A small corpus in place of the machine's."""
     draw = random.Random(1)
     documents = tuple(" ".join(draw.choices(WORDS, k=80)) for _ in range(60))
-    corpus = types.SimpleNamespace(documents=documents)
-    monkeypatch.setattr("ant5m.data.builtin.load_builtin", lambda progress=None: corpus)
+    size = sum(map(len, documents))
+    monkeypatch.setattr("ant5m.data.builtin._LOADED", [Builtin(documents, {"ants": size})])
 
 
 @pytest.fixture
