@@ -108,7 +108,8 @@ class _CompileOnly(DriverBase):
         # A number of its own, because Triton keeps compiled kernels and properties by device.
         _CompileOnly._count += 1
         self._device = -_CompileOnly._count
-        self._capability, self._found, self._launched = capability, found, None
+        self._capability, self._found = capability, found
+        self._launched: Any = None
         self.utils = SimpleNamespace(
             load_binary=self._load_binary,
             get_device_properties=lambda device: {"max_shared_mem": shared_memory},
@@ -164,11 +165,11 @@ def _read(binary: bytes) -> dict[str, int]:
         usage = _cuobjdump("--dump-resource-usage", file.name)
         code = _cuobjdump("--dump-sass", file.name)
     # STACK holds spilled registers, and arrays with computed indices, which these kernels do not have.
-    registers, stack = (int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
     instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9.]+)", code)
     return {
-        "registers": registers,
-        "spill_bytes": stack,
+        "registers": int(registers),
+        "spill_bytes": int(stack),
         "instructions": sum(name != "NOP" for name in instructions),
         "tensor_instructions": sum(name.startswith(("HMMA", "HGMMA")) for name in instructions),
         "narrow_accesses": sum(bool(re.match(r"(LDG|STG)\..*[US](8|16)\b", name)) for name in instructions),

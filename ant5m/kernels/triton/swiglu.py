@@ -137,7 +137,7 @@ def _from_boundary(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     All that Triton knows of a pointer is whether it is at such a boundary. The second half of a row of
     2 * 516 is not, and would be read an element at a time.
     """
-    behind = min(x.data_ptr() % 16 // x.itemsize, x.storage_offset())
+    behind = min(x.data_ptr() % 16 // x.itemsize, int(x.storage_offset()))
     return x.as_strided(x.shape, x.stride(), x.storage_offset() - behind), behind
 
 
