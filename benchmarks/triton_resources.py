@@ -22,29 +22,36 @@ from ant5m.files import write_json
 from ant5m.kernels.triton.resources import SHARED_MEMORY, Resources, of_training_step
 from ant5m.model.config import PRESETS, ModelConfig
 
+SHAPES = {
+    **PRESETS,
+    "head size 32": ModelConfig(num_attention_heads=4, num_key_value_heads=2),
+    "head size 128": ModelConfig(num_attention_heads=4, num_key_value_heads=1, head_dim=128),
+}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("presets", nargs="*", default=[], help="presets (default: all)")
+    parser.add_argument("shapes", nargs="*", help=f"of: {', '.join(SHAPES)} (default: all)")
     parser.add_argument("--capability", type=int, choices=SHARED_MEMORY, help="75, 80 or 90 (default: all)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the activations (default: all)")
     arguments = parser.parse_args()
-    presets = arguments.presets or list(PRESETS)
+    shapes = arguments.shapes or list(SHAPES)
+    if not set(shapes) <= set(SHAPES):
+        parser.error(f"there is no {', '.join(set(shapes) - set(SHAPES))}")
     capabilities = [arguments.capability] if arguments.capability else list(SHARED_MEMORY)
     dtypes = [arguments.dtype] if arguments.dtype else list(DTYPES)
     wanted = [
-        (preset, capability, dtype)
-        for preset, capability, dtype in itertools.product(presets, capabilities, dtypes)
+        (shape, capability, dtype)
+        for shape, capability, dtype in itertools.product(shapes, capabilities, dtypes)
         if (capability, dtype) != (75, "bf16")  # no such conversions there: refused
     ]
     rows = []
-    for preset, capability, dtype in track(wanted, "compiling", console=Console(stderr=True)):
-        for found in _kernels(PRESETS[preset], capability, DTYPES[dtype]):
-            rows.append({"preset": preset, "dtype": dtype, **dataclasses.asdict(found)})
+    for shape, capability, dtype in track(wanted, "compiling", console=Console(stderr=True)):
+        for found in _kernels(SHAPES[shape], capability, DTYPES[dtype]):
+            rows.append({"shape": shape, "dtype": dtype, **dataclasses.asdict(found)})
     Console(width=140).print(_table(rows))
-    if len(presets) == len(PRESETS) and not (arguments.capability or arguments.dtype):
+    if len(shapes) == len(SHAPES) and not (arguments.capability or arguments.dtype):
         where = {
             key: value for key, value in provenance().items() if key not in ("device", "cores", "threads")
         }
@@ -52,7 +59,7 @@ def main() -> int:
             RESULTS / "triton-resources.json",
             {"provenance": {**where, "ptxas": triton.knobs.nvidia.ptxas.version}, "kernels": rows},
         )
-    return int(any(row["spill_bytes"] for row in rows))
+    return int(any(row["spill_bytes"] and row["shape"] in PRESETS for row in rows))
 
 
 def _kernels(config: ModelConfig, capability: int, dtype: torch.dtype) -> list[Resources]:
@@ -74,11 +81,11 @@ def _kernels(config: ModelConfig, capability: int, dtype: torch.dtype) -> list[R
 
 def _table(rows: list[dict]) -> Table:
     table = Table(
-        "preset", "dtype", "sm", "kernel", "warps", "regs", "shared", "of", "spills", "tensor", "code"
+        "shape", "dtype", "sm", "kernel", "warps", "regs", "shared", "of", "spills", "tensor", "code"
     )
     for row in rows:
         table.add_row(
-            row["preset"],
+            row["shape"],
             row["dtype"],
             str(row["capability"]),
             row["kernel"] + (" (documents)" if row["constants"].get("STARTS") else ""),

@@ -440,12 +440,12 @@ _TILES = {
 _LARGE_SHARED_MEMORY = 200 << 10
 _SMALL_TILES = {
     ("dq", 128): _Tile(64, 64, 8, 2),
-    ("dkdv", 64): _Tile(32, 64, 4, 2),
+    ("dkdv", 64): _Tile(32, 128, 8, 2),
     ("dkdv", 128): _Tile(64, 64, 8, 2),
 }
 # No tensor cores here: their fp32 products are of 10 bits.
 _FP32_TILES = {
-    "forward": {size: _Tile(64, 32, 4, 1) if size <= 32 else _Tile(32, 32, 8, 1) for size in HEAD_SIZES},
+    "forward": {size: _Tile(64, 32, 4, 2) if size <= 32 else _Tile(32, 32, 8, 1) for size in HEAD_SIZES},
     "dq": {size: _Tile(64, 32, 4, 1) if size <= 32 else _Tile(32, 32, 8, 1) for size in HEAD_SIZES},
     "dkdv": {size: _Tile(32, 32, 4 if size == 16 else 8, 1) for size in HEAD_SIZES},
 }
