@@ -49,7 +49,8 @@ def main() -> int:
     rows = []
     for shape, capability, dtype in track(wanted, "compiling", console=Console(stderr=True)):
         for found in _kernels(SHAPES[shape], capability, DTYPES[dtype]):
-            rows.append({"shape": shape, "dtype": dtype, **dataclasses.asdict(found)})
+            constants = ", ".join(f"{name}={value}" for name, value in found.constants.items())
+            rows.append({"shape": shape, "dtype": dtype, **dataclasses.asdict(found), "constants": constants})
     Console(width=140).print(_table(rows))
     if len(shapes) == len(SHAPES) and not (arguments.capability or arguments.dtype):
         where = {
@@ -88,7 +89,7 @@ def _table(rows: list[dict]) -> Table:
             row["shape"],
             row["dtype"],
             str(row["capability"]),
-            row["kernel"] + (" (documents)" if row["constants"].get("STARTS") else ""),
+            row["kernel"] + (" (documents)" if "STARTS=True" in row["constants"] else ""),
             *(str(row[name]) for name in ("warps", "registers", "shared_bytes")),
             f"{SHARED_MEMORY[row['capability']] >> 10} KiB",
             *(str(row[name]) for name in ("spill_bytes", "tensor_instructions", "instructions")),
