@@ -1,6 +1,7 @@
 """Writing so that nothing is lost: aside, synced, then renamed into place."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ant5m.errors import UserError
+
+_READ_BYTES = 1 << 20
 
 
 def fsync(path: Path) -> None:
@@ -53,6 +56,15 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} does not exist") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error})") from None
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_READ_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

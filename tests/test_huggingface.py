@@ -7,9 +7,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from ant5m.data.shards import file_sha256
 from ant5m.data.tokenizer import Tokenizer, train_tokenizer
 from ant5m.errors import UserError
+from ant5m.files import file_sha256
 from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import find_run, latest_checkpoint, load, save_model, verify_checkpoint
 from ant5m.model.config import PRESETS, ModelConfig, load_config

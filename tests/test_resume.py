@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from ant5m.cli import call
 from ant5m.errors import UserError
 from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import latest_checkpoint
-from ant5m.train import TrainConfig, pretrain
+from ant5m.train import TrainConfig, pretrain, pretraining
 from ant5m.train.metrics import read_metrics
 from ant5m.train.trainer import Trainer
 
@@ -209,3 +210,20 @@ def test_no_room_on_the_disk_leaves_no_half_checkpoint(config, monkeypatch):  # 
         pretrain(TrainConfig(resume=config.out))
     monkeypatch.undo()
     assert [path.name for path in (config.out / "checkpoints").iterdir()] == ["step-00000000"]
+
+
+def test_a_run_is_found_from_another_folder(config, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.chdir(config.data.parent)
+    run = pretrain(dataclasses.replace(config, data=Path(config.data.name), max_minutes=1e-9)).run
+    monkeypatch.chdir(tmp_path)
+    assert pretrain(TrainConfig(resume=run)).stopped is None
+
+
+def test_ctrl_c_while_the_text_is_prepared_says_how_to_go_on(config, monkeypatch, capsys):  # noqa: F811
+    def interrupted(run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretraining, "pack_default_text", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(dataclasses.replace(config, data=None))
+    assert f"ant5m train --resume {config.out}" in capsys.readouterr().err

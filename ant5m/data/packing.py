@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 import ant5m
 from ant5m.data.builtin import load_builtin
 from ant5m.data.corpus import Corpus, Cursor, Position
-from ant5m.data.shards import COUNTS, FORMAT, META, PROGRESS, TOKEN, file_sha256
+from ant5m.data.shards import COUNTS, FORMAT, META, PROGRESS, TOKEN
 from ant5m.data.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 from ant5m.errors import UserError
-from ant5m.files import fsync, read_json, write_json
+from ant5m.files import file_sha256, fsync, read_json, write_json
 
 if TYPE_CHECKING:
     from rich.progress import Progress

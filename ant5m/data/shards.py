@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ant5m import _cpu
 from ant5m.errors import UserError
-from ant5m.files import read_json
+from ant5m.files import file_sha256, read_json
 
 Split = Literal["train", "validation"]
 
@@ -23,7 +23,6 @@ PROGRESS = "progress.json"
 FORMAT = "ant5m-shards-1"
 TOKEN = np.dtype("<u2")
 COUNTS = ("documents", "tokens", "bytes", "words")
-READ_BYTES = 1 << 20
 
 
 class Tokens:
@@ -133,15 +132,6 @@ class Shards:
         if not parts:
             raise UserError(f"the {split} split of {folder} is empty: pack more text")
         return cls(folder, split, meta, Tokens(parts))
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(READ_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:

@@ -13,9 +13,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ant5m.data.shards import file_sha256
 from ant5m.errors import UserError
-from ant5m.files import read_json
+from ant5m.files import file_sha256, read_json
 from ant5m.model.config import ModelConfig, load_config
 from ant5m.model.huggingface import WEIGHTS, check_tokenizer, load_model, save_model
 

@@ -53,7 +53,7 @@ def pretrain(config: TrainConfig) -> Result:
         kernels.select(run.config.kernels)
     if run.config.data is None:
         run.write()
-        pack_default_text(run)
+        _pack_default_text(run)
     train, validation, tokenizer = _open_data(run)
     torch.manual_seed(run.config.seed)
     net = Ant(run.model).to(device)
@@ -72,6 +72,15 @@ def pretrain(config: TrainConfig) -> Result:
     done = trainer.step == trainer.steps
     evaluation = finish(run, trainer) if done else None
     return Result(run.folder, trainer.step, trainer.steps, None if done else stop.reason, evaluation)
+
+
+def _pack_default_text(run: Run) -> None:
+    try:
+        pack_default_text(run)
+    except KeyboardInterrupt:
+        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console.print(f"stopped while the text was prepared. Go on with: ant5m train --resume {run.folder}")
+        raise
 
 
 def _open_data(run: Run) -> tuple[Shards, Shards, Tokenizer]:

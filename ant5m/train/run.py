@@ -40,7 +40,7 @@ class Run:
             raise UserError(
                 f"{folder} exists already: continue it with --resume {folder}, or choose another --out"
             )
-        return cls(folder, config, model, {})
+        return cls(folder, _absolute(config), model, {})
 
     @classmethod
     def open(cls, config: TrainConfig) -> "Run":
@@ -60,7 +60,7 @@ class Run:
         if kept.data is None and "data" in anew:
             raise UserError(f"{folder} was made with the built-in text: resume it without --data")
         merged = dataclasses.replace(kept, **{"max_minutes": None, **anew})
-        return cls(folder, merged, ModelConfig.from_dict(values["model"]), values.get("data", {}))
+        return cls(folder, _absolute(merged), ModelConfig.from_dict(values["model"]), values.get("data", {}))
 
     @property
     def checkpoints(self) -> Path:
@@ -115,6 +115,12 @@ def _commit(folder: Path) -> str | None:
 def _next_folder(model: str) -> Path:
     name = re.sub(r"[^\w.-]", "-", Path(model).stem if model.endswith(".json") else Path(model).name)
     return next(folder for n in itertools.count(1) if not (folder := Path("runs") / f"{name}-{n}").exists())
+
+
+def _absolute(config: TrainConfig) -> TrainConfig:
+    """With data and tokenizer where they lie, so that the run can be used from another folder."""
+    paths = {name: path.absolute() for name in ("data", "tokenizer") if (path := getattr(config, name))}
+    return dataclasses.replace(config, **paths)
 
 
 def _given(config: TrainConfig, name: str) -> bool:
