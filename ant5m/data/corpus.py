@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 BLOCK = 1 << 20
 """bytes read at once"""
-WHOLE = 1 << 20
-"""characters; a text up to here is one document"""
+WHOLE = 1 << 17
+"""characters; a .txt up to here is one document"""
 PIECE = 1 << 16
 """characters; a longer text is cut at paragraph ends into documents of at most this"""
 SEPARATOR = "<|endoftext|>"

@@ -227,7 +227,8 @@ def _finish(journal: _Journal, corpus: Corpus, tokenizer: Tokenizer, out: Path) 
             _remove_shards(out, keep=set())
             (out / PROGRESS).unlink()
             raise UserError(
-                f"the text is too small: no document is left for {name}, give at least two different ones"
+                f"the text is too small: no document is left for {name}. Give at least two different ones "
+                "(more files, more rows, or <|endoftext|> between the documents of a .txt)"
             )
     # What the journal does not list is the next shard, still empty, or comes from a start that was given up.
     _remove_shards(
