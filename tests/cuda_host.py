@@ -24,10 +24,11 @@ class HostLibrary:
         self.descending = descending
         self._library = ctypes.CDLL(str(path))
 
-    def launch(
-        self, kernel: str, grid: tuple[int, ...], threads: int, *arguments: torch.Tensor | int | float
-    ):
-        """Runs `kernel` in a grid of up to three dimensions; raises RuntimeError where a device would fail."""
+    def launch(self, kernel: str, grid: tuple[int, ...], threads: int, *arguments):
+        """Runs `kernel` on tensors, int and float: `grid` of up to three dimensions, blocks of `threads`.
+
+        Raises RuntimeError where a device would fail.
+        """
         signature = self._function(f"signature_{kernel}")().decode()
         given = "".join(_letter(x) for x in arguments)
         assert given == signature, f"{kernel} takes {signature}, not {given}"
@@ -60,10 +61,9 @@ def _value(x):
 
 
 def compile_kernels(source: Path | str, **defines: int) -> Path:
-    """The shared library of a file of kernels, or of a text of one; built once for each content and definition."""
-    return _compile(
-        source.read_text() if isinstance(source, Path) else source, tuple(sorted(defines.items()))
-    )
+    """The shared library of a file of kernels, or of the text of one; built once and kept by content."""
+    text = source.read_text() if isinstance(source, Path) else source
+    return _compile(text, tuple(sorted(defines.items())))
 
 
 @functools.cache
