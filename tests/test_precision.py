@@ -67,18 +67,22 @@ def test_devices_that_are_not_there(monkeypatch):
 
 
 def test_scaler_halves_and_doubles():
+    finite, overflow = torch.tensor(1.0), torch.tensor(0.0)
     scaler = LossScaler()
     assert scaler.scale == FIRST_SCALE == 2**13
-    scaler.update(finite=False)
-    assert scaler.scale == FIRST_SCALE / 2
+    scaler.update(overflow)
+    assert scaler.state_dict() == {"scale": FIRST_SCALE / 2, "good_steps": 0}
     for _ in range(GROWTH_INTERVAL - 1):
-        scaler.update(finite=True)
-    assert scaler.scale == FIRST_SCALE / 2
-    scaler.update(finite=True)
-    assert (scaler.scale, scaler.good_steps) == (FIRST_SCALE, 0)
-    scaler.update(finite=True)
-    scaler.update(finite=False)
-    assert scaler.good_steps == 0
+        scaler.update(finite)
+    assert scaler.state_dict() == {"scale": FIRST_SCALE / 2, "good_steps": GROWTH_INTERVAL - 1}
+    scaler.update(finite)
+    assert scaler.state_dict() == {"scale": FIRST_SCALE, "good_steps": 0}
+    scaler.update(finite)
+    scaler.update(overflow)
+    assert LossScaler("cpu", **scaler.state_dict()).state_dict() == {
+        "scale": FIRST_SCALE / 2,
+        "good_steps": 0,
+    }
 
 
 def test_unscale():

@@ -137,7 +137,7 @@ def test_checkpoints_are_pruned(config):
 
 
 def test_fp16_skips_overflows_without_counting_them(config, monkeypatch):
-    monkeypatch.setattr(trainer, "LossScaler", lambda: LossScaler(2.0**40))
+    monkeypatch.setattr(trainer, "LossScaler", lambda device: LossScaler(device, 2.0**40))
     run = pretrain(dataclasses.replace(config, precision="fp16")).run
     lines = of_kind(run, "train")
     assert [line["step"] for line in lines] == list(range(1, 9))

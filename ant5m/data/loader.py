@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ant5m.data.resident import ResidentTokens
 from ant5m.data.shards import Shards, Tokens
 from ant5m.errors import UserError
 
@@ -35,8 +36,10 @@ class Loader:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        resident: torch.device | None = None,
     ) -> None:
-        """Each of `world_size` ranks takes its own `batch_size` rows of every step.
+        """Each of `world_size` ranks takes its own `batch_size` rows of every step. With `resident` the split
+        is copied to that device, and batches are made there.
 
         Raises `UserError` when the split is shorter than one sequence and the target of its last token.
         """
@@ -55,6 +58,7 @@ class Loader:
         self.sequence_length = sequence_length
         self.seed = seed
         self._tokens = shards.tokens
+        self._resident = None if resident is None else ResidentTokens(shards.tokens, resident)
         self._fingerprint = shards.fingerprint
         self._rank = rank
         self._world_size = world_size
@@ -72,7 +76,10 @@ class Loader:
         first = self._position + self._rank * self.batch_size
         numbers = self._sequences_at(np.arange(first, first + self.batch_size))
         self._position += self.batch_size * self._world_size
-        return _gather(self._tokens, numbers * self.sequence_length, self.sequence_length)
+        starts = numbers * self.sequence_length
+        if self._resident is not None:
+            return self._resident.gather(starts, self.sequence_length)
+        return _gather(self._tokens, starts, self.sequence_length)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for JSON: where the loader is, and on what data."""

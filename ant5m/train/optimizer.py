@@ -18,6 +18,9 @@ class Muon(torch.optim.Muon):
     sqrt(max(1, rows / columns)). Source: Jordan et al., "Muon", 2024.
     """
 
+    found_inf: torch.Tensor | None = None
+    """As torch's AdamW takes it: 0-dim, 1 where this step must change nothing, else 0."""
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
@@ -25,18 +28,22 @@ class Muon(torch.optim.Muon):
                 self._step_together(group, parameters)
 
     def _step_together(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradients = torch.stack([p.grad for p in parameters if p.grad is not None])
         momenta = [self._momentum(p) for p in parameters]
-        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        updates = torch._foreach_lerp(gradients, momenta, group["momentum"]) if group["nesterov"] else momenta
-        orthogonal = newton_schulz(
-            torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"]
-        ).to(parameters[0].dtype)
+        momentum = torch.stack(momenta)
+        rate = group["lr"]
+        if self.found_inf is not None:
+            # A mean of the momentum and itself is itself, and a rate of 0 leaves the weights.
+            gradients = torch.where(self.found_inf > 0, momentum, gradients)
+            rate = rate * (1 - self.found_inf)
+        momentum.lerp_(gradients, 1 - group["momentum"])
+        torch._foreach_copy_(momenta, list(momentum.unbind()))
+        updates = gradients.lerp_(momentum, group["momentum"]) if group["nesterov"] else momentum
+        orthogonal = newton_schulz(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
         rows, columns = parameters[0].shape
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(
-            parameters, list(orthogonal.unbind()), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5
-        )
+        change = orthogonal.to(parameters[0].dtype) * (rate * -(max(1.0, rows / columns) ** 0.5))
+        torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
+        torch._foreach_add_(parameters, list(change.unbind()))
 
     def _momentum(self, parameter: torch.Tensor) -> torch.Tensor:
         state = self.state[parameter]
@@ -86,26 +93,40 @@ class Optimizer:
         weight_decay: float = 0.1,
     ):
         self.parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
-        hidden = {name for name, p in self.parameters.items() if kind == "muon" and _is_hidden(name, p)}
+        hidden = {name for name, p in self.parameters.items() if kind == "muon" and is_hidden(name, p)}
         rest = [p for name, p in self.parameters.items() if name not in hidden]
         groups = [
             {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
             {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
         ]
         adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=learning_rate, betas=betas, eps=eps, fused=True
+            [group for group in groups if group["params"]],
+            lr=learning_rate,
+            betas=betas,
+            eps=eps,
+            fused=True,
+            capturable=True,
         )
         self.parts: list[torch.optim.Optimizer] = [adamw]
         if hidden:
             matrices = [self.parameters[name] for name in sorted(hidden)]
             self.parts.append(Muon(matrices, lr=muon_learning_rate, weight_decay=weight_decay))
-        self._rates = [part.param_groups[0]["lr"] for part in self.parts]
+        # On the device, as is the factor: a CUDA graph would keep a number of Python's for ever.
+        device = next(iter(self.parameters.values())).device
+        self._rates = [torch.tensor(part.param_groups[0]["lr"], device=device) for part in self.parts]
 
-    def step(self, factor: float = 1.0) -> None:
-        """Update the parameters from their gradients, with every learning rate times `factor`."""
+    def step(self, factor: float | torch.Tensor = 1.0, found_inf: torch.Tensor | None = None) -> None:
+        """Update the parameters from their gradients, with every learning rate times `factor`.
+
+        Args:
+            factor: a number, or 0-dim fp32 on the parameters' device.
+            found_inf: 0-dim fp32; 1: the gradients are no numbers, and nothing may change; 0: an update as
+                usual. None: the caller knows that it is one.
+        """
         for part, rate in zip(self.parts, self._rates, strict=True):
             for group in part.param_groups:
                 group["lr"] = rate * factor
+            part.found_inf = found_inf  # type: ignore[attr-defined]
             part.step()
 
     def zero_grad(self) -> None:
@@ -157,7 +178,8 @@ def clip(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
     return norm
 
 
-def _is_hidden(name: str, parameter: nn.Parameter) -> bool:
+def is_hidden(name: str, parameter: nn.Parameter) -> bool:
+    """Whether it is a matrix of a layer."""
     return parameter.ndim == 2 and ".layers." in f".{name}"
 
 

@@ -10,12 +10,15 @@ from collections.abc import Callable
 
 import torch
 
+from ant5m.data.resident import fits
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
 from ant5m.model.doctor import fitting_tokens
 from ant5m.train.config import TrainConfig
 from ant5m.train.optimizer import Optimizer
-from ant5m.train.precision import autocast
+from ant5m.train.precision import LossScaler
+from ant5m.train.schedule import Schedule
+from ant5m.train.step import WARM_UP, Step, make_step
 
 BUILTIN_MINUTES = 10.0
 """of training when nothing else is said"""
@@ -62,7 +65,8 @@ def complete(
         tokens=None,
         learning_rate=config.learning_rate or _learning_rate(config),
         batch_size=batch,
-        micro_batch_size=config.micro_batch_size or _micro_batch(model, batch, length, device),
+        micro_batch_size=config.micro_batch_size
+        or _micro_batch(model, batch, length, device, config.precision, num_tokens),
         sequence_length=length,
         eval_every=eval_every,
         eval_tokens=config.eval_tokens or max(length, round(0.015 * tokens)),
@@ -85,26 +89,30 @@ def batch_for_steps(steps: int, length: int) -> int:
     return _power_of_two(max(LEAST_BATCH_TOKENS, (0.58 * steps**0.571) ** (1 / (1 - 0.571))) / length)
 
 
+def keeps_tokens(num_tokens: int, device: torch.device) -> bool:
+    """Whether the training split is kept in the device's memory: on a GPU, when it takes little of it."""
+    return device.type == "cuda" and fits(num_tokens, _memory(device))
+
+
 def measure_speed(net: Ant, config: TrainConfig, precision: str) -> float:
     """Seconds per training token, from a few steps on a copy of the model, whose own state stays as it is."""
     length = net.config.max_position_embeddings
     twin = copy.deepcopy(net)
-    optimizer = Optimizer(twin, config.optimizer)
     probe = LEAST_BATCH_TOKENS if net.device.type == "cpu" else GPU_PROBE_TOKENS
-    rows = _micro_batch(net.config, max(1, probe // length), length, net.device)
+    rows = _micro_batch(net.config, max(1, probe // length), length, net.device, precision)
     tokens = torch.zeros(rows, length, dtype=torch.int64, device=net.device)
     tokens += torch.arange(length, device=net.device) % net.config.vocab_size
-    seconds = []
-    for _ in range(4):
-        start = time.monotonic()
-        with autocast(precision, net.device):
-            loss = twin(tokens, tokens)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss.item()  # waits for the device
-        seconds.append(time.monotonic() - start)
-    return sum(seconds[1:]) / len(seconds[1:]) / tokens.numel()
+    scaler = LossScaler(net.device) if precision == "fp16" else None
+    optimizer, schedule = Optimizer(twin, config.optimizer), Schedule(WARM_UP + 4)
+    step = make_step(Step(twin, optimizer, schedule, rows, config.grad_clip, precision, scaler))
+    warm_up = 1 if net.device.type == "cpu" else WARM_UP + 1
+    for number in range(warm_up + 3):
+        if number == warm_up:
+            start = time.monotonic()
+        numbers = step(tokens, tokens)
+        assert numbers is not None
+        numbers.tolist()  # waits for the device
+    return (time.monotonic() - start) / 3 / tokens.numel()
 
 
 def _tokens(config: TrainConfig, num_tokens: int, seconds_per_token: Callable[[], float]) -> int:
@@ -120,14 +128,21 @@ def _learning_rate(config: TrainConfig) -> float:
     return BUILTIN_LEARNING_RATE if short else LEARNING_RATE
 
 
-def _micro_batch(model: ModelConfig, batch: int, length: int, device: torch.device) -> int:
+def _micro_batch(
+    model: ModelConfig, batch: int, length: int, device: torch.device, precision: str, num_tokens: int = 0
+) -> int:
+    """Sequences computed at once: the largest divisor of the batch that fits, beside the tokens if kept."""
     if device.type == "cpu":
         fitting = CPU_MICRO_TOKENS
     else:
-        memory = torch.cuda.get_device_properties(device).total_memory
-        fitting = fitting_tokens(model, memory, half=True)
+        kept = 2 * num_tokens if keeps_tokens(num_tokens, device) else 0
+        fitting = fitting_tokens(model, _memory(device) - kept, half=precision != "fp32")
     most = max(1, fitting // length)
     return next(rows for rows in range(min(most, batch), 0, -1) if batch % rows == 0)
+
+
+def _memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def _power_of_two(value: float) -> int:

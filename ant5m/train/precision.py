@@ -4,7 +4,6 @@ Weights, gradients and optimizer states are fp32 everywhere; the precision is th
 """
 
 import contextlib
-from dataclasses import dataclass
 
 import torch
 
@@ -55,28 +54,32 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     return torch.autocast(device.type, DTYPES[precision])
 
 
-@dataclass
 class LossScaler:
     """Dynamic loss scale for fp16: halves after an overflow, doubles after `GROWTH_INTERVAL` good steps.
 
-    Source: Micikevicius et al., "Mixed Precision Training", 2017.
+    Its state (`scale` fp32 and `good_steps` int64, 0-dim) is on `device`, where it is also decided, so that
+    no step waits for the host. Source: Micikevicius et al., "Mixed Precision Training", 2017.
     """
 
-    scale: float = FIRST_SCALE
-    good_steps: int = 0
+    def __init__(self, device: torch.device | str = "cpu", scale: float = FIRST_SCALE, good_steps: int = 0):
+        self.scale = torch.tensor(scale, dtype=torch.float32, device=device)
+        self.good_steps = torch.tensor(good_steps, device=device)
 
     def unscale(self, gradients: list[torch.Tensor]) -> None:
         """Divide the gradients by the scale, in place."""
         torch._foreach_mul_(gradients, 1 / self.scale)
 
-    def update(self, finite: bool) -> None:
-        """Learn whether the last step's gradients were finite."""
-        if not finite:
-            self.scale, self.good_steps = self.scale / 2, 0
-            return
-        self.good_steps += 1
-        if self.good_steps == GROWTH_INTERVAL:
-            self.scale, self.good_steps = self.scale * 2, 0
+    def update(self, finite: torch.Tensor) -> None:
+        """Learn whether the last step's gradients were finite: 1 or 0, 0-dim."""
+        # Arithmetic instead of `where`: no constant has to come over from the host.
+        self.good_steps.add_(1).mul_(finite.to(self.good_steps.dtype))
+        grown = self.good_steps == GROWTH_INTERVAL
+        self.scale.mul_(0.5 + 0.5 * finite).mul_(1 + grown)
+        self.good_steps.mul_(~grown)
+
+    def state_dict(self) -> dict[str, float]:
+        """Plain values for JSON, which are also arguments of a new scaler."""
+        return {"scale": self.scale.item(), "good_steps": int(self.good_steps)}
 
 
 # Dense fp16/bf16 tensor-core peaks with fp32 accumulation, in TFLOP/s, by the device's exact name, from

@@ -22,11 +22,13 @@ from ant5m.train.checkpoint import (
     set_random_state,
 )
 from ant5m.train.metrics import Metrics
-from ant5m.train.optimizer import Optimizer, clip
+from ant5m.train.optimizer import Optimizer
+from ant5m.train.plan import keeps_tokens
 from ant5m.train.precision import LossScaler, autocast, choose_precision, peak_flops
 from ant5m.train.progress import TrainingProgress
 from ant5m.train.run import Run
 from ant5m.train.schedule import Schedule
+from ant5m.train.step import Numbers, Step, make_step
 from ant5m.train.stop import Stop
 
 PROMPTS = ("The", "Returns a list of", "This is an example of how to", "The history of the")
@@ -41,12 +43,9 @@ class NonFiniteLoss(UserError):
 
 @dataclass
 class _Logged:
-    """One finished step; the numbers stay on the device until they are read."""
+    """One step that was taken; its numbers stay on the device until they are read."""
 
-    step: int
-    loss: torch.Tensor
-    norm: torch.Tensor
-    factor: float
+    numbers: Numbers
     tokens: int
 
 
@@ -78,9 +77,9 @@ class Trainer:
         self.schedule = Schedule(
             config.steps, config.schedule, config.warmup, config.decay, config.final_rate
         )
-        self.loader = Loader(train, config.batch_size, config.sequence_length, config.seed)
-        self.scaler = LossScaler() if self.precision == "fp16" else None
-        self.parameters = list(net.parameters())
+        resident = net.device if keeps_tokens(train.num_tokens, net.device) else None
+        self.loader = Loader(train, config.batch_size, config.sequence_length, config.seed, resident=resident)
+        self.scaler = LossScaler(net.device) if self.precision == "fp16" else None
         self.step = 0
         self.tokens = 0
         self.skipped = 0
@@ -88,6 +87,18 @@ class Trainer:
         self.best_loss: float | None = None
         self._pending: list[_Logged] = []
         self._resume()
+        self._acted = self.step  # no validation, sample or checkpoint is due at it or before
+        step = Step(
+            net,
+            self.optimizer,
+            self.schedule,
+            config.micro_batch_size,
+            config.grad_clip,
+            self.precision,
+            self.scaler,
+            self.step,
+        )
+        self.take_step = make_step(step)
         self.metrics = Metrics(run.folder, self.step)
         flops = 3 * sum(count_flops(net.config, config.sequence_length).values())
         self.progress = TrainingProgress(self.steps, self.step, flops, peak_flops(net.device, self.precision))
@@ -110,60 +121,38 @@ class Trainer:
                 self.metrics.close()
 
     def _train_step(self, stop: Stop) -> bool:
-        """One optimizer step; False when it did not count: skipped for an overflow, or given up to stop."""
-        before = self.loader.state_dict()
-        input_ids, targets = (x.to(self.net.device, non_blocking=True) for x in self.loader.next())
-        size = self.config.micro_batch_size
-        assert size
-        scale = size / len(input_ids) * (self.scaler.scale if self.scaler else 1.0)
-        loss = torch.zeros((), device=self.net.device)
-        for part, part_targets in zip(input_ids.split(size), targets.split(size), strict=True):
-            if stop.reason:
-                # The step is taken up again as a whole when the run is resumed.
-                self.loader.load_state_dict(before)
-                self.optimizer.zero_grad()
-                return False
-            with autocast(self.precision, self.net.device):
-                part_loss = self.net(part, part_targets)
-            (part_loss * scale).backward()
-            loss += part_loss.detach() * (size / len(input_ids))
-        return self._update(loss, input_ids.numel())
+        """One optimizer step; False when it was given up to stop.
 
-    def _update(self, loss: torch.Tensor, tokens: int) -> bool:
-        if self.scaler:
-            self.scaler.unscale([p.grad for p in self.parameters if p.grad is not None])
-        norm = clip(self.parameters, self.config.grad_clip)
-        self.tokens += tokens
-        if self.scaler and not self._fits_fp16(norm):
-            self.optimizer.zero_grad()
+        With a loss scale the device decides whether the step counts, and until the next `_read` `self.step`
+        may be too high.
+        """
+        before = self.loader.state_dict()
+        input_ids, targets = (_to_device(x, self.net.device) for x in self.loader.next())
+        numbers = self.take_step(input_ids, targets, lambda: stop.reason is not None)
+        if numbers is None:
+            # The step is taken up again as a whole when the run is resumed.
+            self.loader.load_state_dict(before)
             return False
-        factor = self.schedule(self.step)
-        self.optimizer.step(factor)
-        self.optimizer.zero_grad()
         self.step += 1
-        self._pending.append(_Logged(self.step, loss, norm, factor, self.tokens))
+        self.tokens += input_ids.numel()
+        self._pending.append(_Logged(numbers, self.tokens))
         return True
 
-    def _fits_fp16(self, norm: torch.Tensor) -> bool:
-        assert self.scaler
-        finite = bool(torch.isfinite(norm))
-        self.scaler.update(finite)
-        self.skipped += not finite
-        if self.scaler.scale < 1:
-            raise self._broken("the gradients overflow fp16 at any loss scale", self.step + 1)
-        return finite
-
     def _after_step(self) -> None:
-        if time.monotonic() - self._read_at >= READ_SECONDS:
-            self._read()
-        for every, action in (
+        actions = (
             (self.config.eval_every, self._validate),
             (self.config.sample_every, self._sample),
             (self.config.checkpoint_every, self._save),
-        ):
+        )
+        due = self.step == self.steps or any(every and self.step % every == 0 for every, _ in actions)
+        if due or time.monotonic() - self._read_at >= READ_SECONDS:
+            self._read()
+        if self.step == self._acted or self._pending:
+            return
+        self._acted = self.step
+        for every, action in actions:
             # What the last step owes is done when the run is finished.
             if every and self.step % every == 0 and self.step < self.steps:
-                self._read()
                 action()
                 self._lap()
 
@@ -172,28 +161,36 @@ class Trainer:
         elapsed = self._lap()
         if not self._pending:
             return
-        numbers = torch.stack(
-            [torch.stack((one.loss.float(), one.norm.float())) for one in self._pending]
-        ).tolist()
+        numbers = torch.stack([one.numbers for one in self._pending]).tolist()
         speed = (self.tokens - self._read_tokens) / max(elapsed, 1e-9)
         self._read_tokens = self.tokens
-        for one, (loss, norm) in zip(self._pending, numbers, strict=True):
+        self.step -= len(self._pending)
+        shown = None
+        for one, (loss, norm, counted, scale) in zip(self._pending, numbers, strict=True):
+            if not counted:
+                self.skipped += 1
+                if scale < 1:
+                    raise self._broken("the gradients overflow fp16 at any loss scale", self.step + 1)
+                continue
+            self.step += 1
             if loss - loss != 0 or norm - norm != 0:
-                raise self._broken(f"the loss is {loss} and the gradient's norm {norm}", one.step)
+                raise self._broken(f"the loss is {loss} and the gradient's norm {norm}", self.step)
+            rate = self.learning_rate * self.schedule(self.step - 1)
             self.metrics.write(
                 "train",
-                one.step,
+                self.step,
                 loss=loss,
                 grad_norm=norm,
-                learning_rate=self.learning_rate * one.factor,
+                learning_rate=rate,
                 tokens=one.tokens,
                 skipped=self.skipped,
                 tokens_per_second=round(speed, 1),
                 seconds=round(self.seconds, 2),
             )
-        last = self._pending[-1]
+            shown = self.step, loss, rate, speed
         self._pending.clear()
-        self.progress.update(last.step, loss, self.learning_rate * last.factor, speed)
+        if shown:
+            self.progress.update(*shown)
 
     def _lap(self) -> float:
         """Seconds since the last call, added to the run's time."""
@@ -234,13 +231,13 @@ class Trainer:
             "tokenizer": self.tokenizer.fingerprint,
             "loader": self.loader.state_dict(),
             "random": random_state(self.net.device),
-            "scaler": vars(self.scaler) if self.scaler else None,
+            "scaler": self.scaler.state_dict() if self.scaler else None,
             "tokens": self.tokens,
             "skipped": self.skipped,
             "seconds": self.seconds,
             "best_loss": self.best_loss,
         }
-        if not torch.isfinite(torch.nn.utils.get_total_norm(self.parameters)):
+        if not torch.isfinite(torch.nn.utils.get_total_norm(list(self.net.parameters()))):
             raise self._broken("the weights are no numbers any more", self.step)
         save_checkpoint(self.run.checkpoints, self.step, self.net, self.optimizer, state)
         prune_checkpoints(self.run.checkpoints, self.config.keep_last)
@@ -257,7 +254,7 @@ class Trainer:
         self.loader.load_state_dict(state["loader"])
         set_random_state(state["random"], self.net.device)
         if self.scaler and state["scaler"]:
-            self.scaler = LossScaler(**state["scaler"])
+            self.scaler = LossScaler(self.net.device, **state["scaler"])
         self.step = state["step"]
         self.tokens, self.skipped, self.seconds = state["tokens"], state["skipped"], state["seconds"]
         self.best_loss = state["best_loss"]
@@ -268,3 +265,10 @@ class Trainer:
         return NonFiniteLoss(
             f"training broke down at step {step}: {what}; {rescue}. Start anew with a lower learning rate"
         )
+
+
+def _to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """x there; from pinned memory, so that a GPU's work does not have to be waited for."""
+    if device.type == "cpu" or x.device == device:
+        return x
+    return x.pin_memory().to(device, non_blocking=True)

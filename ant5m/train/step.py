@@ -1,0 +1,203 @@
+"""One optimizer step: forward and backward over micro-batches, clipping, update, loss scale.
+
+All that a step decides, it decides on the device: whether an fp16 overflow skips it, the loss scale, how far
+the learning rate is. So nothing in it waits for the device, and on a GPU the whole step is one CUDA graph:
+a step of `ant-5m` is some thousand launches, which take a CPU longer than the GPU needs to compute them.
+
+In half precision the matrices of the layers are copied once a step, and the products read the copies. A
+parameter then costs 6 bytes of traffic a step. Autocast joins what is multiplied together in fp32 and casts
+that, in each micro-batch: 8 + 6 bytes.
+"""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from ant5m.model.ant import Ant
+from ant5m.train.optimizer import Optimizer, clip, is_hidden
+from ant5m.train.precision import DTYPES, LossScaler, autocast
+from ant5m.train.schedule import Schedule
+
+WARM_UP = 3
+"""steps before the capture: kernels are compiled and memory is laid out by then"""
+
+Numbers = torch.Tensor
+"""What a step tells, fp32 [4] on the device: loss, gradient norm, whether it counted (1 or 0), loss scale."""
+
+
+def _never() -> bool:
+    return False
+
+
+class Step:
+    """A step as it is, each operation by itself.
+
+    Args:
+        schedule: gives the factor on the learning rates by the number of steps that counted.
+        micro_batch_size: sequences computed at once; divides the batch.
+        grad_clip: largest 2-norm of the gradient; 0: no limit.
+        scaler: for fp16; then a step whose gradients overflow changes nothing but the scale.
+        done: steps that counted before.
+    """
+
+    def __init__(
+        self,
+        net: Ant,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        micro_batch_size: int,
+        grad_clip: float = 1.0,
+        precision: str = "fp32",
+        scaler: LossScaler | None = None,
+        done: int = 0,
+    ):
+        self.net, self.optimizer, self.scaler = net, optimizer, scaler
+        self.micro_batch_size, self.grad_clip, self.precision = micro_batch_size, grad_clip, precision
+        self._parameters = list(net.parameters())
+        # A table, because only the device knows which step this is.
+        factors = [schedule(step) for step in range(schedule.steps)]
+        self._factors = torch.tensor(factors, dtype=torch.float32, device=net.device)
+        self._done = torch.tensor([done], device=net.device)
+
+    def __call__(
+        self, input_ids: torch.Tensor, targets: torch.Tensor, given_up: Callable[[], bool] = _never
+    ) -> Numbers | None:
+        """Take one step on int64 [B, T] on the device. None, and nothing has changed, when `given_up` between
+        micro-batches."""
+        size = self.micro_batch_size
+        share = size / len(input_ids)
+        copies = self._copies()
+        loss = torch.zeros((), device=self.net.device)
+        for part, part_targets in zip(input_ids.split(size), targets.split(size), strict=True):
+            if given_up():
+                self.optimizer.zero_grad()
+                return None
+            part_loss = self._loss(copies, part, part_targets)
+            (part_loss * (share if self.scaler is None else self.scaler.scale * share)).backward()
+            loss += part_loss.detach() * share
+        return self._update(loss)
+
+    def _copies(self) -> dict[str, torch.Tensor]:
+        """The matrices of the layers in the products' dtype; their gradients arrive in fp32."""
+        if self.precision == "fp32":
+            return {}
+        matrices = {name: p for name, p in self.net.named_parameters() if is_hidden(name, p)}
+        return dict(zip(matrices, _Copies.apply(DTYPES[self.precision], *matrices.values()), strict=True))
+
+    def _loss(
+        self, copies: dict[str, torch.Tensor], input_ids: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
+        """The mean loss over a micro-batch."""
+        with autocast(self.precision, self.net.device):
+            return torch.func.functional_call(self.net, copies, (input_ids, targets))
+
+    def _update(self, loss: torch.Tensor) -> Numbers:
+        if self.scaler is not None:
+            self.scaler.unscale([p.grad for p in self._parameters if p.grad is not None])
+        norm = clip(self._parameters, self.grad_clip)
+        counted = torch.ones_like(norm) if self.scaler is None else torch.isfinite(norm).to(norm.dtype)
+        factor = self._factors.index_select(0, self._done).squeeze(0)
+        self.optimizer.step(factor, None if self.scaler is None else 1 - counted)
+        self.optimizer.zero_grad()
+        self._done += counted.to(self._done.dtype)
+        if self.scaler is None:
+            return torch.stack((loss, norm, counted, counted))
+        self.scaler.update(counted)
+        return torch.stack((loss, norm, counted, self.scaler.scale))
+
+
+class _Copies(torch.autograd.Function):
+    """Tensors in another dtype, all in one launch, and their gradients back in theirs."""
+
+    @staticmethod
+    def forward(ctx, dtype, *tensors):
+        ctx.dtypes = [x.dtype for x in tensors]
+        copies = [torch.empty_like(x, dtype=dtype) for x in tensors]
+        torch._foreach_copy_(copies, list(tensors))
+        return tuple(copies)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        wide = [torch.empty_like(x, dtype=dtype) for x, dtype in zip(grads, ctx.dtypes, strict=True)]
+        torch._foreach_copy_(wide, list(grads))
+        return None, *wide
+
+
+class CapturedStep:
+    """A `Step` as one CUDA graph: the first calls run as they are, the next one is captured and replayed.
+
+    Every call is a step of the training. Where the capture fails, a warning says why, and steps go on as
+    they are.
+    """
+
+    def __init__(self, step: Step):
+        self.step = step
+        self._replay: Callable[[], Numbers] | None = None
+        self._calls = 0
+        self._batch: tuple[torch.Tensor, torch.Tensor] | None = None
+        # What comes before a capture must not run on the default stream either.
+        self._stream = torch.cuda.Stream(step.net.device)
+        # With no more than two steps queued, a GPU never idles, and the host can stop soon.
+        self._ends = [torch.cuda.Event(blocking=True) for _ in range(2)]
+
+    def __call__(
+        self, input_ids: torch.Tensor, targets: torch.Tensor, given_up: Callable[[], bool] = _never
+    ) -> Numbers:
+        """As `Step`; it is too short to be given up."""
+        end = self._ends[self._calls % 2]
+        end.synchronize()
+        if self._batch is None:
+            self._batch = torch.empty_like(input_ids), torch.empty_like(targets)
+        for place, given in zip(self._batch, (input_ids, targets), strict=True):
+            place.copy_(given)
+        if self._calls == WARM_UP:
+            self._capture()
+        self._calls += 1
+        numbers = self._warm_up() if self._replay is None else self._replay().clone()
+        end.record(torch.cuda.current_stream(self.step.net.device))
+        return numbers
+
+    @property
+    def captured(self) -> bool:
+        return self._replay is not None
+
+    def _run(self) -> Numbers:
+        assert self._batch is not None
+        numbers = self.step(*self._batch)
+        assert numbers is not None
+        return numbers
+
+    def _warm_up(self) -> Numbers:
+        current = torch.cuda.current_stream(self.step.net.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            numbers = self._run()
+        current.wait_stream(self._stream)
+        return numbers
+
+    def _capture(self) -> None:
+        try:
+            self._replay = _record(self._run, self._stream)
+        except RuntimeError as error:
+            self.step.optimizer.zero_grad()
+            reason = str(error).strip().splitlines()[0]
+            warnings.warn(f"the step could not be captured as a CUDA graph: {reason}", stacklevel=2)
+
+
+def _record(run: Callable[[], Numbers], stream: torch.cuda.Stream) -> Callable[[], Numbers]:
+    """Capture `run`, which only queues work on fixed memory then, and return what does the work."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        numbers = run()
+
+    def replay() -> Numbers:
+        graph.replay()
+        return numbers
+
+    return replay
+
+
+def make_step(step: Step) -> Step | CapturedStep:
+    """The way that a step is taken on its device."""
+    return CapturedStep(step) if step.net.device.type == "cuda" else step

@@ -1,0 +1,256 @@
+"""A step waits for nothing, a skipped one changes nothing, and the captured one is the step as it is."""
+
+import contextlib
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ant5m import kernels
+from ant5m.data.loader import Loader
+from ant5m.data.resident import ResidentTokens, fits
+from ant5m.data.shards import Tokens
+from ant5m.model.ant import Ant
+from ant5m.model.config import ModelConfig
+from ant5m.train import step as module
+from ant5m.train.optimizer import Optimizer
+from ant5m.train.precision import LossScaler
+from ant5m.train.schedule import Schedule
+from ant5m.train.step import WARM_UP, CapturedStep, Step
+
+TINY = ModelConfig(
+    vocab_size=97,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=32,
+)
+# On a GPU these bring a number over from the device or to it: the host waits, and a capture fails.
+WAITING = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten.equal.default,
+    torch.ops.aten.is_nonzero.default,
+    torch.ops.aten.lift_fresh.default,
+}
+
+
+@pytest.fixture(autouse=True)
+def reference(monkeypatch):
+    """The kernels of the CPU may ask about values; what a GPU runs may not."""
+    monkeypatch.setattr(kernels, "_selected", "reference")
+
+
+class NoWaiting(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in WAITING, f"{func} makes the host wait for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def make(kind="muon", precision="fp16", scale=2.0**13, steps=12, rows=2):
+    torch.manual_seed(0)
+    net = Ant(TINY)
+    scaler = LossScaler("cpu", scale) if precision == "fp16" else None
+    return Step(net, Optimizer(net, kind), Schedule(steps), rows, 1.0, precision, scaler)
+
+
+def batches(count, rows=4):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(97, (count, rows, 33), generator=generator)
+    return [(x[:, :-1].contiguous(), x[:, 1:].contiguous()) for x in ids]
+
+
+def state(step):
+    scaler = step.scaler.state_dict() if step.scaler else {}
+    return {**step.net.state_dict(), **step.optimizer.tensors(), **scaler}
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    return all(np.array_equal(np.asarray(one[name]), np.asarray(other[name])) for name in one)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_step_never_waits_for_the_device(kind, precision):
+    step = make(kind, precision)
+    with NoWaiting():
+        numbers = [step(*batch) for batch in batches(3)]
+    losses = [loss for loss, _, counted, _ in torch.stack(numbers).tolist() if counted]
+    assert len(losses) == 3 and losses[2] < losses[0]
+
+
+@pytest.mark.parametrize("wait", [torch.Tensor.item, torch.Tensor.nonzero, lambda x: torch.tensor(1.0) + x])
+def test_waiting_is_seen(wait, monkeypatch):
+    step = make()
+    loss = step._loss
+    monkeypatch.setattr(step, "_loss", lambda *args: (out := loss(*args), wait(out.detach()))[0])
+    with NoWaiting(), pytest.raises(AssertionError, match="makes the host wait"):
+        step(*batches(1)[0])
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_an_overflow_halves_the_scale_and_changes_nothing_else(kind):
+    step = make(kind)
+    first, second = batches(2)
+    step(*first)
+    step.scaler.scale.fill_(2.0**60)
+    before = {name: copy.deepcopy(value) for name, value in state(step).items()}
+    loss, norm, counted, scale = step(*second).tolist()
+    assert (counted, scale) == (0, 2.0**59) and loss > 0 and not np.isfinite(norm)
+    after = state(step)
+    assert after.pop("scale") == before.pop("scale") / 2
+    assert (after.pop("good_steps"), before.pop("good_steps")) == (0, 1)
+    assert same(before, after)
+
+
+def test_skipped_steps_do_not_count_in_the_schedule():
+    """The same weights as without the steps that were skipped: no rate of the schedule was used up."""
+    plain, skipping = make("adamw"), make("adamw")
+    for i, batch in enumerate(batches(6)):
+        plain(*batch)
+        if i in (0, 3):
+            skipping.scaler.scale.fill_(2.0**60)
+            assert not skipping(*batch)[2]
+            skipping.scaler.scale.fill_(2.0**13)
+        assert skipping(*batch)[2]
+    one, other = state(plain), state(skipping)
+    assert (one.pop("good_steps"), other.pop("good_steps")) == (6, 3)
+    assert same(one, other)
+
+
+def test_products_read_copies_and_gradients_come_in_fp32():
+    step = make(precision="bf16")
+    seen = {}
+    loss = step._loss
+
+    def look(copies, *batch):
+        seen.update(copies)
+        out = loss(copies, *batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(out, step.net(*batch), rtol=1e-6, atol=0)
+        return out
+
+    step._loss = look
+    step.optimizer.zero_grad = lambda: None
+    step(*batches(1)[0])
+    assert seen and all(copy.dtype == torch.bfloat16 and "proj" in name for name, copy in seen.items())
+    gradients = {name: p.grad.clone() for name, p in step.net.named_parameters()}
+    twin = make(precision="bf16").net
+    for part, targets in zip(*(x.split(2) for x in batches(1)[0]), strict=True):
+        with torch.autocast("cpu", torch.bfloat16):
+            (twin(part, targets) / 2).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in twin.parameters()]).clamp(min=1)
+    for name, p in twin.named_parameters():
+        assert gradients[name].dtype == torch.float32
+        torch.testing.assert_close(gradients[name], p.grad / norm, rtol=2e-2, atol=2e-3)
+
+
+def test_a_step_that_is_given_up_changes_nothing():
+    step = make()
+    first, second = batches(2)
+    step(*first)
+    before = {name: copy.deepcopy(value) for name, value in state(step).items()}
+    asked = iter((False, True))
+    assert step(*second, given_up=lambda: next(asked)) is None
+    assert same(before, state(step)) and all(p.grad is None for p in step.net.parameters())
+
+
+class Device:
+    """Stands for a GPU in `CapturedStep`: a capture keeps the function, a replay calls it."""
+
+    def __init__(self, monkeypatch, fails=False):
+        self.log = []
+        for name in ("Stream", "Event"):
+            monkeypatch.setattr(torch.cuda, name, lambda *args, **kwargs: self)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        monkeypatch.setattr(module, "_record", self._record)
+        self._fails = fails
+
+    def _record(self, run, stream):
+        self.log.append("capture")
+        if self._fails:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+        def replay():
+            self.log.append("replay")
+            with NoWaiting():
+                return run()
+
+        return replay
+
+    def wait_stream(self, other): ...
+
+    def synchronize(self):
+        self.log.append("wait")
+
+    def record(self, stream): ...
+
+
+def test_the_captured_step_is_the_step(monkeypatch):
+    device = Device(monkeypatch)
+    plain, captured = make(scale=2.0**24), CapturedStep(make(scale=2.0**24))
+    numbers = []
+    for batch in batches(10):
+        numbers.append(captured(*batch))
+        torch.testing.assert_close(plain(*batch), numbers[-1], rtol=0, atol=0, equal_nan=True)
+    assert captured.captured and device.log.count("capture") == 1
+    assert device.log.count("replay") == 10 - WARM_UP
+    counted = torch.stack(numbers)[:, 2]
+    assert 0 < counted.sum() < 10, "some steps overflow, some do not"
+    assert same(state(plain), state(captured.step))
+
+
+def test_a_capture_that_fails_is_said_and_the_training_goes_on(monkeypatch):
+    Device(monkeypatch, fails=True)
+    plain, captured = make(), CapturedStep(make())
+    with pytest.warns(UserWarning, match="could not be captured as a CUDA graph: operation not permitted$"):
+        for batch in batches(6):
+            plain(*batch), captured(*batch)
+    assert not captured.captured and same(state(plain), state(captured.step))
+
+
+def tokens_in_parts(count):
+    tokens = np.random.default_rng(0).integers(0, 65_536, count).astype("<u2")
+    return Tokens([tokens[:100], tokens[100:103], tokens[103:]])
+
+
+def test_resident_tokens_are_the_tokens(monkeypatch):
+    monkeypatch.setattr("ant5m.data.resident._CHUNK", 64)
+    tokens = tokens_in_parts(1_000)
+    resident = ResidentTokens(tokens, torch.device("cpu"))
+    starts = np.array([0, 97, 983, 500])
+    input_ids, targets = resident.gather(starts, 16)
+    for row, start in enumerate(starts):
+        assert input_ids[row].tolist() == tokens[start : start + 16].tolist()
+        assert targets[row].tolist() == tokens[start + 1 : start + 17].tolist()
+    assert input_ids.max() > 32_767 and input_ids.dtype == targets.dtype == torch.int64
+    for outside in (-1, 984):
+        with pytest.raises(IndexError, match="leaves the 1000 of the split"):
+            resident.gather(np.array([outside]), 16)
+    assert fits(1_000_000_000, 16 << 30) and not fits(2_000_000_000, 16 << 30)
+
+
+class Split:
+    """A split of packed data, in memory."""
+
+    split, folder, fingerprint = "train", "memory", "known"
+    tokens = tokens_in_parts(1_000)
+    num_tokens = 1_000
+
+
+def test_batches_made_on_the_device_are_those_of_the_host():
+    host, device = Loader(Split, 4, 16, 7), Loader(Split, 4, 16, 7, resident=torch.device("cpu"))
+    for _ in range(40):  # over the end of an epoch
+        for one, other in zip(host.next(), device.next(), strict=True):
+            assert torch.equal(one, other)
+        assert host.state_dict() == device.state_dict()
+    device.load_state_dict({**host.state_dict(), "position": 8})
+    host.load_state_dict(device.state_dict())
+    assert torch.equal(host.next()[0], device.next()[0])
