@@ -15,8 +15,9 @@ from ant5m.cli import call
 from ant5m.errors import UserError
 from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import latest_checkpoint
-from ant5m.train import TrainConfig, pretrain, pretraining
+from ant5m.train import TrainConfig, pretrain, pretraining, trainer
 from ant5m.train.metrics import read_metrics
+from ant5m.train.precision import LossScaler
 from ant5m.train.trainer import Trainer
 
 STOP_AT = 5
@@ -93,6 +94,35 @@ def test_stopped_and_resumed_equals_uninterrupted(config, changes, tmp_path, int
     assert fingerprint(whole.out) == fingerprint(stopped.out)
     evaluations = [json.loads((out / "eval.json").read_text()) for out in (whole.out, stopped.out)]
     assert evaluations[0] == evaluations[1]
+
+
+@pytest.mark.parametrize("calls", [3, 14])
+def test_a_loss_scale_that_still_falls_is_resumed(config, calls, tmp_path, monkeypatch):  # noqa: F811
+    """Steps are skipped before and after the stop, or before it only; what was due at step 4 comes once."""
+    high = {"scale": 2.0**31}
+    monkeypatch.setattr(trainer, "LossScaler", lambda device, **state: LossScaler(device, **(state or high)))
+    monkeypatch.setattr(trainer, "READ_SECONDS", 1e9)
+    whole = dataclasses.replace(config, precision="fp16", out=tmp_path / "whole")
+    pretrain(whole)
+    stopped = dataclasses.replace(whole, out=tmp_path / "stopped")
+    original, count = Trainer._train_step, iter(range(calls))
+
+    def train_step(self, stop):
+        if next(count, None) is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, stop)
+
+    monkeypatch.setattr(Trainer, "_train_step", train_step)
+    result = pretrain(stopped)
+    monkeypatch.setattr(Trainer, "_train_step", original)
+    first = json.loads((latest_checkpoint(stopped.out) / "state.json").read_text())
+    assert first["skipped"] > 1 and first["step"] == result.step == calls - first["skipped"]
+    pretrain(TrainConfig(resume=stopped.out))
+    assert fingerprint(whole.out) == fingerprint(stopped.out)
+    lines = fingerprint(whole.out)[1]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 9))
+    assert [line["step"] for line in lines if line["kind"] == "validation"] == [4]
+    assert (lines[-1]["skipped"] > first["skipped"]) == (calls == 3)
 
 
 def test_the_comparison_sees_a_difference(config, tmp_path):  # noqa: F811
