@@ -91,6 +91,19 @@ def test_attention(length, heads, kv, size):
     assert_same(lambda *x: kernels.attention(*x, backend="reference"), truth, q, k, v)
 
 
+def test_attention_inside_documents():
+    """Each document by itself, whatever else lies in its row."""
+    q, k, v = draw(2, 9, 4, 8), draw(2, 9, 2, 8), draw(2, 9, 2, 8, seed=1)
+    starts = torch.tensor([[0, 0, 0, 3, 3, 3, 3, 7, 7], [0] * 8 + [8]])
+
+    def truth(*qkv):
+        pieces = [(0, 0, 3), (0, 3, 7), (0, 7, 9), (1, 0, 8), (1, 8, 9)]
+        mixed = [kernels.attention(*(x[row : row + 1, a:b] for x in qkv)) for row, a, b in pieces]
+        return torch.cat((torch.cat(mixed[:3], 1), torch.cat(mixed[3:], 1)))
+
+    assert_same(lambda *x: kernels.attention(*x, starts, backend="reference"), truth, q, k, v)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5, 516), (2, 3, 7)])
 def test_swiglu(shape):
     gate, up = draw(*shape, scale=4), draw(*shape, seed=1)

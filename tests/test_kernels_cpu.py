@@ -335,6 +335,8 @@ def test_it_is_what_auto_picks():
 def test_what_it_cannot_run_says_why():
     assert "fp32" in cpu.why_not("swiglu", torch.zeros(2, dtype=torch.float64))
     assert "meta" in cpu.why_not("swiglu", torch.zeros(2, device="meta"))
+    q, starts = torch.zeros(1, 3, 2, 8), torch.zeros(1, 3, dtype=torch.int64)
+    assert "inside documents" in cpu.why_not("attention", q, q, q, starts)
     assert "as many keys" in cpu.why_not("attention", torch.zeros(1, 2, 1, 4), torch.zeros(1, 3, 1, 4))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ant5m import kernels
-from ant5m.data.loader import Loader
+from ant5m.data.loader import Loader, document_starts
 from ant5m.data.resident import ResidentTokens, fits
 from ant5m.data.shards import Tokens
 from ant5m.model.ant import Ant
@@ -79,6 +79,7 @@ def same(one, other):
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_step_never_waits_for_the_device(kind, precision):
     step = make(kind, precision)
+    step.eos_token_id = 0
     with NoWaiting():
         numbers = [step(*batch) for batch in batches(1) * 3]
     losses = [loss for loss, _, counted, _ in torch.stack(numbers).tolist() if counted]
@@ -159,6 +160,46 @@ def test_a_step_that_is_given_up_changes_nothing():
     asked = iter((False, True))
     assert step(*second, given_up=lambda: next(asked)) is None
     assert same(before, state(step)) and all(p.grad is None for p in step.net.parameters())
+
+
+def rows_of_documents(*lengths):
+    """One row of documents of those lengths with ends of text (0), then the starts that it must have."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    documents = [torch.randint(1, 97, (length,), generator=generator) for length in lengths]
+    for document in documents:
+        document[-1] = 0
+    starts = [torch.full_like(document, sum(lengths[:i])) for i, document in enumerate(documents)]
+    return torch.cat(documents)[None], torch.cat(starts)[None]
+
+
+def test_documents_start_behind_ends_of_text():
+    rows = [rows_of_documents(*lengths) for lengths in [(9,), (1, 1, 7), (4, 5), (8, 1)]]
+    ids, starts = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    assert torch.equal(document_starts(ids, 0), starts) and starts.dtype == torch.int64
+    assert not document_starts(ids, 99).any()
+
+
+def test_with_a_mask_a_document_does_not_see_the_ones_before():
+    torch.manual_seed(0)
+    net = Ant(TINY)
+    ids, starts = rows_of_documents(7, 5, 8)
+    other = ids.clone()
+    other[0, :11] = torch.arange(40, 51)  # all before the last document but its end of text
+    for masked in (True, False):
+        options = {"starts": starts} if masked else {}
+        before, after = (net(x, **options)[0, 12:] for x in (ids, other))
+        assert torch.equal(before, after) == masked
+    alone = net(ids[:, 12:])[0]  # elsewhere in the row, but turned by the same angles from one another
+    torch.testing.assert_close(net(ids, starts=starts)[0, 12:], alone)
+
+
+def test_the_step_masks_documents_when_asked():
+    ids, starts = rows_of_documents(7, 5, 21)
+    batch = ids[:, :-1], ids[:, 1:]
+    plain, masked = make(precision="fp32", rows=1), make(precision="fp32", rows=1)
+    masked.eos_token_id = 0
+    torch.testing.assert_close(masked(*batch)[0], make().net(*batch, starts=starts[:, :-1]).detach())
+    assert not torch.allclose(plain(*batch)[0], masked(*batch)[0])
 
 
 class Device:

@@ -130,6 +130,14 @@ def test_accumulation_is_one_batch(config, tmp_path):
     assert max((a - b).abs().max().item() for a, b in pairs) < 1e-5
 
 
+def test_documents_can_be_masked(config, tmp_path):
+    losses = []
+    for masked in (False, True):
+        chosen = dataclasses.replace(config, document_mask=masked, out=tmp_path / str(masked))
+        losses.append([line["loss"] for line in of_kind(pretrain(chosen).run, "train")])
+    assert losses[0] != losses[1]
+
+
 def test_checkpoints_are_pruned(config):
     run = pretrain(dataclasses.replace(config, keep_last=3)).run
     names = sorted(path.name for path in (run / "checkpoints").iterdir())

@@ -122,6 +122,16 @@ class Loader:
         return self._order
 
 
+def document_starts(input_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
+    """Where the document of each token of input_ids [B, T] starts in its row, int64 [B, T].
+
+    The end-of-text id belongs to the document that it ends. What a row begins with counts as a document.
+    """
+    following = torch.arange(1, input_ids.shape[1], device=input_ids.device)
+    places = following * (input_ids[:, :-1] == eos_token_id)
+    return torch.nn.functional.pad(places, (1, 0)).cummax(1).values
+
+
 def sequences(
     shards: Shards, batch_size: int, sequence_length: int, limit_tokens: int | None = None
 ) -> Iterator[Batch]:

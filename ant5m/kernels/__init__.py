@@ -50,12 +50,20 @@ def rope(
     return _pick("rope", backend, q, k).rope(q, k, cos, sin)
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str | None = None) -> torch.Tensor:
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    starts: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
     """Causal attention softmax(q k^T / sqrt(D)) v of q [B, T, H, D] and k, v [B, T, KV, D]: [B, T, H, D].
 
-    Query head h uses key/value head h // (H / KV); KV must divide H.
+    Query head h uses key/value head h // (H / KV); KV must divide H. `starts` [B, T] int64 keeps attention
+    inside documents: position t sees positions starts[b, t]..t only. It must not decrease along T.
     """
-    return _pick("attention", backend, q, k, v).attention(q, k, v)
+    inputs = (q, k, v) if starts is None else (q, k, v, starts)
+    return _pick("attention", backend, *inputs).attention(*inputs)
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, backend: str | None = None) -> torch.Tensor:

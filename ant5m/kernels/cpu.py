@@ -16,6 +16,8 @@ from ant5m import _cpu
 
 def why_not(op: str, *tensors: torch.Tensor) -> str | None:
     """None when `op` can run on these tensors, else the reason."""
+    if op == "attention" and len(tensors) > 3:
+        return "it does not keep attention inside documents"
     for x in tensors:
         if x.device.type != "cpu":
             return f"the tensors are on {x.device.type}"

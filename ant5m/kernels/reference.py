@@ -71,10 +71,18 @@ def rope(q, k, cos, sin):
     return _Rope.apply(q, cos, sin), _Rope.apply(k, cos, sin)
 
 
-def attention(q, k, v):
+def attention(q, k, v, starts=None):
+    seen = None if starts is None else _seen(starts)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+def _seen(starts):
+    """[B, 1, T, T]: whether a position (row) sees another (column)."""
+    position = torch.arange(starts.shape[1], device=starts.device)
+    return ((position <= position[:, None]) & (position >= starts[:, :, None]))[:, None]
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -102,12 +102,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, cache=None):
+    def forward(self, x, cos, sin, cache=None, starts=None):
         qkv = F.linear(x, torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)))
         q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in _Split.apply(qkv, *self.sizes))
         q, k = kernels.rope(q, k, cos, sin)
         if cache is None:
-            mixed = kernels.attention(q, k, v)
+            mixed = kernels.attention(q, k, v, starts)
         else:
             keys, values = cache.append(self.layer, k, v)
             mixed = _attention_over_cache(q, keys, values)
@@ -144,10 +144,10 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, made, residual, cos, sin, cache=None):
+    def forward(self, made, residual, cos, sin, cache=None, starts=None):
         """`made` [B, T, D], by the layer before, is yet to be added to `residual`; so is what is returned."""
         x, residual = _add_and_norm(self.input_layernorm, made, residual)
-        x, residual = self.post_attention_layernorm(self.self_attn(x, cos, sin, cache), residual)
+        x, residual = self.post_attention_layernorm(self.self_attn(x, cos, sin, cache, starts), residual)
         return self.mlp(x), residual
 
 
@@ -160,12 +160,12 @@ class Body(nn.Module):
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids, cos, sin, cache=None):
+    def forward(self, input_ids, cos, sin, cache=None, starts=None):
         # Each norm also adds what the block before it made to the residual stream.
         residual = self.embed_tokens(input_ids)
         made = None
         for layer in self.layers:
-            made, residual = layer(made, residual, cos, sin, cache)
+            made, residual = layer(made, residual, cos, sin, cache, starts)
         return _add_and_norm(self.norm, made, residual)[0]
 
 
@@ -178,8 +178,9 @@ class Ant(nn.Module):
 
     `net(input_ids)` gives the logits [B, T, V] of input_ids [B, T] int64; `net(input_ids, targets)` the mean
     loss in nats over targets [B, T] (-100: not counted); `net(input_ids, cache=cache)` the logits of new
-    positions, whose keys and values are added to the cache. Raises `UserError` when T is above the context
-    length.
+    positions, whose keys and values are added to the cache. With `starts` [B, T] int64 (without a cache)
+    position t attends to positions starts[b, t]..t only, so that documents in one row do not see each other.
+    Raises `UserError` when T is above the context length.
     """
 
     cos: torch.Tensor
@@ -210,7 +211,11 @@ class Ant(nn.Module):
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(
-        self, input_ids: torch.Tensor, targets: torch.Tensor | None = None, cache: KVCache | None = None
+        self,
+        input_ids: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        starts: torch.Tensor | None = None,
     ) -> torch.Tensor:
         past = 0 if cache is None else cache.length
         end = past + input_ids.shape[1]
@@ -218,7 +223,7 @@ class Ant(nn.Module):
             raise UserError(
                 f"{end} tokens do not fit into the model's context of {self.config.max_position_embeddings}"
             )
-        hidden = self.model(input_ids, self.cos[past:end], self.sin[past:end], cache)
+        hidden = self.model(input_ids, self.cos[past:end], self.sin[past:end], cache, starts)
         if cache is not None:
             cache.length = end
         if targets is None:

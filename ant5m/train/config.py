@@ -39,6 +39,9 @@ class TrainConfig:
     sequence_length: int | None = None
     """tokens of one sequence, which becomes the model's context; default: the context of --model"""
 
+    document_mask: bool = False
+    """attention stays inside documents; in public runs of larger models that made no difference"""
+
     optimizer: Literal["adamw", "muon"] = "muon"
     """muon: Muon for the matrices of the layers, AdamW for the rest"""
     learning_rate: float | None = None

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 
+from ant5m.data.loader import document_starts
 from ant5m.model.ant import Ant
 from ant5m.train.optimizer import Optimizer, clip, is_hidden
 from ant5m.train.precision import DTYPES, LossScaler, autocast
@@ -39,6 +40,7 @@ class Step:
         grad_clip: largest 2-norm of the gradient; 0: no limit.
         scaler: for fp16; then a step whose gradients overflow changes nothing but the scale.
         done: steps that counted before.
+        eos_token_id: keeps attention inside the documents that end with it; None: inside the sequence.
     """
 
     def __init__(
@@ -51,9 +53,11 @@ class Step:
         precision: str = "fp32",
         scaler: LossScaler | None = None,
         done: int = 0,
+        eos_token_id: int | None = None,
     ):
         self.net, self.optimizer, self.scaler = net, optimizer, scaler
         self.micro_batch_size, self.grad_clip, self.precision = micro_batch_size, grad_clip, precision
+        self.eos_token_id = eos_token_id
         self._parameters = list(net.parameters())
         # A table, because only the device knows which step this is.
         factors = [schedule(step) for step in range(schedule.steps)]
@@ -89,8 +93,11 @@ class Step:
         self, copies: dict[str, torch.Tensor], input_ids: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
         """The mean loss over a micro-batch."""
+        options = {}
+        if self.eos_token_id is not None:
+            options["starts"] = document_starts(input_ids, self.eos_token_id)
         with autocast(self.precision, self.net.device):
-            return torch.func.functional_call(self.net, copies, (input_ids, targets))
+            return torch.func.functional_call(self.net, copies, (input_ids, targets), options)
 
     def _update(self, loss: torch.Tensor) -> Numbers:
         if self.scaler is not None:

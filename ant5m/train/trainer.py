@@ -97,6 +97,7 @@ class Trainer:
             self.precision,
             self.scaler,
             self.step,
+            train.eos_token_id if config.document_mask else None,
         )
         self.take_step = make_step(step)
         self.metrics = Metrics(run.folder, self.step)
