@@ -1,0 +1,666 @@
+// Causal flash attention with grouped queries, fp16 in, fp32 sums, for tensor cores from compute capability 7.5 on.
+//
+// Compile with -DHEAD_SIZE=16|32|64 -DGROUP=<query heads a key/value head> -DSTARTS=0|1.
+//     heads = GROUP in 4 ? 4 : in 3 ? 3 : in 2 ? 2 : 1 of a group share a block, so that one tile of K and V in shared
+//     memory serves them; a warp is one head, and warps = 4 / heads * heads. A warp has rows positions.
+//
+//     kernel              threads     rows                 grid
+//     attention_forward   32 * warps  32                   (ceil(T / (4 / heads * rows)), KV * GROUP / heads, B)
+//     attention_dq        32 * warps  32, 16 at size 64    the same
+//     attention_dkdv      128         32, 16 at size 64    (ceil(T / (4 * rows)), KV, B)
+//
+// Backward: first attention_dq, then attention_dkdv. Arguments in order (no other memory is needed):
+//     forward  q k v starts        o lse v_norm          T scale  strides of q k v
+//     dq       q k v starts o do   lse v_norm rows do_norm dq        T scale  strides of q k v do dq
+//     dkdv     q k v starts do     rows v_norm do_norm dk dv         T scale  strides of q k v do dk dv
+// q, do, dq [B, T, H, D] and k, v, dk, dv [B, T, KV, D] halves, each with three int strides (B, T, H) in elements, the
+// last dimension dense; q, k, v and do start at multiples of 16 bytes and have strides that are multiples of 8.
+// o [B, T, H, D] halves, dense. starts [B, T] int32, dense, not decreasing along T: position t sees starts[t]..t; any
+// pointer where STARTS is 0. lse [B, H, T] fp32: log2 of the sum of 2^(score * scale * log2 e). v_norm [B, KV, T / 16]
+// and do_norm [B, H, T / 16] fp32 (rounded up): largest squared norms of 16 rows. rows [B, H, T, 2] fp32.
+//
+// Probabilities and score gradients become halves without a conversion instruction (pack_positive in ptx.h: on 7.5 a
+// conversion takes the unit that computes 2^x, the scarcest here). That is right for small numbers only, so:
+//   - probabilities are at most 1 (2^1/2 by rounding, as rows with |lse| >= 2^22 become NaN), scaled by 2^kShift;
+//   - a score's gradient p (dp - delta) is at most 2 |dO row| |V row| (Cauchy and Schwarz), and is scaled by what makes
+//     that 2^5. dQ scales each row, dK and dV each block of keys, whence the norms. Infinity and NaN in dO, O, lse or V
+//     make the scale, and with it the results, not finite: an overflow is never lost.
+//
+// Products per 16 x 8 scores: 4 forward, 6 dQ, 8 dK and dV at head size 16. Source: Dao, "FlashAttention-2", 2023.
+#include "ptx.h"
+
+constexpr int kSize = HEAD_SIZE, kGroup = GROUP;
+constexpr int kChunks = kSize / 8;  // of 16 bytes, the width of a product
+constexpr int kHeads = kGroup % 4 == 0 ? 4 : kGroup % 3 == 0 ? 3 : kGroup % 2 == 0 ? 2 : 1;
+constexpr int kWarps = 4 / kHeads * kHeads;
+
+constexpr int kForwardTiles = 2, kForwardKeys = kSize == 64 ? 32 : 64;  // row tiles of 16 a warp; keys a tile
+constexpr int kQueryTiles = kSize == 64 ? 1 : 2, kQueryKeys = 32;
+constexpr int kKeyTiles = kSize == 64 ? 1 : 2, kKeyQueries = 32;
+constexpr int kKeyRows = 4 * 16 * kKeyTiles;
+constexpr int kWarpsAtOnce = kSize == 16 ? 12 : 8;  // of a multiprocessor: what the registers allow without spills
+
+constexpr float kLog2e = 1.44269504f;
+constexpr float kMasked = -1e30f, kNothing = -1e29f;  // above what is masked: a row without keys yet has no maximum
+constexpr float kShift = 10;                          // 2^-24 is still a normal half
+constexpr float kBias = kShift - 112;                 // see pack_positive
+constexpr float kUnshift = 1.0f / 1024;               // 2^-kShift
+
+// ---- fragments
+
+using Rows = unsigned[kChunks][2];  // A, 16 rows of a matrix [rows][kSize]
+
+struct Lane {
+  int warp, lane, group, pair;  // row of a fragment; first of two columns
+};
+
+DEVICE Lane this_lane() {
+  const int thread = threadIdx.x, lane = thread % 32;
+  return {thread / 32, lane, lane / 4, lane % 4 * 2};
+}
+
+// Rows from `x` on, of which `left` exist. The others are 0.
+template <int tiles>
+DEVICE void load_rows(Rows (&a)[tiles], const Half* x, int stride, int left) {
+  const Lane at = this_lane();
+#pragma unroll
+  for (int m = 0; m < tiles; ++m)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = m * 16 + i * 8 + at.group;
+      const Half* from = x + static_cast<long long>(row) * stride + at.pair;
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c)
+        a[m][c][i] = row < left ? *reinterpret_cast<const unsigned*>(from + c * 8) : 0;
+    }
+}
+
+// Rows of sums, each times its factor[tile][half], to the rows from `x` on, of which `left` exist.
+template <int tiles>
+DEVICE void store_rows(const float (&sum)[tiles][kChunks][4], const float (&factor)[tiles][2], Half* x, int stride,
+                       int left) {
+  const Lane at = this_lane();
+#pragma unroll
+  for (int m = 0; m < tiles; ++m)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = m * 16 + i * 8 + at.group;
+      if (row >= left) continue;
+      Half* to = x + static_cast<long long>(row) * stride + at.pair;
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c)
+        *reinterpret_cast<unsigned*>(to + c * 8) =
+            pack(sum[m][c][2 * i] * factor[m][i], sum[m][c][2 * i + 1] * factor[m][i]);
+    }
+}
+
+// ---- tiles in shared memory: rows of kSize halves, chunks swapped so that the same chunk of 8 rows has no conflicts
+
+DEVICE int chunk_place(int row, int chunk) { return (chunk ^ (row % 8 * kChunks / 8)) * 8; }
+
+// Two matrices [rows][kSize] on the way to shared memory, as each thread's part.
+template <int rows, int threads>
+struct Parts {
+  static constexpr int kCount = 2 * rows * kChunks, kEach = (kCount + threads - 1) / threads;
+  uint4 part[kEach];
+};
+
+template <int rows, int threads>
+DEVICE void load_parts(Parts<rows, threads>& parts, const Half* a, int stride_a, const Half* b, int stride_b,
+                       int left) {
+  using P = Parts<rows, threads>;
+#pragma unroll
+  for (int i = 0; i < P::kEach; ++i) {
+    const int index = threadIdx.x + i * threads, row = index / kChunks % rows, chunk = index % kChunks;
+    const bool first = index < P::kCount / 2;
+    const Half* from = (first ? a : b) + static_cast<long long>(row) * (first ? stride_a : stride_b) + chunk * 8;
+    parts.part[i] = make_uint4(0, 0, 0, 0);
+    if (row < left && index < P::kCount) parts.part[i] = *reinterpret_cast<const uint4*>(from);
+  }
+}
+
+template <int rows, int threads>
+DEVICE void store_parts(const Parts<rows, threads>& parts, Half* tile) {
+  using P = Parts<rows, threads>;
+#pragma unroll
+  for (int i = 0; i < P::kEach; ++i) {
+    const int index = threadIdx.x + i * threads, row = index / kChunks, chunk = index % kChunks;
+    if (index < P::kCount) *reinterpret_cast<uint4*>(tile + row * kSize + chunk_place(row, chunk)) = parts.part[i];
+  }
+}
+
+// B of 16 rows as [rows / 8][columns / 8]: plain for a product with the transposed matrix, trans for one with itself.
+DEVICE void load_b(unsigned (&b)[2][kChunks], const Half* tile, bool trans) {
+  const int lane = threadIdx.x % 32, row = lane / 16 * 8 + lane % 8, chunk = lane / 8 % 2;
+#pragma unroll
+  for (int c = 0; c < kChunks; c += 2) {
+    unsigned m[4];
+    const Half* from = tile + row * kSize + chunk_place(row, chunk + c);
+    if (trans) ldmatrix_x4_trans(m, from);
+    else ldmatrix_x4(m, from);
+    b[0][c] = m[0], b[0][c + 1] = m[1], b[1][c] = m[2], b[1][c + 1] = m[3];
+  }
+}
+
+// Two times 8 columns of a b^T.
+template <int tiles>
+DEVICE void multiply(float (&sum)[tiles][2][4], const Rows (&a)[tiles], const unsigned (&b)[2][kChunks]) {
+#pragma unroll
+  for (int m = 0; m < tiles; ++m)
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[m][j][i] = 0;
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c)
+#pragma unroll
+    for (int m = 0; m < tiles; ++m)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) mma_m16n8k8(sum[m][j], a[m][c][0], a[m][c][1], b[j][c]);
+}
+
+// sum += a b, of 8 columns of a.
+DEVICE void multiply_add(float (&sum)[kChunks][4], unsigned a0, unsigned a1, const unsigned (&b)[kChunks]) {
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) mma_m16n8k8(sum[c], a0, a1, b[c]);
+}
+
+template <int tiles>
+DEVICE void clear(float (&sum)[tiles][kChunks][4]) {
+#pragma unroll
+  for (int m = 0; m < tiles; ++m)
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[m][c][i] = 0;
+}
+
+// ---- norms: squared, as bits, which order like the numbers and NaN above all
+
+DEVICE unsigned warp_max(unsigned bits) {
+#pragma unroll
+  for (int mask = 16; mask; mask /= 2) bits = max(bits, shfl_xor(bits, mask));
+  return bits;
+}
+
+DEVICE float warp_max(const float* x, int count) {
+  unsigned bits = 0;
+  for (int i = threadIdx.x % 32; i < count; i += 32) bits = max(bits, float_bits(x[i]));
+  return float_from_bits(warp_max(bits));
+}
+
+// Writes the largest of a warp's bits for `tiles` times 16 rows from `row` on.
+template <int tiles>
+DEVICE void store_norm(float* norms, unsigned bits, int row, int T) {
+  const int lane = threadIdx.x % 32;
+  bits = warp_max(bits);
+  if (lane < tiles && row + lane * 16 < T) norms[row / 16 + lane] = float_from_bits(bits);
+}
+
+// What brings 2 |dO| |V| to 2^5; bits that are not finite, too, in `down`, its inverse.
+struct Scale {
+  float up, down;
+};
+
+DEVICE Scale gradient_scale(float do_norm, float v_norm) {
+  const float exponent = 4 - 0.5f * lg2(do_norm * v_norm + 0x1p-100f);
+  return {ex2(exponent), ex2(-exponent)};
+}
+
+// ---- masks
+
+// The positions a warp's rows see. All of [all_from, all_to) is seen by every row, nothing outside of [from, to) by any.
+struct Range {
+  int from, to, all_from, all_to;
+};
+
+DEVICE Range seen_by(const int* starts, int first, int rows, int T) {
+  const int last = min(first + rows, T) - 1;
+  if (first >= T) return {0, 0, 0, 0};
+  if (STARTS) return {starts[first], last + 1, starts[last], first + 1};
+  return {0, last + 1, 0, first + 1};
+}
+
+// Scores of 16 keys from `key` on that rows do not see. `row`: position of the lane's first row; starts by row.
+template <int tiles>
+DEVICE void mask_keys(float (&score)[tiles][2][4], int row, int key, const int (&starts)[tiles][2]) {
+  const int pair = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int m = 0; m < tiles; ++m)
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int at = key + j * 8 + pair + i % 2;
+        if (at > row + m * 16 + i / 2 * 8 || (STARTS && at < starts[m][i / 2])) score[m][j][i] = kMasked;
+      }
+}
+
+template <int tiles>
+DEVICE void load_starts(int (&out)[tiles][2], const int* starts, int row, int T) {
+#pragma unroll
+  for (int m = 0; m < tiles; ++m)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) out[m][i] = STARTS ? starts[min(row + m * 16 + i * 8, T - 1)] : 0;
+}
+
+// Which positions and head a block and its warps have, in the kernels that own queries. The longest rows come first.
+struct Place {
+  int block_first, block_end, first, head, kv;
+};
+
+template <int rows>
+DEVICE Place query_place(int T) {
+  constexpr int kBlock = kWarps / kHeads * rows;
+  const int warp = threadIdx.x / 32, first = (gridDim.x - 1 - blockIdx.x) * kBlock;
+  const int head = blockIdx.y * kHeads + warp % kHeads;
+  return {first, min(first + kBlock, T), first + warp / kHeads * rows, head, head / kGroup};
+}
+
+// ---- forward
+
+template <bool masked>
+DEVICE void attend(float (&out)[kForwardTiles][kChunks][4], float (&top)[kForwardTiles][2],
+                   float (&total)[kForwardTiles][2], const Rows (&q)[kForwardTiles], const Half* k, const Half* v,
+                   float c, int row, int key, const int (&starts)[kForwardTiles][2]) {
+  constexpr int kSteps = kForwardKeys / 16;
+  float score[kSteps][kForwardTiles][2][4];
+  unsigned b[2][kChunks];
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) {
+    load_b(b, k + s * 16 * kSize, false);
+    multiply(score[s], q, b);
+    if (masked) mask_keys(score[s], row, key + s * 16, starts);
+  }
+  float bias[kForwardTiles][2];
+#pragma unroll
+  for (int m = 0; m < kForwardTiles; ++m)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float highest = top[m][i];
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s)
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+          highest = fmaxf(fmaxf(highest, score[s][m][j][2 * i]), score[s][m][j][2 * i + 1]);
+      highest = fmaxf(highest, shfl_xor(highest, 1));
+      highest = fmaxf(highest, shfl_xor(highest, 2));
+      bias[m][i] = kBias - highest * c;
+      const float keep = ex2(bias[m][i] - (kBias - top[m][i] * c));
+      top[m][i] = highest;
+      total[m][i] *= keep;
+#pragma unroll
+      for (int chunk = 0; chunk < kChunks; ++chunk) out[m][chunk][2 * i] *= keep, out[m][chunk][2 * i + 1] *= keep;
+    }
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) {
+    load_b(b, v + s * 16 * kSize, true);
+#pragma unroll
+    for (int m = 0; m < kForwardTiles; ++m)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float(&p)[4] = score[s][m][j];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          p[i] = ex2(p[i] * c + bias[m][i / 2]);
+          total[m][i / 2] += p[i];
+        }
+        multiply_add(out[m], pack_positive(p[0], p[1]), pack_positive(p[2], p[3]), b[j]);
+      }
+  }
+}
+
+KERNEL(32 * kWarps, kWarpsAtOnce / kWarps)
+attention_forward(const Half* q, const Half* k, const Half* v, const int* starts, Half* o, float* lse, float* v_norm,
+                  int T, float scale, int q_batch, int q_time, int q_head, int k_batch, int k_time, int k_head,
+                  int v_batch, int v_time, int v_head) {
+  constexpr int kRows = 16 * kForwardTiles, kThreads = 32 * kWarps, kTile = kForwardKeys * kSize;
+  SHARED(Half, tiles, 4 * kTile);  // twice K and V
+  const Place at = query_place<kRows>(T);
+  const long long batch = blockIdx.z;
+  const int heads = gridDim.y * kHeads, row = at.first + this_lane().group, left = T - at.first;
+  k += batch * k_batch + static_cast<long long>(at.kv) * k_head;
+  v += batch * v_batch + static_cast<long long>(at.kv) * v_head;
+  starts += batch * T;
+  const float c = scale * kLog2e;
+
+  if (at.head % kGroup == 0) {
+    const int lane = threadIdx.x % 32;
+    float norm = 0;
+    if (lane < min(kRows, left)) {
+      const Half* from = v + static_cast<long long>(at.first + lane) * v_time;
+#pragma unroll
+      for (int i = 0; i < kSize; i += 2) {
+        const unsigned x = *reinterpret_cast<const unsigned*>(from + i);
+        norm += low_half(x) * low_half(x) + high_half(x) * high_half(x);
+      }
+    }
+    float* to = v_norm + (batch * (heads / kGroup) + at.kv) * ((T + 15) / 16);
+    store_norm<kForwardTiles>(to, float_bits(norm), at.first, T);
+  }
+
+  Rows a[kForwardTiles];
+  load_rows(a, q + batch * q_batch + static_cast<long long>(at.first) * q_time + static_cast<long long>(at.head) * q_head,
+            q_time, left);
+  float out[kForwardTiles][kChunks][4], top[kForwardTiles][2], total[kForwardTiles][2];
+  int row_starts[kForwardTiles][2];
+  clear(out);
+#pragma unroll
+  for (int m = 0; m < kForwardTiles; ++m) top[m][0] = top[m][1] = kNothing, total[m][0] = total[m][1] = 0;
+  load_starts(row_starts, starts, row, T);
+  const Range seen = seen_by(starts, at.first, kRows, T);
+
+  Parts<kForwardKeys, kThreads> parts;
+  int key = STARTS ? starts[at.block_first] / kForwardKeys * kForwardKeys : 0;
+  load_parts(parts, k + static_cast<long long>(key) * k_time, k_time, v + static_cast<long long>(key) * v_time, v_time,
+             T - key);
+  store_parts(parts, tiles);
+  sync_threads();
+  int buffer = 0;
+  for (; key < at.block_end; key += kForwardKeys) {
+    const int next = key + kForwardKeys;
+    if (next < at.block_end)
+      load_parts(parts, k + static_cast<long long>(next) * k_time, k_time, v + static_cast<long long>(next) * v_time,
+                 v_time, T - next);
+    const Half* tile = tiles + buffer * 2 * kTile;
+    if (seen.all_from <= key && next <= seen.all_to) {
+      attend<false>(out, top, total, a, tile, tile + kTile, c, row, key, row_starts);
+    } else if (seen.from < next && key < seen.to) {
+      attend<true>(out, top, total, a, tile, tile + kTile, c, row, key, row_starts);
+    }
+    buffer ^= 1;
+    if (next < at.block_end) store_parts(parts, tiles + buffer * 2 * kTile);
+    sync_threads();
+  }
+
+  float factor[kForwardTiles][2];
+  lse += (batch * heads + at.head) * T;
+#pragma unroll
+  for (int m = 0; m < kForwardTiles; ++m)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float sum = total[m][i];
+      sum += shfl_xor(sum, 1);
+      sum += shfl_xor(sum, 2);
+      const float bias = kBias - top[m][i] * c;
+      if (!(fabsf(bias) < 0x1p22f)) sum = float_from_bits(0x7fffffff);
+      factor[m][i] = rcp(sum * 0x1p112f);
+      const int mine = row + m * 16 + i * 8;
+      if (mine < T && threadIdx.x % 4 == 0) lse[mine] = lg2(sum) - bias;
+    }
+  store_rows(out, factor, o + ((batch * T + at.first) * heads + at.head) * kSize, heads * kSize, left);
+}
+LAUNCHER(attention_forward)
+
+// ---- backward: dQ
+
+template <bool masked>
+DEVICE void query_gradient(float (&dq)[kQueryTiles][kChunks][4], const Rows (&q)[kQueryTiles],
+                           const Rows (&d)[kQueryTiles], const Half* k, const Half* v, float c,
+                           const float (&shift)[kQueryTiles][2], const float (&up)[kQueryTiles][2],
+                           const float (&delta)[kQueryTiles][2], int row, int key, const int (&starts)[kQueryTiles][2]) {
+#pragma unroll
+  for (int s = 0; s < kQueryKeys; s += 16) {
+    unsigned b[2][kChunks];
+    float score[kQueryTiles][2][4], dp[kQueryTiles][2][4];
+    load_b(b, k + s * kSize, false);
+    multiply(score, q, b);
+    load_b(b, v + s * kSize, false);
+    multiply(dp, d, b);
+    if (masked) mask_keys(score, row, key + s, starts);
+    load_b(b, k + s * kSize, true);
+#pragma unroll
+    for (int m = 0; m < kQueryTiles; ++m)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float ds[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          ds[i] = ex2(score[m][j][i] * c + shift[m][i / 2]) * (dp[m][j][i] * up[m][i / 2] + delta[m][i / 2]);
+        multiply_add(dq[m], pack_signed(ds[0], ds[1]), pack_signed(ds[2], ds[3]), b[j]);
+      }
+  }
+}
+
+KERNEL(32 * kWarps, kWarpsAtOnce / kWarps)
+attention_dq(const Half* q, const Half* k, const Half* v, const int* starts, const Half* o, const Half* d_o,
+             const float* lse, const float* v_norm, float* rows, float* do_norm, Half* dq, int T, float scale,
+             int q_batch, int q_time, int q_head, int k_batch, int k_time, int k_head, int v_batch, int v_time,
+             int v_head, int do_batch, int do_time, int do_head, int dq_batch, int dq_time, int dq_head) {
+  constexpr int kRows = 16 * kQueryTiles, kThreads = 32 * kWarps, kTile = kQueryKeys * kSize;
+  SHARED(Half, tiles, 4 * kTile);
+  const Place at = query_place<kRows>(T);
+  const long long batch = blockIdx.z, head = at.head;
+  const int heads = gridDim.y * kHeads, row = at.first + this_lane().group, left = T - at.first;
+  k += batch * k_batch + static_cast<long long>(at.kv) * k_head;
+  v += batch * v_batch + static_cast<long long>(at.kv) * v_head;
+  starts += batch * T;
+  const float c = scale * kLog2e;
+
+  Rows a[kQueryTiles], d[kQueryTiles], mixed[kQueryTiles];
+  load_rows(a, q + batch * q_batch + static_cast<long long>(at.first) * q_time + head * q_head, q_time, left);
+  load_rows(d, d_o + batch * do_batch + static_cast<long long>(at.first) * do_time + head * do_head, do_time, left);
+  load_rows(mixed, o + ((batch * T + at.first) * heads + head) * kSize, heads * kSize, left);
+
+  const int norms = (T + 15) / 16;
+  const float v_largest = warp_max(v_norm + (batch * (heads / kGroup) + at.kv) * norms, (at.block_end + 15) / 16);
+  float shift[kQueryTiles][2], up[kQueryTiles][2], delta[kQueryTiles][2], factor[kQueryTiles][2];
+  unsigned largest = 0;
+  lse += (batch * heads + head) * T;
+  rows += (batch * heads + head) * T * 2;
+#pragma unroll
+  for (int m = 0; m < kQueryTiles; ++m)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float along = 0, norm = 0;
+#pragma unroll
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        const unsigned x = d[m][chunk][i], y = mixed[m][chunk][i];
+        along += low_half(x) * low_half(y) + high_half(x) * high_half(y);
+        norm += low_half(x) * low_half(x) + high_half(x) * high_half(x);
+      }
+      along += shfl_xor(along, 1);
+      along += shfl_xor(along, 2);
+      norm += shfl_xor(norm, 1);
+      norm += shfl_xor(norm, 2);
+      const int mine = row + m * 16 + i * 8;
+      const float own = mine < T ? lse[mine] : 0;
+      norm += 0 * (own + along);  // NaN where they are not finite
+      shift[m][i] = kBias - own;
+      const Scale kappa = gradient_scale(norm, v_largest);
+      up[m][i] = kappa.up;
+      delta[m][i] = -kappa.up * along;
+      factor[m][i] = kappa.down * (scale * kUnshift);
+      largest = max(largest, float_bits(norm) & 0x7fffffffu);
+      if (mine < T && threadIdx.x % 4 == 0) *reinterpret_cast<float2*>(rows + 2 * mine) = make_float2(shift[m][i], along);
+    }
+  store_norm<kQueryTiles>(do_norm + (batch * heads + head) * norms, largest, at.first, T);
+
+  float sum[kQueryTiles][kChunks][4];
+  int row_starts[kQueryTiles][2];
+  clear(sum);
+  load_starts(row_starts, starts, row, T);
+  const Range seen = seen_by(starts, at.first, kRows, T);
+
+  Parts<kQueryKeys, kThreads> parts;
+  int key = STARTS ? starts[at.block_first] / kQueryKeys * kQueryKeys : 0;
+  load_parts(parts, k + static_cast<long long>(key) * k_time, k_time, v + static_cast<long long>(key) * v_time, v_time,
+             T - key);
+  store_parts(parts, tiles);
+  sync_threads();
+  int buffer = 0;
+  for (; key < at.block_end; key += kQueryKeys) {
+    const int next = key + kQueryKeys;
+    if (next < at.block_end)
+      load_parts(parts, k + static_cast<long long>(next) * k_time, k_time, v + static_cast<long long>(next) * v_time,
+                 v_time, T - next);
+    const Half* tile = tiles + buffer * 2 * kTile;
+    if (seen.all_from <= key && next <= seen.all_to) {
+      query_gradient<false>(sum, a, d, tile, tile + kTile, c, shift, up, delta, row, key, row_starts);
+    } else if (seen.from < next && key < seen.to) {
+      query_gradient<true>(sum, a, d, tile, tile + kTile, c, shift, up, delta, row, key, row_starts);
+    }
+    buffer ^= 1;
+    if (next < at.block_end) store_parts(parts, tiles + buffer * 2 * kTile);
+    sync_threads();
+  }
+  store_rows(sum, factor, dq + batch * dq_batch + static_cast<long long>(at.first) * dq_time + head * dq_head, dq_time,
+             left);
+}
+LAUNCHER(attention_dq)
+
+// ---- backward: dK and dV, summed over the heads of the group
+
+// Queries of a tile as columns: what dq wrote, delta scaled.
+struct Columns {
+  float2 row;
+  int start;
+};
+
+template <bool masked>
+DEVICE void key_gradients(float (&dk)[kKeyTiles][kChunks][4], float (&dv)[kKeyTiles][kChunks][4],
+                          const Rows (&k)[kKeyTiles], const Rows (&v)[kKeyTiles], const Half* q, const Half* d,
+                          const float2* rows, const int* starts, float c, float up, int key, int query) {
+  const int pair = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int s = 0; s < kKeyQueries; s += 16) {
+    unsigned b[2][kChunks];
+    float p[kKeyTiles][2][4], ds[kKeyTiles][2][4];
+    load_b(b, q + s * kSize, false);
+    multiply(p, k, b);
+    load_b(b, d + s * kSize, false);
+    multiply(ds, v, b);
+    load_b(b, d + s * kSize, true);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int column = s + j * 8 + pair;
+      const float4 two = *reinterpret_cast<const float4*>(rows + column);
+#pragma unroll
+      for (int m = 0; m < kKeyTiles; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int mine = key + m * 16 + i / 2 * 8;
+          float score = p[m][j][i];
+          if (masked && (mine > query + column + i % 2 || (STARTS && mine < starts[column + i % 2]))) score = kMasked;
+          p[m][j][i] = ex2(score * c + (i % 2 ? two.z : two.x));
+          ds[m][j][i] = p[m][j][i] * (ds[m][j][i] * up + (i % 2 ? two.w : two.y));
+        }
+        multiply_add(dv[m], pack_positive(p[m][j][0], p[m][j][1]), pack_positive(p[m][j][2], p[m][j][3]), b[j]);
+      }
+    }
+    load_b(b, q + s * kSize, true);
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int m = 0; m < kKeyTiles; ++m)
+        multiply_add(dk[m], pack_signed(ds[m][j][0], ds[m][j][1]), pack_signed(ds[m][j][2], ds[m][j][3]), b[j]);
+  }
+}
+
+DEVICE Columns load_columns(const float* rows, const int* starts, int query, int T) {
+  const int mine = query + threadIdx.x;
+  if (static_cast<int>(threadIdx.x) >= kKeyQueries || mine >= T) return {make_float2(kMasked, 0), T};
+  return {*reinterpret_cast<const float2*>(rows + 2 * static_cast<long long>(mine)), STARTS ? starts[mine] : 0};
+}
+
+// The first position from `low` on whose start is beyond `key`.
+DEVICE int first_beyond(const int* starts, int low, int T, int key) {
+  while (low < T) {
+    const int middle = low + (T - low) / 2;
+    if (starts[middle] > key) T = middle;
+    else low = middle + 1;
+  }
+  return low;
+}
+
+KERNEL(128, kWarpsAtOnce / 4)
+attention_dkdv(const Half* q, const Half* k, const Half* v, const int* starts, const Half* d_o, const float* rows,
+               const float* v_norm, const float* do_norm, Half* dk, Half* dv, int T, float scale, int q_batch,
+               int q_time, int q_head, int k_batch, int k_time, int k_head, int v_batch, int v_time, int v_head,
+               int do_batch, int do_time, int do_head, int dk_batch, int dk_time, int dk_head, int dv_batch,
+               int dv_time, int dv_head) {
+  constexpr int kTile = kKeyQueries * kSize;
+  SHARED(Half, tiles, 4 * kTile);  // twice Q and dO
+  SHARED(float2, columns, 2 * kKeyQueries);
+  SHARED(int, column_starts, 2 * kKeyQueries);
+  const long long batch = blockIdx.z, kv = blockIdx.y;
+  const int block_first = blockIdx.x * kKeyRows, first = block_first + threadIdx.x / 32 * 16 * kKeyTiles;
+  const int key = first + this_lane().group, heads = gridDim.y * kGroup, left = T - first;
+  q += batch * q_batch + kv * kGroup * q_head;
+  d_o += batch * do_batch + kv * kGroup * do_head;
+  rows += (batch * heads + kv * kGroup) * T * 2;
+  starts += batch * T;
+  const float c = scale * kLog2e;
+
+  Rows a[kKeyTiles], b[kKeyTiles];
+  load_rows(a, k + batch * k_batch + static_cast<long long>(first) * k_time + kv * k_head, k_time, left);
+  load_rows(b, v + batch * v_batch + static_cast<long long>(first) * v_time + kv * v_head, v_time, left);
+
+  const int norms = (T + 15) / 16, from = block_first / 16;
+  float do_largest = 0;
+  for (int h = 0; h < kGroup; ++h) {
+    const float x = warp_max(do_norm + (batch * heads + kv * kGroup + h) * norms + from, norms - from);
+    do_largest = float_from_bits(max(float_bits(do_largest), float_bits(x)));
+  }
+  const float v_largest =
+      warp_max(v_norm + (batch * gridDim.y + kv) * norms + from, min(kKeyRows / 16, norms - from));
+  const Scale kappa = gradient_scale(do_largest, v_largest);
+
+  float dk_sum[kKeyTiles][kChunks][4], dv_sum[kKeyTiles][kChunks][4];
+  clear(dk_sum);
+  clear(dv_sum);
+
+  const int begin = block_first / kKeyQueries * kKeyQueries;
+  const int end = STARTS ? first_beyond(starts, block_first, T, min(block_first + kKeyRows, T) - 1) : T;
+  Parts<kKeyQueries, 128> parts;
+  Columns next_columns;
+  int query = begin, head = 0, buffer = 0;
+  load_parts(parts, q + static_cast<long long>(query) * q_time, q_time, d_o + static_cast<long long>(query) * do_time,
+             do_time, T - query);
+  next_columns = load_columns(rows, starts, query, T);
+  while (true) {
+    store_parts(parts, tiles + buffer * 2 * kTile);
+    if (threadIdx.x < kKeyQueries) {
+      const float2 row = next_columns.row;
+      columns[buffer * kKeyQueries + threadIdx.x] = make_float2(row.x, -kappa.up * row.y);
+      if (STARTS) column_starts[buffer * kKeyQueries + threadIdx.x] = next_columns.start;
+    }
+    sync_threads();
+    const int current = query;
+    query += kKeyQueries;
+    if (query >= end) query = begin, ++head;
+    if (head < kGroup) {
+      load_parts(parts, q + static_cast<long long>(head) * q_head + static_cast<long long>(query) * q_time, q_time,
+                 d_o + static_cast<long long>(head) * do_head + static_cast<long long>(query) * do_time, do_time,
+                 T - query);
+      next_columns = load_columns(rows + static_cast<long long>(head) * T * 2, starts, query, T);
+    }
+    const Half* tile = tiles + buffer * 2 * kTile;
+    const float2* tile_columns = columns + buffer * kKeyQueries;
+    const int* tile_starts = column_starts + buffer * kKeyQueries;
+    const bool all = first + 16 * kKeyTiles <= current + 1 && (!STARTS || tile_starts[kKeyQueries - 1] <= first);
+    if (all) {
+      key_gradients<false>(dk_sum, dv_sum, a, b, tile, tile + kTile, tile_columns, tile_starts, c, kappa.up, key,
+                           current);
+    } else if (first < current + kKeyQueries) {
+      key_gradients<true>(dk_sum, dv_sum, a, b, tile, tile + kTile, tile_columns, tile_starts, c, kappa.up, key,
+                          current);
+    }
+    if (head >= kGroup) break;
+    buffer ^= 1;
+  }
+
+  float dk_factor[kKeyTiles][2], dv_factor[kKeyTiles][2];
+#pragma unroll
+  for (int m = 0; m < kKeyTiles; ++m)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      dk_factor[m][i] = kappa.down * (scale * kUnshift);
+      dv_factor[m][i] = kUnshift + 0 * kappa.down;  // NaN, too, where the scale is not finite
+    }
+  store_rows(dk_sum, dk_factor, dk + batch * dk_batch + static_cast<long long>(first) * dk_time + kv * dk_head, dk_time,
+             left);
+  store_rows(dv_sum, dv_factor, dv + batch * dv_batch + static_cast<long long>(first) * dv_time + kv * dv_head, dv_time,
+             left);
+}
+LAUNCHER(attention_dkdv)

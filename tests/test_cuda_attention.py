@@ -1,0 +1,228 @@
+"""The CUDA attention on the emulated device, against the plainest formula in float64."""
+
+import math
+
+import pytest
+import torch
+from cuda_host import SOURCES, HostLibrary, compile_kernels, needs_compiler
+
+pytestmark = needs_compiler
+
+SOURCE = SOURCES / "attention.cu"
+NAN = float("nan")
+
+
+def run(q, k, v, do, starts=None, descending=False, text=None):
+    """-> o, dq, dk, dv of the kernels, as the header of attention.cu says how to launch them."""
+    batch, length, heads, size = q.shape
+    kv = k.shape[2]
+    group = heads // kv
+    defines = {"HEAD_SIZE": size, "GROUP": group, "STARTS": int(starts is not None)}
+    device = HostLibrary(compile_kernels(text or SOURCE, **defines), descending)
+    together = next(n for n in (4, 3, 2, 1) if group % n == 0)
+    warps = 4 // together * together
+    rows, backward_rows = 32, 16 if size == 64 else 32
+
+    def grid(rows):
+        return -(-length // (4 // together * rows)), kv * group // together, batch
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.full(shape, NAN, dtype=dtype)
+
+    norms = -(-length // 16)
+    o, dq = (empty(batch, length, heads, size, dtype=torch.half) for _ in range(2))
+    dk, dv = (empty(batch, length, kv, size, dtype=torch.half) for _ in range(2))
+    lse, row_terms = empty(batch, heads, length), empty(batch, heads, length, 2)
+    v_norm, do_norm = empty(batch, kv, norms), empty(batch, heads, norms)
+    numbers = length, 1 / math.sqrt(size), *(s for x in (q, k, v) for s in x.stride()[:3])
+    some = torch.zeros(1, dtype=torch.int32) if starts is None else starts
+    device.launch("attention_forward", grid(rows), 32 * warps, q, k, v, some, o, lse, v_norm, *numbers)
+    device.launch(
+        "attention_dq", grid(backward_rows), 32 * warps,
+        q, k, v, some, o, do, lse, v_norm, row_terms, do_norm, dq, *numbers,
+        *do.stride()[:3], *dq.stride()[:3],
+    )  # fmt: skip
+    device.launch(
+        "attention_dkdv", (-(-length // (4 * backward_rows)), kv, batch), 128,
+        q, k, v, some, do, row_terms, v_norm, do_norm, dk, dv, *numbers,
+        *do.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
+    )  # fmt: skip
+    return o, dq, dk, dv
+
+
+def attention(q, k, v, starts=None):
+    """The formula, in the dtype of q."""
+    length, group = q.shape[1], q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(group, 2) for x in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.shape[3])
+    at = torch.arange(length)
+    hidden = at > at[:, None]
+    if starts is not None:
+        hidden = hidden | (at < starts[:, :, None])[:, None]
+    return torch.einsum("bhts,bshd->bthd", scores.masked_fill(hidden, -math.inf).softmax(-1), v)
+
+
+def gradients(q, k, v, do, starts, dtype):
+    q, k, v = (x.to(dtype).detach().requires_grad_() for x in (q, k, v))
+    o = attention(q, k, v, starts)
+    return o.detach(), *torch.autograd.grad(o, (q, k, v), do.to(dtype))
+
+
+def error(got, truth, floor=0.0):
+    """RMS of the difference over RMS, or over `floor` where that is more."""
+    got, truth = got.double(), truth.double()
+    return ((got - truth).square().mean().sqrt() / truth.square().mean().sqrt().clamp(min=floor)).item()
+
+
+def draw(batch, length, heads, kv, size, scale=1.0, seed=0):
+    """q, k, v and a gradient; q and k times `scale`."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (heads, kv, kv, heads)
+    return [
+        (torch.randn(batch, length, h, size, generator=generator) * s).half()
+        for h, s in zip(shapes, (scale, scale, 1, 1), strict=True)
+    ]
+
+
+def assert_right(got, q, k, v, do, starts=None):
+    """Near float64, and not farther from it than the formula in fp16."""
+    truth = gradients(q, k, v, do, starts, torch.float64)
+    eager = gradients(q, k, v, do, starts, torch.half)
+    for name, mine, right, plain in zip(("o", "dq", "dk", "dv"), got, truth, eager, strict=True):
+        floor = 0.05 if name in ("dq", "dk") else 0.0  # a single key has no gradient of q and k but rounding
+        assert error(mine, right, floor) <= min(5e-3, error(plain, right, floor) + 1e-4), name
+
+
+SHAPES = [
+    (4, 2, 16),
+    (1, 2, 16),
+    (3, 1, 16),
+    (8, 1, 16),
+    (2, 1, 32),
+    (1, 4, 64),
+    (4, 1, 64),
+]  # group, kv, size
+
+
+@pytest.mark.parametrize("descending", [False, True], ids=["ascending", "descending"])
+@pytest.mark.parametrize("group, kv, size", SHAPES)
+def test_attention(group, kv, size, descending):
+    for length in (1, 15, 17, 63, 65, 130):
+        x = draw(2, length, group * kv, kv, size)
+        assert_right(run(*x, descending=descending), *x)
+
+
+@pytest.mark.parametrize("group, kv, size", [(4, 2, 16), (1, 4, 64)])
+def test_views_of_one_tensor(group, kv, size):
+    """q, k and v side by side in one tensor, and a gradient with the heads outside."""
+    heads = group * kv
+    q, k, v, do = draw(2, 70, heads, kv, size)
+    joint = torch.cat([q, k, v], 2)
+    views = joint.split([heads, kv, kv], 2)
+    assert not any(x.is_contiguous() for x in views)
+    apart = do.transpose(1, 2).contiguous().transpose(1, 2)
+    for got, right in zip(run(*views, apart), run(q, k, v, do), strict=True):
+        assert torch.equal(got, right)
+
+
+@pytest.mark.parametrize("scale", [4.0, 30.0, 300.0])
+def test_peaked_scores(scale):
+    """Up to scores of some 10,000, of which one takes all: no NaN, and still the right one."""
+    x = draw(1, 130, 4, 1, 16, scale=scale)
+    got = run(*x)
+    truth = gradients(*x, None, torch.float64)
+    assert error(got[0], truth[0]) < 1e-2 and error(got[3], truth[3]) < 1e-2
+    assert all(g.isfinite().all() for g in got)
+    if scale < 10:
+        assert_right(got, *x)
+
+
+@pytest.mark.parametrize("exponent", [-20, -12, 0, 9, 13])
+def test_scaled_gradients(exponent):
+    """dQ and dK lose nothing, however small or large the scale of the loss."""
+    q, k, v, do = draw(1, 70, 4, 1, 16)
+    do = (do.float() * 2.0**exponent).half()
+    got = run(q, k, v, do)
+    truth = gradients(q, k, v, do, None, torch.float64)
+    for mine, right in zip(got[1:], truth[1:], strict=True):
+        fits = right.abs() < 65000
+        assert mine[right.abs() > 66000].isinf().all()
+        mine, right = mine.double()[fits], right[fits]
+        rounding = 2.0**-25 if exponent < -12 else 0.0  # of the subnormal halves that come out
+        assert error(mine, right, rounding / 5e-3) < 5e-3
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, NAN])
+@pytest.mark.parametrize("where", ["q", "k", "v", "do"])
+def test_overflow_is_not_lost(where, bad):
+    """A number that is not finite makes all that depends on it not finite, and nothing of earlier tiles."""
+    x = dict(zip(("q", "k", "v", "do"), draw(1, 130, 4, 1, 16), strict=True))
+    x[where][0, 70, 0, 3] = bad
+    o, dq, dk, dv = run(**x)
+    truth = gradients(*x.values(), None, torch.float64)
+    sees = torch.arange(130) >= 70  # the formula also multiplies what is hidden by 0, which makes NaN
+    seen = torch.arange(130) <= 70 if where in ("q", "do") else torch.ones(130, dtype=torch.bool)
+    for mine, right, concerned in zip((o, dq, dk, dv), truth, (sees, sees, seen, seen), strict=True):
+        spoiled = ~right.isfinite() & concerned[:, None, None]
+        assert not mine[spoiled].isfinite().any()
+        assert spoiled.any() or (where == "do" and mine is o) or (where == "v" and mine is dv)
+    assert o[:, :64].isfinite().all() and dq[:, :64].isfinite().all()
+    if where in ("q", "do"):
+        assert dk[:, 128:].isfinite().all() and dv[:, 128:].isfinite().all()
+
+
+def test_largest_halves():
+    """Gradients and values of 65,504: infinite or NaN where the results do not fit, right where they do."""
+    q, k, v, do = draw(1, 70, 4, 1, 16)
+    v, do = 65504 * v.sign(), 65504 * do.sign()
+    got = run(q, k, v, do)
+    for mine, right in zip(got, gradients(q, k, v, do, None, torch.float64), strict=True):
+        rounding = 5e-3 * right.square().mean().sqrt()
+        assert not mine[right.abs() > 66000 + rounding].isfinite().any()
+        fits = mine.isfinite()
+        assert ((mine[fits] - right[fits]).abs() < 3 * rounding + 40).all()
+
+
+@pytest.mark.parametrize("descending", [False, True], ids=["ascending", "descending"])
+@pytest.mark.parametrize("group, kv, size", [(4, 1, 16), (1, 2, 32)])
+def test_documents(group, kv, size, descending):
+    x = draw(2, 200, group * kv, kv, size)
+    begins = torch.tensor([[0, 37, 64, 65, 131, 199], [0, 1, 2, 100, 160, 192]])
+    at = torch.arange(200)
+    index = torch.searchsorted(begins, at.expand(2, -1).contiguous(), right=True) - 1
+    starts = begins.gather(1, index).int()
+    assert_right(run(*x, starts, descending), *x, starts)
+    alone = torch.zeros(2, 200, dtype=torch.int32)
+    for got, right in zip(run(*x, alone), run(*x), strict=True):
+        assert torch.equal(got, right)
+
+
+@pytest.mark.parametrize(
+    "line, instead, spoiled",
+    [
+        ("if (masked) mask_keys(score[s], row, key", "if (masked) mask_keys(score[s], row, -key", "o"),
+        ("if (masked) mask_keys(score, row, key", "if (masked) mask_keys(score, row, -key", "dq"),
+        ("if (masked && (mine > query", "if (masked && (mine > 2 * query", "dk"),
+        ("const float c = scale * kLog2e;", "const float c = 2 * scale * kLog2e;", "o"),
+        ("    sync_threads();\n  }\n\n  float factor", "  }\n\n  float factor", "o"),
+        ("    sync_threads();\n  }\n  store_rows(sum", "  }\n  store_rows(sum", "dq"),
+        ("    sync_threads();\n    const int current", "    const int current", "dk"),
+    ],
+)
+def test_the_tests_can_fail(line, instead, spoiled):
+    text = SOURCE.read_text()
+    assert line in text
+    x = draw(1, 130, 4, 1, 16)
+    names = ("o", "dq", "dk", "dv")
+    truth = dict(zip(names, gradients(*x, None, torch.float64), strict=True))
+    worst = 0.0
+    for descending in (False, True):
+        try:
+            got = dict(
+                zip(names, run(*x, descending=descending, text=text.replace(line, instead)), strict=True)
+            )
+        except RuntimeError:
+            return
+        off = error(got[spoiled], truth[spoiled])
+        worst = max(worst, math.inf if math.isnan(off) else off)
+    assert worst > 0.05
