@@ -162,6 +162,15 @@ def test_half_precision_stays_near_float64(dtype):
         assert (got - expected).norm() < 1e-2 * expected.norm()
 
 
+def test_norms_give_products_their_dtype_under_autocast():
+    x, residual, weight = draw(3, 8).float(), draw(3, 8, seed=1).float(), draw(8).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, total = kernels.rms_norm(x.bfloat16(), weight, 1e-5, residual, backend="reference")
+    assert (y.dtype, total.dtype) == (torch.bfloat16, torch.float32)
+    exact = kernels.rms_norm(x.bfloat16().float(), weight, 1e-5, residual, backend="reference")
+    assert torch.equal(total, exact[1]) and torch.equal(y, exact[0].bfloat16())
+
+
 def test_unknown_backend():
     with pytest.raises(UserError, match="no kernel backend 'fast'"):
         kernels.swiglu(torch.ones(1), torch.ones(1), backend="fast")

@@ -223,6 +223,24 @@ def test_rms_norm_of_mixed_dtypes():
 
 
 @runs_here
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_rms_norm_under_autocast(with_residual):
+    """The output comes in the dtype of the products, the sum in fp32; both as the reference's."""
+    x, weight = draw(3, 40).to(fp16 if with_residual else fp32), draw(40)
+    inputs = [x, weight, *([draw(3, 40, seed=1)] if with_residual else [])]
+    found = []
+    for op in (ops.rms_norm, reference.rms_norm):
+        leaves = [t.detach().clone().requires_grad_() for t in inputs]
+        with torch.autocast(DEVICE, fp16):
+            outs = op(*leaves[:2], 1e-5, *leaves[2:])
+        outs = outs if with_residual else (outs,)
+        assert [out.dtype for out in outs] == [fp16, fp32][: len(outs)]
+        found.append([*outs, *torch.autograd.grad(sum(out.float().square().sum() for out in outs), leaves)])
+    for got, same in zip(*found, strict=True):
+        assert got.dtype == same.dtype and error(got, same.double()) < 1e-3
+
+
+@runs_here
 def test_rms_norm_when_only_the_sum_is_used():
     x, residual, weight = (t.requires_grad_() for t in (draw(2, 8), draw(2, 8, seed=1), draw(8)))
     ops.rms_norm(x, weight, 1e-5, residual)[1].sum().backward()
@@ -483,7 +501,7 @@ def test_op_registrations():
     q, k = draw(1, 5, 2, 16).requires_grad_(), draw(1, 5, 1, 16).requires_grad_()
     angle = draw(5, 8)
     arguments = {
-        "rms_norm": (x, weight, 1e-5, draw(3, 16, seed=1).requires_grad_()),
+        "rms_norm": (x, weight, 1e-5, draw(3, 16, seed=1).requires_grad_(), fp16),
         "rope": (q, k, angle, angle, False),
         "attention": (q, k, k, None),
         "swiglu": (x, x),
@@ -632,8 +650,13 @@ def test_why_not_below_compute_capability_8(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(ops.check, "failure", lambda *_: None)
     refused = {op: ops.why_not(op) for op in kernels.OPS if ops.why_not(op)}
     assert list(refused) == ["attention"] and "(this device: 7.5)" in refused["attention"]
     on_device = torch.empty(0, dtype=bf16, device="meta")
     monkeypatch.setattr(ops, "_on_gpu", lambda x: True)
     assert "bf16 needs compute capability 8.0" in ops.why_not("swiglu", on_device, on_device)
+    monkeypatch.setattr(ops.check, "failure", lambda *_: "it failed")
+    assert ops.why_not("swiglu", on_device.half(), on_device.half()) == ops.why_not("swiglu") == "it failed"
+    line = kernels.describe("cuda")
+    assert "all on reference" in line and "it failed" in line and "this device: 7.5" in line

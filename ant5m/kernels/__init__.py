@@ -16,8 +16,8 @@ from ant5m.errors import UserError
 
 OPS = ("rms_norm", "rope", "attention", "swiglu", "linear_cross_entropy")
 BACKENDS = ("reference", "cpu", "triton")
-# Fastest first; elsewhere the reference. On a GPU `triton` has to be asked for until it has run on one.
-_PREFERENCE = {"cpu": ("cpu", "reference")}
+# Fastest first; elsewhere the reference.
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 
 _modules: dict[str, ModuleType] = {}
 _selected = os.environ.get("ANT5M_KERNELS", "auto")
@@ -32,7 +32,9 @@ def rms_norm(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """RMSNorm of x [..., D] with gains `weight` [D]: x / sqrt(mean(x^2) + eps) * weight, statistics in fp32.
 
-    With `residual` [..., D] the sum s = x + residual is normalised, and (normalised s, s) is returned.
+    With `residual` [..., D] the sum s = x + residual is normalised, and (normalised s, s) is returned. Under
+    autocast the first comes in its dtype, as products take it (in fp32, and cast by the product, it would be
+    5 times the bytes), s in the wider one of x's and residual's.
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
     """
     return _pick("rms_norm", backend, x, weight).rms_norm(x, weight, eps, residual)

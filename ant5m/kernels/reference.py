@@ -23,7 +23,7 @@ class _RMSNorm(torch.autograd.Function):
         wide = x.to(_statistics_dtype(x))
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).mul_(weight).to(x.dtype)
+        return (wide * scale).mul_(weight).to(_compute_dtype(x))
 
     @staticmethod
     def backward(ctx, grad):
@@ -73,6 +73,9 @@ def rope(q, k, cos, sin):
 
 def attention(q, k, v, starts=None):
     seen = None if starts is None else _seen(starts)
+    if q.is_cuda and q.shape[2] != k.shape[2]:
+        # Else there is a T x T matrix where torch has no flash attention: in fp32, on a T4 before mid-2026.
+        k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, enable_gqa=grouped)
@@ -169,10 +172,10 @@ def _add_product(total, a, b):
         total += torch.mm(a, b)
 
 
-def _compute_dtype(hidden):
-    # Autocast does not reach products that write into a given tensor, so its dtype is applied by hand.
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+def _compute_dtype(x):
+    # Autocast does not reach into an op of our own, so its dtype is applied by hand.
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _statistics_dtype(x):

@@ -3,7 +3,11 @@
 Each op is registered with `torch.library`, so torch.compile and CUDA graphs take it as one node.
 """
 
+import sys
+
 import torch
+
+from ant5m.kernels import check
 
 try:
     import triton
@@ -23,20 +27,18 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def why_not(op: str, *tensors: torch.Tensor) -> str | None:
-    """These ops take fp16, bf16 or fp32 on an NVIDIA GPU; attention and bf16 need compute capability 8.0."""
+    """These ops take fp16, bf16 or fp32 on an NVIDIA GPU; attention and bf16 need compute capability 8.0.
+
+    What a device never ran before is compared with the reference there first.
+    """
     if triton is None:
         return "Triton is not installed"
     if not layout.interpreted() and not (torch.cuda.is_available() and torch.version.cuda):
         return "there is no NVIDIA GPU"
-    reason = _device_refuses(op, *tensors)
-    if reason is not None or not tensors:
+    reason = _device_refuses(op, *tensors) or _tensors_refuse(op, *tensors)
+    if reason is not None or layout.interpreted():
         return reason
-    if op == "attention":
-        tensors = tensors[:3]  # the starts of documents may be of any integer dtype
-    for x in tensors:
-        if x.dtype not in _DTYPES:
-            return f"it takes fp16, bf16 or fp32, not {x.dtype}"
-    return _shape_refuses(op, *tensors)
+    return check.failure(sys.modules[__name__], op, *tensors)
 
 
 def _device_refuses(op, *tensors):
@@ -60,7 +62,14 @@ def _on_gpu(x):
     return x.device.type == "cuda"
 
 
-def _shape_refuses(op, *tensors):
+def _tensors_refuse(op, *tensors):
+    if not tensors:
+        return None
+    if op == "attention":
+        tensors = tensors[:3]  # the starts of documents may be of any integer dtype
+    for x in tensors:
+        if x.dtype not in _DTYPES:
+            return f"it takes fp16, bf16 or fp32, not {x.dtype}"
     x = tensors[0]
     if op == "attention":
         if x.shape[-1] not in HEAD_SIZES:

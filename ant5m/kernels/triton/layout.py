@@ -20,6 +20,12 @@ def rows(x: torch.Tensor) -> torch.Tensor:
     return dense(x.reshape(-1, x.shape[-1]))
 
 
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """x's, or that of an autocast, which does not reach into an op of our own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter: TRITON_INTERPRET was 1 when this was imported."""
     return not isinstance(_probe, triton.JITFunction)

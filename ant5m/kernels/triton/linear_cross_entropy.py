@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ant5m.kernels.triton.layout import compute_dtype
+
 # Logits alive at once. Few large chunks: 4,096 rows of 16,384 entries in 16 bits.
 CHUNK_BYTES = 128 << 20
 # As it is, fp16 would lose probabilities below 2^-24. A power of two, so that it changes nothing else.
@@ -165,7 +167,7 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 def linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
     grad = torch.is_grad_enabled()
     needs = grad and hidden.requires_grad, grad and weight.requires_grad
-    return _forward(hidden, weight, targets, ignore_index, _compute_dtype(hidden), *needs)[0]
+    return _forward(hidden, weight, targets, ignore_index, compute_dtype(hidden), *needs)[0]
 
 
 def _tile(padded: int) -> dict[str, int | bool]:
@@ -190,9 +192,3 @@ def _product(a, b, out=None):
 
 def _scale(dtype):
     return _FP16_SCALE if dtype == torch.float16 else 1.0
-
-
-def _compute_dtype(hidden):
-    # Autocast does not reach into an op of our own, so its dtype is applied by hand.
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype

@@ -80,7 +80,8 @@ def of_training_step(
     def draw(*shape, dtype=dtype):
         return torch.zeros(1, length, *shape, dtype=dtype, requires_grad=True)
 
-    with compile_only(capability) as found:
+    half = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+    with compile_only(capability) as found, half:
         weight = torch.ones(hidden, requires_grad=True)
         embedding = torch.zeros(vocab, hidden, requires_grad=True)
         residual = draw(hidden, dtype=torch.float32)
@@ -94,9 +95,8 @@ def of_training_step(
             starts = torch.zeros(1, length, dtype=torch.int32) if documents else None
             outputs.append(ops.attention(q, k, v, starts))
         outputs.append(ops.swiglu(*draw(2 * intermediate).chunk(2, -1)))
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            few = residual[0, :16]  # because products are computed, on the CPU
-            outputs.append(ops.linear_cross_entropy(few, embedding, torch.zeros(16, dtype=torch.long)))
+        few = outputs[0][0, :16]  # because products are computed, on the CPU
+        outputs.append(ops.linear_cross_entropy(few, embedding, torch.zeros(16, dtype=torch.long)))
         torch.autograd.backward([out.sum() for out in outputs])
     return found
 

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ant5m.kernels.triton.layout import rows
+from ant5m.kernels.triton.layout import compute_dtype, rows
 
 MAX_SIZE = 65_536
 # Programs of the backward pass: each leaves one partial sum of the weight's gradient.
@@ -100,10 +100,10 @@ def rms_norm_bwd_kernel(
 
 @torch.library.custom_op("ant5m_triton::rms_norm", mutates_args=())
 def _forward(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> y, x + residual (empty without one), 1 / root mean square of each row."""
-    y, total, scale = _outputs(x, weight, eps, residual)
+    """-> y in `dtype`, x + residual (empty without one), 1 / root mean square of each row."""
+    y, total, scale = _outputs(x, weight, eps, residual, dtype)
     wide = rows(x)
     other = wide if residual is None else rows(residual)
     tile = _tile(x.shape[-1])
@@ -127,10 +127,12 @@ def _forward(
 
 
 @_forward.register_fake
-def _outputs(x, weight, eps, residual):
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+def _outputs(x, weight, eps, residual, dtype):
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    total = x.new_empty(0) if residual is None else torch.empty_like(y)
+    total = x.new_empty(0)
+    if residual is not None:
+        wide = torch.promote_types(x.dtype, residual.dtype)
+        total = torch.empty(x.shape, dtype=wide, device=x.device)
     return y, total, torch.empty(x.numel() // x.shape[-1], dtype=torch.float32, device=x.device)
 
 
@@ -184,7 +186,7 @@ def _gradients(dy, dtotal, total, weight, scale, dtype, residual_dtype):
 
 
 def _save(ctx, inputs, output):
-    x, weight, _, residual = inputs
+    x, weight, _, residual, _ = inputs
     _, total, scale = output
     ctx.set_materialize_grads(False)
     ctx.dtypes = x.dtype, x.dtype if residual is None else residual.dtype
@@ -198,15 +200,17 @@ def _differentiate(ctx, dy, dtotal, _):
         dy = torch.zeros_like(total)
     dx, dresidual, dweight = _backward(dy, dtotal, total, weight, scale, *ctx.dtypes)
     if not ctx.has_residual:
-        return dx, dweight, None, None
-    return dx, dweight, None, dx if ctx.dtypes[0] == ctx.dtypes[1] else dresidual
+        return dx, dweight, None, None, None
+    return dx, dweight, None, dx if ctx.dtypes[0] == ctx.dtypes[1] else dresidual, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def rms_norm(x, weight, eps=1e-5, residual=None):
-    y, total, _ = _forward(x, weight, eps, residual)
+    wide = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    dtype = compute_dtype(x) if torch.is_autocast_enabled(x.device.type) else wide
+    y, total, _ = _forward(x, weight, eps, residual, dtype)
     return y if residual is None else (y, total)
 
 

@@ -1,0 +1,146 @@
+"""Whether a backend computes on this device what the reference does, found out before it is used there.
+
+Kernels are tested in an interpreter or an emulator, on devices that somebody had at hand, with the compiler
+of that day. So the first use of an op, at given sizes and dtype, on a given device runs it once on a few rows
+and compares outputs and gradients with the reference in float64: some milliseconds, beside the compilation
+that the first use costs anyway.
+"""
+
+import sys
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ant5m.kernels import reference
+
+# RMS error over RMS of the reference: three times what the tests allow, and in fp32 room for the 10 bits of
+# TF32 where a user has switched it on. A kernel that is wrong is off by far more.
+_TOLERANCES = {torch.float32: 5e-3, torch.float16: 1.5e-2, torch.bfloat16: 6e-2}
+# More than one tile, and not a whole number of them; a multiple of 16 as usual lengths are, because Triton
+# compiles for that.
+_LENGTH = 144
+
+# Where a machine is asked about, and no tensors are there yet: those of `ant-5m`.
+_USUAL = {
+    "rms_norm": (128,),
+    "rope": (8, 2, 16),
+    "attention": (8, 2, 16, False),
+    "swiglu": (516,),
+    "linear_cross_entropy": (16_384, 128),
+}
+
+_found: dict[tuple[Any, ...], str | None] = {}
+
+
+def failure(module: ModuleType, op: str, *tensors: torch.Tensor) -> str | None:
+    """Why `module`'s `op` must not be used on such tensors, or None. With none: on the current GPU, in the
+    dtype that it trains in, at usual sizes. Answers are kept.
+    """
+    if tensors:
+        return _failure(module.__name__, op, tensors[0].device, tensors[0].dtype, _sizes(op, *tensors))
+    device = torch.device("cuda", torch.cuda.current_device())
+    dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return _failure(module.__name__, op, device, dtype, _USUAL[op])
+
+
+@torch.compiler.assume_constant_result  # it is found out while torch.compile traces, not in what it makes
+def _failure(
+    name: str, op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]
+) -> str | None:
+    key = (name, op, device, dtype, sizes)
+    if key not in _found:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return f"{op} was not checked before the capture"
+        _found[key] = _compare(sys.modules[name], op, device, dtype, sizes)
+        if _found[key] is not None:
+            warnings.warn(f"{name}: {_found[key]}", stacklevel=2)
+    return _found[key]
+
+
+def _sizes(op: str, *tensors: torch.Tensor) -> tuple[int, ...]:
+    """[D] of a norm and a SwiGLU, [H, KV, D] of RoPE, the same and whether there are documents of attention,
+    [V, D] of the head."""
+    if op in ("rope", "attention"):
+        q, k, *others = tensors
+        sizes = q.shape[2], k.shape[2], q.shape[3]
+        return sizes if op == "rope" else (*sizes, len(others) > 1)
+    return tuple(tensors[1].shape) if op == "linear_cross_entropy" else (tensors[0].shape[-1],)
+
+
+def _compare(module, op, device, dtype, sizes):
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            inputs = [x.to(device, dtype) for x in _inputs(op, sizes)]
+            got = _results(_call(module, op, device, sizes), inputs)
+            expected = _results(_call(reference, op, device, sizes), [x.double() for x in inputs])
+    except Exception as error:  # whatever a compiler or a driver says: the next backend is asked
+        return f"{op} failed its check on this device: {_first_line(error)}"
+    worst = max((_error(*pair) for pair in zip(got, expected, strict=True)), key=lambda x: (x != x, x))
+    if worst <= _TOLERANCES[dtype]:
+        return None
+    return f"{op} failed its check on this device: off by {worst:.2g}, {_TOLERANCES[dtype]:.2g} allowed"
+
+
+def _inputs(op: str, sizes: tuple[int, ...]) -> list[torch.Tensor]:
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    generator = torch.Generator().manual_seed(0)  # one of its own: the training's is not touched
+    if op == "rms_norm":
+        return [draw(2, _LENGTH, *sizes), draw(*sizes), draw(2, _LENGTH, *sizes)]
+    if op == "swiglu":
+        return [draw(2, _LENGTH, *sizes), draw(2, _LENGTH, *sizes)]
+    if op == "linear_cross_entropy":
+        vocab, size = sizes
+        return [draw(_LENGTH, size), draw(vocab, size) * 0.3]
+    heads, kv, size = sizes[:3]
+    return [draw(2, _LENGTH, n, size) for n in ((heads, kv) if op == "rope" else (heads, kv, kv))]
+
+
+def _call(module: ModuleType, op: str, device: torch.device, sizes: tuple[int, ...]) -> Callable:
+    function = getattr(module, op)
+    if op == "rms_norm":
+        return lambda x, weight, residual: function(x, weight, 1e-5, residual)
+    if op == "rope":
+
+        def rope(q, k):
+            angle = torch.arange(_LENGTH * q.shape[3] // 2, device=device).view(_LENGTH, -1) * 0.01
+            return function(q, k, angle.cos(), angle.sin())
+
+        return rope
+    if op == "linear_cross_entropy":
+
+        def head(hidden, weight):
+            targets = torch.arange(_LENGTH, device=device) * 7 % len(weight)
+            targets[::5] = -100
+            return function(hidden, weight, targets, -100)
+
+        return head
+    if op == "attention" and sizes[3]:
+        starts = torch.arange(_LENGTH, device=device).expand(2, -1) // 50 * 50
+        return lambda q, k, v: function(q, k, v, starts)
+    return function
+
+
+def _results(function, inputs):
+    """Outputs and gradients."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outs = function(*leaves)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    ramps = [torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out) for out in outs]
+    loss = sum((out * ramp.to(out.dtype)).sum() for out, ramp in zip(outs, ramps, strict=True))
+    # A loss alone has no ramp to speak of: -1 is its only weight.
+    return [*outs, *torch.autograd.grad(loss, leaves)]
+
+
+def _error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    off = (got.double() - expected.double()).square().mean().sqrt()
+    return (off / expected.double().square().mean().sqrt()).item()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
