@@ -36,12 +36,15 @@ ATTENTION = {"attention_fwd_kernel", "attention_bwd_dq_kernel", "attention_bwd_d
     "capability, dtype, sizes",
     [
         pytest.param(75, torch.float16, ANT_5M, id="ant-5m-75"),
+        pytest.param(75, torch.float16, WIDE, id="ant-5m-wide-75"),
+        pytest.param(75, torch.float16, FIT, id="ant-5m-fit-75"),
         pytest.param(80, torch.bfloat16, ANT_5M, id="ant-5m-80"),
         pytest.param(90, torch.bfloat16, ANT_5M, id="ant-5m-90"),
         pytest.param(80, torch.bfloat16, WIDE, id="ant-5m-wide-80"),
         pytest.param(90, torch.bfloat16, WIDE, id="ant-5m-wide-90"),
         pytest.param(80, torch.bfloat16, FIT, id="ant-5m-fit-80"),
         pytest.param(90, torch.bfloat16, FIT, id="ant-5m-fit-90"),
+        pytest.param(80, torch.bfloat16, {**ANT_5M, "documents": True}, id="ant-5m-documents-80"),
     ],
 )
 def test_kernels_fit_the_device(capability, dtype, sizes):

@@ -65,6 +65,11 @@ class _Split(torch.autograd.Function):
         return (torch.cat(grads, -1) if whole is None else whole, *(None for _ in grads))
 
 
+def _split(x, sizes):
+    # torch.compile sees no addresses, and joins gradients in its own way.
+    return x.split(sizes, -1) if torch.compiler.is_compiling() else _Split.apply(x, *sizes)
+
+
 def _side_by_side(parts):
     """The tensor that `parts` split along the last dimension, if they lie beside one another in memory."""
     first, offset = parts[0], parts[0].storage_offset()
@@ -104,7 +109,7 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None, starts=None):
         qkv = F.linear(x, torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)))
-        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in _Split.apply(qkv, *self.sizes))
+        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in _split(qkv, self.sizes))
         q, k = kernels.rope(q, k, cos, sin)
         if cache is None:
             mixed = kernels.attention(q, k, v, starts)
@@ -133,7 +138,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         both = F.linear(x, torch.cat((self.gate_proj.weight, self.up_proj.weight)))
-        return self.down_proj(kernels.swiglu(*_Split.apply(both, *self.sizes)))
+        return self.down_proj(kernels.swiglu(*_split(both, self.sizes)))
 
 
 class Layer(nn.Module):

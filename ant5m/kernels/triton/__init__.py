@@ -33,21 +33,19 @@ def why_not(op: str, *tensors: torch.Tensor) -> str | None:
     """
     if triton is None:
         return "Triton is not installed"
-    if not layout.interpreted() and not (torch.cuda.is_available() and torch.version.cuda):
-        return "there is no NVIDIA GPU"
+    if layout.interpreted():
+        return _tensors_refuse(op, *tensors)
     reason = _device_refuses(op, *tensors) or _tensors_refuse(op, *tensors)
-    if reason is not None or layout.interpreted():
-        return reason
-    return check.failure(sys.modules[__name__], op, *tensors)
+    return reason or check.failure(sys.modules[__name__], op, *tensors)
 
 
 def _device_refuses(op, *tensors):
-    if layout.interpreted():
-        return None
     for x in tensors:
         if not _on_gpu(x):
             return f"the tensors are on {x.device.type}"
-    capability = torch.cuda.get_device_capability(tensors[0].device if tensors else None)
+    capability = _capability(tensors[0].device if tensors else None)
+    if capability is None:
+        return "there is no NVIDIA GPU"
     if capability >= (8, 0):
         return None
     name = ".".join(map(str, capability))
@@ -56,6 +54,14 @@ def _device_refuses(op, *tensors):
     if any(x.dtype == torch.bfloat16 for x in tensors):
         return f"bf16 needs compute capability 8.0, this device has {name}"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device | None) -> tuple[int, int] | None:
+    """Of the device (None: the current one); None where there is no NVIDIA GPU."""
+    if not (torch.cuda.is_available() and torch.version.cuda):
+        return None
+    return torch.cuda.get_device_capability(device)
 
 
 def _on_gpu(x):

@@ -28,7 +28,7 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter: TRITON_INTERPRET was 1 when this was imported."""
-    return not isinstance(_probe, triton.JITFunction)
+    return _INTERPRETED
 
 
 def shared_memory() -> int:
@@ -46,3 +46,6 @@ def _shared_memory(device: int) -> int:
 @triton.jit
 def _probe():
     pass
+
+
+_INTERPRETED = not isinstance(_probe, triton.JITFunction)
