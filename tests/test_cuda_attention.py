@@ -20,7 +20,6 @@ def run(q, k, v, do, starts=None, descending=False, text=None):
     defines = {"HEAD_SIZE": size, "GROUP": group, "STARTS": int(starts is not None)}
     device = HostLibrary(compile_kernels(text or SOURCE, **defines), descending)
     together = next(n for n in (4, 3, 2, 1) if group % n == 0)
-    warps = 4 // together * together
     rows, backward_rows = 32, 16 if size == 64 else 32
 
     def grid(rows):
@@ -36,9 +35,9 @@ def run(q, k, v, do, starts=None, descending=False, text=None):
     v_norm, do_norm = empty(batch, kv, norms), empty(batch, heads, norms)
     numbers = length, 1 / math.sqrt(size), *(s for x in (q, k, v) for s in x.stride()[:3])
     some = torch.zeros(1, dtype=torch.int32) if starts is None else starts
-    device.launch("attention_forward", grid(rows), 32 * warps, q, k, v, some, o, lse, v_norm, *numbers)
+    device.launch("attention_forward", grid(rows), 128, q, k, v, some, o, lse, v_norm, *numbers)
     device.launch(
-        "attention_dq", grid(backward_rows), 32 * warps,
+        "attention_dq", grid(backward_rows), 128,
         q, k, v, some, o, do, lse, v_norm, row_terms, do_norm, dq, *numbers,
         *do.stride()[:3], *dq.stride()[:3],
     )  # fmt: skip

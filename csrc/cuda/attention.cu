@@ -1,13 +1,14 @@
 // Causal flash attention with grouped queries, fp16 in, fp32 sums, for tensor cores from compute capability 7.5 on.
 //
 // Compile with -DHEAD_SIZE=16|32|64 -DGROUP=<query heads a key/value head> -DSTARTS=0|1.
-//     heads = GROUP in 4 ? 4 : in 3 ? 3 : in 2 ? 2 : 1 of a group share a block, so that one tile of K and V in shared
-//     memory serves them; a warp is one head, and warps = 4 / heads * heads. A warp has rows positions.
+//     heads = 4, 3, 2 or 1, the first that divides GROUP: so many of a group share a block of four warps and its tiles of
+//     K and V in shared memory. A warp has `rows` positions of one head.
 //
-//     kernel              threads     rows                 grid
-//     attention_forward   32 * warps  32                   (ceil(T / (4 / heads * rows)), KV * GROUP / heads, B)
-//     attention_dq        32 * warps  32, 16 at size 64    the same
-//     attention_dkdv      128         32, 16 at size 64    (ceil(T / (4 * rows)), KV, B)
+//     kernel              threads  rows                 grid
+//     attention_forward   128      32                   (ceil(T / (4 / heads * rows)), KV * GROUP / heads, B)
+//     attention_dq        128      32, 16 at size 64    the same
+//     attention_dkdv      128      32, 16 at size 64    (ceil(T / (4 * rows)), KV, B)
+//     (4 / heads is 1 for 3 heads: the fourth warp only loads.)
 //
 // Backward: first attention_dq, then attention_dkdv. Arguments in order (no other memory is needed):
 //     forward  q k v starts        o lse v_norm          T scale  strides of q k v
@@ -32,43 +33,50 @@
 constexpr int kSize = HEAD_SIZE, kGroup = GROUP;
 constexpr int kChunks = kSize / 8;  // of 16 bytes, the width of a product
 constexpr int kHeads = kGroup % 4 == 0 ? 4 : kGroup % 3 == 0 ? 3 : kGroup % 2 == 0 ? 2 : 1;
-constexpr int kWarps = 4 / kHeads * kHeads;
+constexpr int kThreads = 128;
 
 constexpr int kForwardTiles = 2, kForwardKeys = kSize == 64 ? 32 : 64;  // row tiles of 16 a warp; keys a tile
 constexpr int kQueryTiles = kSize == 64 ? 1 : 2, kQueryKeys = 32;
 constexpr int kKeyTiles = kSize == 64 ? 1 : 2, kKeyQueries = 32;
 constexpr int kKeyRows = 4 * 16 * kKeyTiles;
-constexpr int kWarpsAtOnce = kSize == 16 ? 12 : 8;  // of a multiprocessor: what the registers allow without spills
+constexpr int kBlocks = kSize == 16 ? 3 : 2;  // a multiprocessor: what the registers allow without spills
 
 constexpr float kLog2e = 1.44269504f;
-constexpr float kMasked = -1e30f, kNothing = -1e29f;  // above what is masked: a row without keys yet has no maximum
-constexpr float kShift = 10;                          // 2^-24 is still a normal half
-constexpr float kBias = kShift - 112;                 // see pack_positive
-constexpr float kUnshift = 1.0f / 1024;               // 2^-kShift
+constexpr float kMasked = -1e30f;
+constexpr float kNothing = 1e20f;  // bias of a row without keys yet: beyond all scores, but not beyond masked ones
+constexpr float kShift = 10;             // 2^-24 is still a normal half
+constexpr float kBias = kShift - 112;    // see pack_positive
+constexpr float kUnshift = 1.0f / 1024;  // 2^-kShift
 
 // ---- fragments
 
 using Rows = unsigned[kChunks][2];  // A, 16 rows of a matrix [rows][kSize]
 
-struct Lane {
-  int warp, lane, group, pair;  // row of a fragment; first of two columns
-};
+// Of a fragment: the lane's first row and first column.
+DEVICE int lane_row() { return threadIdx.x % 32 / 4; }
+DEVICE int lane_column() { return threadIdx.x % 4 * 2; }
 
-DEVICE Lane this_lane() {
-  const int thread = threadIdx.x, lane = thread % 32;
-  return {thread / 32, lane, lane / 4, lane % 4 * 2};
+// Row `time` of a head.
+template <class X>
+DEVICE X* place(X* x, int batch, int time, int head, int batch_stride, int time_stride, int head_stride) {
+  return x + static_cast<long long>(batch) * batch_stride + static_cast<long long>(time) * time_stride +
+         static_cast<long long>(head) * head_stride;
+}
+
+template <class X>
+DEVICE X* later(X* x, int rows, int stride) {
+  return x + static_cast<long long>(rows) * stride;
 }
 
 // Rows from `x` on, of which `left` exist. The others are 0.
 template <int tiles>
 DEVICE void load_rows(Rows (&a)[tiles], const Half* x, int stride, int left) {
-  const Lane at = this_lane();
 #pragma unroll
   for (int m = 0; m < tiles; ++m)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = m * 16 + i * 8 + at.group;
-      const Half* from = x + static_cast<long long>(row) * stride + at.pair;
+      const int row = m * 16 + i * 8 + lane_row();
+      const Half* from = later(x, row, stride) + lane_column();
 #pragma unroll
       for (int c = 0; c < kChunks; ++c)
         a[m][c][i] = row < left ? *reinterpret_cast<const unsigned*>(from + c * 8) : 0;
@@ -79,14 +87,13 @@ DEVICE void load_rows(Rows (&a)[tiles], const Half* x, int stride, int left) {
 template <int tiles>
 DEVICE void store_rows(const float (&sum)[tiles][kChunks][4], const float (&factor)[tiles][2], Half* x, int stride,
                        int left) {
-  const Lane at = this_lane();
 #pragma unroll
   for (int m = 0; m < tiles; ++m)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = m * 16 + i * 8 + at.group;
+      const int row = m * 16 + i * 8 + lane_row();
       if (row >= left) continue;
-      Half* to = x + static_cast<long long>(row) * stride + at.pair;
+      Half* to = later(x, row, stride) + lane_column();
 #pragma unroll
       for (int c = 0; c < kChunks; ++c)
         *reinterpret_cast<unsigned*>(to + c * 8) =
@@ -99,33 +106,33 @@ DEVICE void store_rows(const float (&sum)[tiles][kChunks][4], const float (&fact
 DEVICE int chunk_place(int row, int chunk) { return (chunk ^ (row % 8 * kChunks / 8)) * 8; }
 
 // Two matrices [rows][kSize] on the way to shared memory, as each thread's part.
-template <int rows, int threads>
+template <int rows>
 struct Parts {
-  static constexpr int kCount = 2 * rows * kChunks, kEach = (kCount + threads - 1) / threads;
+  static constexpr int kCount = 2 * rows * kChunks, kEach = kCount / kThreads;
   uint4 part[kEach];
 };
 
-template <int rows, int threads>
-DEVICE void load_parts(Parts<rows, threads>& parts, const Half* a, int stride_a, const Half* b, int stride_b,
-                       int left) {
-  using P = Parts<rows, threads>;
+template <int rows>
+DEVICE void load_parts(Parts<rows>& parts, const Half* a, int stride_a, const Half* b, int stride_b, int first,
+                       int end) {
+  using P = Parts<rows>;
 #pragma unroll
   for (int i = 0; i < P::kEach; ++i) {
-    const int index = threadIdx.x + i * threads, row = index / kChunks % rows, chunk = index % kChunks;
-    const bool first = index < P::kCount / 2;
-    const Half* from = (first ? a : b) + static_cast<long long>(row) * (first ? stride_a : stride_b) + chunk * 8;
+    const int index = threadIdx.x + i * kThreads, row = index / kChunks % rows, chunk = index % kChunks;
+    const bool is_a = index < P::kCount / 2;
+    const Half* from = later((is_a ? a : b) + chunk * 8, first + row, is_a ? stride_a : stride_b);
     parts.part[i] = make_uint4(0, 0, 0, 0);
-    if (row < left && index < P::kCount) parts.part[i] = *reinterpret_cast<const uint4*>(from);
+    if (first + row < end) parts.part[i] = *reinterpret_cast<const uint4*>(from);
   }
 }
 
-template <int rows, int threads>
-DEVICE void store_parts(const Parts<rows, threads>& parts, Half* tile) {
-  using P = Parts<rows, threads>;
+template <int rows>
+DEVICE void store_parts(const Parts<rows>& parts, Half* tile) {
+  using P = Parts<rows>;
 #pragma unroll
   for (int i = 0; i < P::kEach; ++i) {
-    const int index = threadIdx.x + i * threads, row = index / kChunks, chunk = index % kChunks;
-    if (index < P::kCount) *reinterpret_cast<uint4*>(tile + row * kSize + chunk_place(row, chunk)) = parts.part[i];
+    const int index = threadIdx.x + i * kThreads, row = index / kChunks, chunk = index % kChunks;
+    *reinterpret_cast<uint4*>(tile + row * kSize + chunk_place(row, chunk)) = parts.part[i];
   }
 }
 
@@ -209,7 +216,7 @@ DEVICE Scale gradient_scale(float do_norm, float v_norm) {
 
 // ---- masks
 
-// The positions a warp's rows see. All of [all_from, all_to) is seen by every row, nothing outside of [from, to) by any.
+// The positions a warp's rows see: every row those of [all_from, all_to), none one outside of [from, to).
 struct Range {
   int from, to, all_from, all_to;
 };
@@ -221,27 +228,20 @@ DEVICE Range seen_by(const int* starts, int first, int rows, int T) {
   return {0, last + 1, 0, first + 1};
 }
 
-// Scores of 16 keys from `key` on that rows do not see. `row`: position of the lane's first row; starts by row.
+// Scores of 16 keys from `key` on that rows do not see. `row`: position of the lane's first row.
 template <int tiles>
-DEVICE void mask_keys(float (&score)[tiles][2][4], int row, int key, const int (&starts)[tiles][2]) {
-  const int pair = threadIdx.x % 4 * 2;
+DEVICE void mask_keys(float (&score)[tiles][2][4], int row, int key, const int* starts, int T) {
 #pragma unroll
   for (int m = 0; m < tiles; ++m)
 #pragma unroll
-    for (int j = 0; j < 2; ++j)
+    for (int i = 0; i < 4; ++i) {
+      const int last = row + m * 16 + i / 2 * 8, first = STARTS ? starts[min(last, T - 1)] : 0;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at = key + j * 8 + pair + i % 2;
-        if (at > row + m * 16 + i / 2 * 8 || (STARTS && at < starts[m][i / 2])) score[m][j][i] = kMasked;
+      for (int j = 0; j < 2; ++j) {
+        const int at = key + j * 8 + lane_column() + i % 2;
+        if (at > last || (STARTS && at < first)) score[m][j][i] = kMasked;
       }
-}
-
-template <int tiles>
-DEVICE void load_starts(int (&out)[tiles][2], const int* starts, int row, int T) {
-#pragma unroll
-  for (int m = 0; m < tiles; ++m)
-#pragma unroll
-    for (int i = 0; i < 2; ++i) out[m][i] = STARTS ? starts[min(row + m * 16 + i * 8, T - 1)] : 0;
+    }
 }
 
 // Which positions and head a block and its warps have, in the kernels that own queries. The longest rows come first.
@@ -251,18 +251,21 @@ struct Place {
 
 template <int rows>
 DEVICE Place query_place(int T) {
-  constexpr int kBlock = kWarps / kHeads * rows;
+  constexpr int kBlock = 4 / kHeads * rows;
   const int warp = threadIdx.x / 32, first = (gridDim.x - 1 - blockIdx.x) * kBlock;
-  const int head = blockIdx.y * kHeads + warp % kHeads;
-  return {first, min(first + kBlock, T), first + warp / kHeads * rows, head, head / kGroup};
+  const int later = kHeads == 4 ? 0 : warp / kHeads * rows;  // a compiler sees what all warps of 4 heads share
+  const int head = blockIdx.y * kHeads + (kHeads == 1 ? 0 : warp % kHeads), kv = blockIdx.y * kHeads / kGroup;
+  const bool idle = kHeads == 3 && warp == 3;  // but for loading keys and values
+  return {first, min(first + kBlock, T), idle ? T : first + later, head, kv};
 }
 
 // ---- forward
 
+// `bias`: kBias less the running maximum times c.
 template <bool masked>
-DEVICE void attend(float (&out)[kForwardTiles][kChunks][4], float (&top)[kForwardTiles][2],
+DEVICE void attend(float (&out)[kForwardTiles][kChunks][4], float (&bias)[kForwardTiles][2],
                    float (&total)[kForwardTiles][2], const Rows (&q)[kForwardTiles], const Half* k, const Half* v,
-                   float c, int row, int key, const int (&starts)[kForwardTiles][2]) {
+                   float c, int row, int key, const int* starts, int T) {
   constexpr int kSteps = kForwardKeys / 16;
   float score[kSteps][kForwardTiles][2][4];
   unsigned b[2][kChunks];
@@ -270,14 +273,13 @@ DEVICE void attend(float (&out)[kForwardTiles][kChunks][4], float (&top)[kForwar
   for (int s = 0; s < kSteps; ++s) {
     load_b(b, k + s * 16 * kSize, false);
     multiply(score[s], q, b);
-    if (masked) mask_keys(score[s], row, key + s * 16, starts);
+    if (masked) mask_keys(score[s], row, key + s * 16, starts, T);
   }
-  float bias[kForwardTiles][2];
 #pragma unroll
   for (int m = 0; m < kForwardTiles; ++m)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float highest = top[m][i];
+      float highest = kMasked;
 #pragma unroll
       for (int s = 0; s < kSteps; ++s)
 #pragma unroll
@@ -285,9 +287,9 @@ DEVICE void attend(float (&out)[kForwardTiles][kChunks][4], float (&top)[kForwar
           highest = fmaxf(fmaxf(highest, score[s][m][j][2 * i]), score[s][m][j][2 * i + 1]);
       highest = fmaxf(highest, shfl_xor(highest, 1));
       highest = fmaxf(highest, shfl_xor(highest, 2));
-      bias[m][i] = kBias - highest * c;
-      const float keep = ex2(bias[m][i] - (kBias - top[m][i] * c));
-      top[m][i] = highest;
+      const float before = bias[m][i];
+      bias[m][i] = fminf(before, kBias - highest * c);
+      const float keep = ex2(bias[m][i] - before);
       total[m][i] *= keep;
 #pragma unroll
       for (int chunk = 0; chunk < kChunks; ++chunk) out[m][chunk][2 * i] *= keep, out[m][chunk][2 * i + 1] *= keep;
@@ -310,17 +312,17 @@ DEVICE void attend(float (&out)[kForwardTiles][kChunks][4], float (&top)[kForwar
   }
 }
 
-KERNEL(32 * kWarps, kWarpsAtOnce / kWarps)
+KERNEL(kThreads, STARTS ? 2 : kBlocks)
 attention_forward(const Half* q, const Half* k, const Half* v, const int* starts, Half* o, float* lse, float* v_norm,
                   int T, float scale, int q_batch, int q_time, int q_head, int k_batch, int k_time, int k_head,
                   int v_batch, int v_time, int v_head) {
-  constexpr int kRows = 16 * kForwardTiles, kThreads = 32 * kWarps, kTile = kForwardKeys * kSize;
+  constexpr int kRows = 16 * kForwardTiles, kTile = kForwardKeys * kSize;
   SHARED(Half, tiles, 4 * kTile);  // twice K and V
   const Place at = query_place<kRows>(T);
   const long long batch = blockIdx.z;
-  const int heads = gridDim.y * kHeads, row = at.first + this_lane().group, left = T - at.first;
-  k += batch * k_batch + static_cast<long long>(at.kv) * k_head;
-  v += batch * v_batch + static_cast<long long>(at.kv) * v_head;
+  const int heads = gridDim.y * kHeads, row = at.first + lane_row(), left = T - at.first;
+  k = place(k, batch, 0, at.kv, k_batch, k_time, k_head);
+  v = place(v, batch, 0, at.kv, v_batch, v_time, v_head);
   starts += batch * T;
   const float c = scale * kLog2e;
 
@@ -328,7 +330,7 @@ attention_forward(const Half* q, const Half* k, const Half* v, const int* starts
     const int lane = threadIdx.x % 32;
     float norm = 0;
     if (lane < min(kRows, left)) {
-      const Half* from = v + static_cast<long long>(at.first + lane) * v_time;
+      const Half* from = later(v, at.first + lane, v_time);
 #pragma unroll
       for (int i = 0; i < kSize; i += 2) {
         const unsigned x = *reinterpret_cast<const unsigned*>(from + i);
@@ -340,33 +342,28 @@ attention_forward(const Half* q, const Half* k, const Half* v, const int* starts
   }
 
   Rows a[kForwardTiles];
-  load_rows(a, q + batch * q_batch + static_cast<long long>(at.first) * q_time + static_cast<long long>(at.head) * q_head,
-            q_time, left);
-  float out[kForwardTiles][kChunks][4], top[kForwardTiles][2], total[kForwardTiles][2];
-  int row_starts[kForwardTiles][2];
+  load_rows(a, place(q, batch, at.first, at.head, q_batch, q_time, q_head), q_time, left);
+  float out[kForwardTiles][kChunks][4], bias[kForwardTiles][2], total[kForwardTiles][2];
   clear(out);
 #pragma unroll
-  for (int m = 0; m < kForwardTiles; ++m) top[m][0] = top[m][1] = kNothing, total[m][0] = total[m][1] = 0;
-  load_starts(row_starts, starts, row, T);
+  for (int m = 0; m < kForwardTiles; ++m) bias[m][0] = bias[m][1] = kNothing, total[m][0] = total[m][1] = 0;
   const Range seen = seen_by(starts, at.first, kRows, T);
 
-  Parts<kForwardKeys, kThreads> parts;
+  Parts<kForwardKeys> parts;
   int key = STARTS ? starts[at.block_first] / kForwardKeys * kForwardKeys : 0;
-  load_parts(parts, k + static_cast<long long>(key) * k_time, k_time, v + static_cast<long long>(key) * v_time, v_time,
-             T - key);
+  load_parts(parts, k, k_time, v, v_time, key, T);
   store_parts(parts, tiles);
   sync_threads();
   int buffer = 0;
   for (; key < at.block_end; key += kForwardKeys) {
     const int next = key + kForwardKeys;
     if (next < at.block_end)
-      load_parts(parts, k + static_cast<long long>(next) * k_time, k_time, v + static_cast<long long>(next) * v_time,
-                 v_time, T - next);
+      load_parts(parts, k, k_time, v, v_time, next, T);
     const Half* tile = tiles + buffer * 2 * kTile;
     if (seen.all_from <= key && next <= seen.all_to) {
-      attend<false>(out, top, total, a, tile, tile + kTile, c, row, key, row_starts);
+      attend<false>(out, bias, total, a, tile, tile + kTile, c, row, key, starts, T);
     } else if (seen.from < next && key < seen.to) {
-      attend<true>(out, top, total, a, tile, tile + kTile, c, row, key, row_starts);
+      attend<true>(out, bias, total, a, tile, tile + kTile, c, row, key, starts, T);
     }
     buffer ^= 1;
     if (next < at.block_end) store_parts(parts, tiles + buffer * 2 * kTile);
@@ -382,11 +379,10 @@ attention_forward(const Half* q, const Half* k, const Half* v, const int* starts
       float sum = total[m][i];
       sum += shfl_xor(sum, 1);
       sum += shfl_xor(sum, 2);
-      const float bias = kBias - top[m][i] * c;
-      if (!(fabsf(bias) < 0x1p22f)) sum = float_from_bits(0x7fffffff);
+      if (!(fabsf(bias[m][i]) < 0x1p22f)) sum = float_from_bits(0x7fffffff);
       factor[m][i] = rcp(sum * 0x1p112f);
       const int mine = row + m * 16 + i * 8;
-      if (mine < T && threadIdx.x % 4 == 0) lse[mine] = lg2(sum) - bias;
+      if (mine < T && threadIdx.x % 4 == 0) lse[mine] = lg2(sum) - bias[m][i];
     }
   store_rows(out, factor, o + ((batch * T + at.first) * heads + at.head) * kSize, heads * kSize, left);
 }
@@ -398,7 +394,7 @@ template <bool masked>
 DEVICE void query_gradient(float (&dq)[kQueryTiles][kChunks][4], const Rows (&q)[kQueryTiles],
                            const Rows (&d)[kQueryTiles], const Half* k, const Half* v, float c,
                            const float (&shift)[kQueryTiles][2], const float (&up)[kQueryTiles][2],
-                           const float (&delta)[kQueryTiles][2], int row, int key, const int (&starts)[kQueryTiles][2]) {
+                           const float (&delta)[kQueryTiles][2], int row, int key, const int* starts, int T) {
 #pragma unroll
   for (int s = 0; s < kQueryKeys; s += 16) {
     unsigned b[2][kChunks];
@@ -407,7 +403,7 @@ DEVICE void query_gradient(float (&dq)[kQueryTiles][kChunks][4], const Rows (&q)
     multiply(score, q, b);
     load_b(b, v + s * kSize, false);
     multiply(dp, d, b);
-    if (masked) mask_keys(score, row, key + s, starts);
+    if (masked) mask_keys(score, row, key + s, starts, T);
     load_b(b, k + s * kSize, true);
 #pragma unroll
     for (int m = 0; m < kQueryTiles; ++m)
@@ -422,24 +418,24 @@ DEVICE void query_gradient(float (&dq)[kQueryTiles][kChunks][4], const Rows (&q)
   }
 }
 
-KERNEL(32 * kWarps, kWarpsAtOnce / kWarps)
+KERNEL(kThreads, kBlocks)
 attention_dq(const Half* q, const Half* k, const Half* v, const int* starts, const Half* o, const Half* d_o,
              const float* lse, const float* v_norm, float* rows, float* do_norm, Half* dq, int T, float scale,
              int q_batch, int q_time, int q_head, int k_batch, int k_time, int k_head, int v_batch, int v_time,
              int v_head, int do_batch, int do_time, int do_head, int dq_batch, int dq_time, int dq_head) {
-  constexpr int kRows = 16 * kQueryTiles, kThreads = 32 * kWarps, kTile = kQueryKeys * kSize;
+  constexpr int kRows = 16 * kQueryTiles, kTile = kQueryKeys * kSize;
   SHARED(Half, tiles, 4 * kTile);
   const Place at = query_place<kRows>(T);
   const long long batch = blockIdx.z, head = at.head;
-  const int heads = gridDim.y * kHeads, row = at.first + this_lane().group, left = T - at.first;
-  k += batch * k_batch + static_cast<long long>(at.kv) * k_head;
-  v += batch * v_batch + static_cast<long long>(at.kv) * v_head;
+  const int heads = gridDim.y * kHeads, row = at.first + lane_row(), left = T - at.first;
+  k = place(k, batch, 0, at.kv, k_batch, k_time, k_head);
+  v = place(v, batch, 0, at.kv, v_batch, v_time, v_head);
   starts += batch * T;
   const float c = scale * kLog2e;
 
   Rows a[kQueryTiles], d[kQueryTiles], mixed[kQueryTiles];
-  load_rows(a, q + batch * q_batch + static_cast<long long>(at.first) * q_time + head * q_head, q_time, left);
-  load_rows(d, d_o + batch * do_batch + static_cast<long long>(at.first) * do_time + head * do_head, do_time, left);
+  load_rows(a, place(q, batch, at.first, at.head, q_batch, q_time, q_head), q_time, left);
+  load_rows(d, place(d_o, batch, at.first, at.head, do_batch, do_time, do_head), do_time, left);
   load_rows(mixed, o + ((batch * T + at.first) * heads + head) * kSize, heads * kSize, left);
 
   const int norms = (T + 15) / 16;
@@ -472,40 +468,36 @@ attention_dq(const Half* q, const Half* k, const Half* v, const int* starts, con
       delta[m][i] = -kappa.up * along;
       factor[m][i] = kappa.down * (scale * kUnshift);
       largest = max(largest, float_bits(norm) & 0x7fffffffu);
-      if (mine < T && threadIdx.x % 4 == 0) *reinterpret_cast<float2*>(rows + 2 * mine) = make_float2(shift[m][i], along);
+      if (mine < T && threadIdx.x % 4 == 0)
+        *reinterpret_cast<float2*>(rows + 2 * mine) = make_float2(shift[m][i], along);
     }
   store_norm<kQueryTiles>(do_norm + (batch * heads + head) * norms, largest, at.first, T);
 
   float sum[kQueryTiles][kChunks][4];
-  int row_starts[kQueryTiles][2];
   clear(sum);
-  load_starts(row_starts, starts, row, T);
   const Range seen = seen_by(starts, at.first, kRows, T);
 
-  Parts<kQueryKeys, kThreads> parts;
+  Parts<kQueryKeys> parts;
   int key = STARTS ? starts[at.block_first] / kQueryKeys * kQueryKeys : 0;
-  load_parts(parts, k + static_cast<long long>(key) * k_time, k_time, v + static_cast<long long>(key) * v_time, v_time,
-             T - key);
+  load_parts(parts, k, k_time, v, v_time, key, T);
   store_parts(parts, tiles);
   sync_threads();
   int buffer = 0;
   for (; key < at.block_end; key += kQueryKeys) {
     const int next = key + kQueryKeys;
     if (next < at.block_end)
-      load_parts(parts, k + static_cast<long long>(next) * k_time, k_time, v + static_cast<long long>(next) * v_time,
-                 v_time, T - next);
+      load_parts(parts, k, k_time, v, v_time, next, T);
     const Half* tile = tiles + buffer * 2 * kTile;
     if (seen.all_from <= key && next <= seen.all_to) {
-      query_gradient<false>(sum, a, d, tile, tile + kTile, c, shift, up, delta, row, key, row_starts);
+      query_gradient<false>(sum, a, d, tile, tile + kTile, c, shift, up, delta, row, key, starts, T);
     } else if (seen.from < next && key < seen.to) {
-      query_gradient<true>(sum, a, d, tile, tile + kTile, c, shift, up, delta, row, key, row_starts);
+      query_gradient<true>(sum, a, d, tile, tile + kTile, c, shift, up, delta, row, key, starts, T);
     }
     buffer ^= 1;
     if (next < at.block_end) store_parts(parts, tiles + buffer * 2 * kTile);
     sync_threads();
   }
-  store_rows(sum, factor, dq + batch * dq_batch + static_cast<long long>(at.first) * dq_time + head * dq_head, dq_time,
-             left);
+  store_rows(sum, factor, place(dq, batch, at.first, at.head, dq_batch, dq_time, dq_head), dq_time, left);
 }
 LAUNCHER(attention_dq)
 
@@ -521,7 +513,6 @@ template <bool masked>
 DEVICE void key_gradients(float (&dk)[kKeyTiles][kChunks][4], float (&dv)[kKeyTiles][kChunks][4],
                           const Rows (&k)[kKeyTiles], const Rows (&v)[kKeyTiles], const Half* q, const Half* d,
                           const float2* rows, const int* starts, float c, float up, int key, int query) {
-  const int pair = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int s = 0; s < kKeyQueries; s += 16) {
     unsigned b[2][kChunks];
@@ -533,7 +524,7 @@ DEVICE void key_gradients(float (&dk)[kKeyTiles][kChunks][4], float (&dv)[kKeyTi
     load_b(b, d + s * kSize, true);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const int column = s + j * 8 + pair;
+      const int column = s + j * 8 + lane_column();
       const float4 two = *reinterpret_cast<const float4*>(rows + column);
 #pragma unroll
       for (int m = 0; m < kKeyTiles; ++m) {
@@ -559,8 +550,8 @@ DEVICE void key_gradients(float (&dk)[kKeyTiles][kChunks][4], float (&dv)[kKeyTi
 
 DEVICE Columns load_columns(const float* rows, const int* starts, int query, int T) {
   const int mine = query + threadIdx.x;
-  if (static_cast<int>(threadIdx.x) >= kKeyQueries || mine >= T) return {make_float2(kMasked, 0), T};
-  return {*reinterpret_cast<const float2*>(rows + 2 * static_cast<long long>(mine)), STARTS ? starts[mine] : 0};
+  if (threadIdx.x >= kKeyQueries || mine >= T) return {make_float2(kMasked, 0), T};
+  return {*reinterpret_cast<const float2*>(rows + 2 * mine), STARTS ? starts[mine] : 0};
 }
 
 // The first position from `low` on whose start is beyond `key`.
@@ -573,7 +564,7 @@ DEVICE int first_beyond(const int* starts, int low, int T, int key) {
   return low;
 }
 
-KERNEL(128, kWarpsAtOnce / 4)
+KERNEL(kThreads, kBlocks)
 attention_dkdv(const Half* q, const Half* k, const Half* v, const int* starts, const Half* d_o, const float* rows,
                const float* v_norm, const float* do_norm, Half* dk, Half* dv, int T, float scale, int q_batch,
                int q_time, int q_head, int k_batch, int k_time, int k_head, int v_batch, int v_time, int v_head,
@@ -585,16 +576,16 @@ attention_dkdv(const Half* q, const Half* k, const Half* v, const int* starts, c
   SHARED(int, column_starts, 2 * kKeyQueries);
   const long long batch = blockIdx.z, kv = blockIdx.y;
   const int block_first = blockIdx.x * kKeyRows, first = block_first + threadIdx.x / 32 * 16 * kKeyTiles;
-  const int key = first + this_lane().group, heads = gridDim.y * kGroup, left = T - first;
-  q += batch * q_batch + kv * kGroup * q_head;
-  d_o += batch * do_batch + kv * kGroup * do_head;
+  const int key = first + lane_row(), heads = gridDim.y * kGroup, left = T - first;
+  q = place(q, batch, 0, kv * kGroup, q_batch, q_time, q_head);
+  d_o = place(d_o, batch, 0, kv * kGroup, do_batch, do_time, do_head);
   rows += (batch * heads + kv * kGroup) * T * 2;
   starts += batch * T;
   const float c = scale * kLog2e;
 
   Rows a[kKeyTiles], b[kKeyTiles];
-  load_rows(a, k + batch * k_batch + static_cast<long long>(first) * k_time + kv * k_head, k_time, left);
-  load_rows(b, v + batch * v_batch + static_cast<long long>(first) * v_time + kv * v_head, v_time, left);
+  load_rows(a, place(k, batch, first, kv, k_batch, k_time, k_head), k_time, left);
+  load_rows(b, place(v, batch, first, kv, v_batch, v_time, v_head), v_time, left);
 
   const int norms = (T + 15) / 16, from = block_first / 16;
   float do_largest = 0;
@@ -612,11 +603,10 @@ attention_dkdv(const Half* q, const Half* k, const Half* v, const int* starts, c
 
   const int begin = block_first / kKeyQueries * kKeyQueries;
   const int end = STARTS ? first_beyond(starts, block_first, T, min(block_first + kKeyRows, T) - 1) : T;
-  Parts<kKeyQueries, 128> parts;
+  Parts<kKeyQueries> parts;
   Columns next_columns;
   int query = begin, head = 0, buffer = 0;
-  load_parts(parts, q + static_cast<long long>(query) * q_time, q_time, d_o + static_cast<long long>(query) * do_time,
-             do_time, T - query);
+  load_parts(parts, q, q_time, d_o, do_time, query, T);
   next_columns = load_columns(rows, starts, query, T);
   while (true) {
     store_parts(parts, tiles + buffer * 2 * kTile);
@@ -630,10 +620,8 @@ attention_dkdv(const Half* q, const Half* k, const Half* v, const int* starts, c
     query += kKeyQueries;
     if (query >= end) query = begin, ++head;
     if (head < kGroup) {
-      load_parts(parts, q + static_cast<long long>(head) * q_head + static_cast<long long>(query) * q_time, q_time,
-                 d_o + static_cast<long long>(head) * do_head + static_cast<long long>(query) * do_time, do_time,
-                 T - query);
-      next_columns = load_columns(rows + static_cast<long long>(head) * T * 2, starts, query, T);
+      load_parts(parts, later(q, head, q_head), q_time, later(d_o, head, do_head), do_time, query, T);
+      next_columns = load_columns(later(rows, head, 2 * T), starts, query, T);
     }
     const Half* tile = tiles + buffer * 2 * kTile;
     const float2* tile_columns = columns + buffer * kKeyQueries;
@@ -658,9 +646,7 @@ attention_dkdv(const Half* q, const Half* k, const Half* v, const int* starts, c
       dk_factor[m][i] = kappa.down * (scale * kUnshift);
       dv_factor[m][i] = kUnshift + 0 * kappa.down;  // NaN, too, where the scale is not finite
     }
-  store_rows(dk_sum, dk_factor, dk + batch * dk_batch + static_cast<long long>(first) * dk_time + kv * dk_head, dk_time,
-             left);
-  store_rows(dv_sum, dv_factor, dv + batch * dv_batch + static_cast<long long>(first) * dv_time + kv * dv_head, dv_time,
-             left);
+  store_rows(dk_sum, dk_factor, place(dk, batch, first, kv, dk_batch, dk_time, dk_head), dk_time, left);
+  store_rows(dv_sum, dv_factor, place(dv, batch, first, kv, dv_batch, dv_time, dv_head), dv_time, left);
 }
 LAUNCHER(attention_dkdv)
