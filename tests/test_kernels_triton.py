@@ -28,6 +28,8 @@ pytest.importorskip("triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+if DEVICE == "cuda":
+    pytestmark = pytest.mark.gpu  # pytest -m gpu runs all of this file
 runs_here = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="runs in test_in_the_interpreter")
 big = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")]
 

@@ -2,10 +2,13 @@
 
 import contextlib
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
+from test_resume import fingerprint
+from test_train import config, material  # noqa: F401  (fixtures)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ant5m import kernels
@@ -14,6 +17,7 @@ from ant5m.data.resident import ResidentTokens, fits
 from ant5m.data.shards import Tokens
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
+from ant5m.train import pretrain, trainer
 from ant5m.train import step as module
 from ant5m.train.optimizer import Optimizer
 from ant5m.train.precision import LossScaler
@@ -246,6 +250,23 @@ def test_the_captured_step_is_the_step(monkeypatch):
     counted = torch.stack(numbers)[:, 2]
     assert 0 < counted.sum() < 10, "some steps overflow, some do not"
     assert same(state(plain), state(captured.step))
+
+
+def test_a_run_on_a_device_that_captures_is_the_run(config, tmp_path, monkeypatch):  # noqa: F811
+    """Tokens on the device, a captured step, and steps that are read long after they were taken."""
+    high = {"scale": 2.0**24}
+    monkeypatch.setattr(trainer, "LossScaler", lambda device, **state: LossScaler(device, **(state or high)))
+    every = {"eval_every": 3, "checkpoint_every": 5, "sample_every": 0}
+    chosen = dataclasses.replace(config, steps=12, precision="fp16", **every)
+    plain = pretrain(dataclasses.replace(chosen, out=tmp_path / "plain")).run
+    device = Device(monkeypatch)
+    monkeypatch.setattr(trainer, "make_step", CapturedStep)
+    monkeypatch.setattr(trainer, "keeps_tokens", lambda *_: True)
+    monkeypatch.setattr(trainer, "READ_SECONDS", 1e9)
+    captured = pretrain(dataclasses.replace(chosen, out=tmp_path / "captured")).run
+    assert device.log.count("replay") > 8
+    assert fingerprint(plain) == fingerprint(captured)
+    assert fingerprint(plain)[0]["skipped"] > 0
 
 
 def test_a_capture_that_fails_is_said_and_the_training_goes_on(monkeypatch):
