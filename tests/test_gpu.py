@@ -6,6 +6,7 @@ None of this has run yet: no machine with a GPU was at hand.
 import copy
 import dataclasses
 import importlib
+import itertools
 
 import pytest
 import torch
@@ -76,16 +77,20 @@ def test_every_backend_passes_its_check_at_every_preset(preset, dtype):
         "swiglu": [(shape.intermediate_size,)],
         "linear_cross_entropy": [(shape.vocab_size, shape.hidden_size)],
     }
-    for op, some in ((op, some) for op in kernels.OPS for some in sizes[op]):
-        tensors = [x.to(device, dtype) for x in check._inputs(op, some)]
-        if op == "attention" and some[3]:
-            tensors.append(torch.zeros(2, tensors[0].shape[1], dtype=torch.int64, device=device))
-        for backend in set(kernels.BACKENDS) - {"reference"}:
-            module = importlib.import_module(f"ant5m.kernels.{backend}")
-            reason = module.why_not(op, *tensors[: 2 if op == "rms_norm" else None])
-            assert reason is None or "failed its check" not in reason, backend
-            if reason is None:
-                assert check._compare(module, op, device, dtype, some) is None, backend
+    for op, some in itertools.chain(*([(op, some) for some in kinds] for op, kinds in sizes.items())):
+        check_backends(op, some, device, dtype)
+
+
+def check_backends(op, sizes, device, dtype):
+    tensors = [x.to(device, dtype) for x in check._inputs(op, sizes)]
+    if op == "attention" and sizes[3]:
+        tensors.append(torch.zeros(2, tensors[0].shape[1], dtype=torch.int64, device=device))
+    for backend in set(kernels.BACKENDS) - {"reference"}:
+        module = importlib.import_module(f"ant5m.kernels.{backend}")
+        reason = module.why_not(op, *tensors[: 2 if op == "rms_norm" else None])
+        assert reason is None or "failed its check" not in reason, backend
+        if reason is None:
+            assert check._compare(module, op, device, dtype, sizes) is None, backend
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "auto"])
