@@ -1,8 +1,8 @@
 // Causal flash attention with grouped queries, fp16 in, fp32 sums, for tensor cores from compute capability 7.5 on.
 //
 // Compile with -DHEAD_SIZE=16|32|64 -DGROUP=<query heads a key/value head> -DSTARTS=0|1.
-//     heads = 4, 3, 2 or 1, the first that divides GROUP: so many of a group share a block of four warps and its tiles of
-//     K and V in shared memory. A warp has `rows` positions of one head.
+//     heads = 4, 3, 2 or 1, the first that divides GROUP: so many of a group share a block of 4 warps and its tiles of
+//     K and V. A warp has `rows` positions of one head.
 //
 //     kernel              threads  rows                 grid
 //     attention_forward   128      32                   (ceil(T / (4 / heads * rows)), KV * GROUP / heads, B)
@@ -36,10 +36,11 @@ constexpr int kHeads = kGroup % 4 == 0 ? 4 : kGroup % 3 == 0 ? 3 : kGroup % 2 ==
 constexpr int kThreads = 128;
 
 constexpr int kForwardTiles = 2, kForwardKeys = kSize == 64 ? 32 : 64;  // row tiles of 16 a warp; keys a tile
-constexpr int kQueryTiles = kSize == 64 ? 1 : 2, kQueryKeys = 32;
-constexpr int kKeyTiles = kSize == 64 ? 1 : 2, kKeyQueries = 32;
+constexpr int kQueryTiles = kSize == 64 ? 1 : 2, kQueryKeys = kSize == 16 ? 64 : 32;
+constexpr int kKeyTiles = kSize == 64 ? 1 : 2, kKeyQueries = kSize == 16 ? 64 : 32;
 constexpr int kKeyRows = 4 * 16 * kKeyTiles;
-constexpr int kBlocks = kSize == 16 ? 3 : 2;  // a multiprocessor: what the registers allow without spills
+// Blocks a multiprocessor: what the registers allow without spills.
+constexpr int kQueryBlocks = kSize == 16 && !STARTS ? 3 : 2, kKeyBlocks = kSize == 16 ? 3 : 2;
 
 constexpr float kLog2e = 1.44269504f;
 constexpr float kMasked = -1e30f;
@@ -105,34 +106,39 @@ DEVICE void store_rows(const float (&sum)[tiles][kChunks][4], const float (&fact
 
 DEVICE int chunk_place(int row, int chunk) { return (chunk ^ (row % 8 * kChunks / 8)) * 8; }
 
-// Two matrices [rows][kSize] on the way to shared memory, as each thread's part.
+// Two matrices [rows][kSize] on the way to shared memory: each thread's part, the same rows and chunk of both.
 template <int rows>
 struct Parts {
-  static constexpr int kCount = 2 * rows * kChunks, kEach = kCount / kThreads;
-  uint4 part[kEach];
+  static constexpr int kEach = rows * kChunks / kThreads, kApart = kThreads / kChunks;
+  uint4 a[kEach], b[kEach];
 };
 
+DEVICE int part_row() { return threadIdx.x / kChunks; }
+DEVICE int part_column() { return threadIdx.x % kChunks * 8; }
+
+// `a` and `b` are the thread's: place(.., part_row(), ..) + part_column() of a tile of which `left` rows exist.
 template <int rows>
-DEVICE void load_parts(Parts<rows>& parts, const Half* a, int stride_a, const Half* b, int stride_b, int first,
-                       int end) {
+DEVICE void load_parts(Parts<rows>& parts, const Half* a, int stride_a, const Half* b, int stride_b, int left) {
   using P = Parts<rows>;
 #pragma unroll
   for (int i = 0; i < P::kEach; ++i) {
-    const int index = threadIdx.x + i * kThreads, row = index / kChunks % rows, chunk = index % kChunks;
-    const bool is_a = index < P::kCount / 2;
-    const Half* from = later((is_a ? a : b) + chunk * 8, first + row, is_a ? stride_a : stride_b);
-    parts.part[i] = make_uint4(0, 0, 0, 0);
-    if (first + row < end) parts.part[i] = *reinterpret_cast<const uint4*>(from);
+    const bool exists = part_row() + i * P::kApart < left;
+    parts.a[i] = parts.b[i] = make_uint4(0, 0, 0, 0);
+    if (exists) parts.a[i] = *reinterpret_cast<const uint4*>(later(a, i * P::kApart, stride_a));
+    if (exists) parts.b[i] = *reinterpret_cast<const uint4*>(later(b, i * P::kApart, stride_b));
   }
 }
 
 template <int rows>
 DEVICE void store_parts(const Parts<rows>& parts, Half* tile) {
   using P = Parts<rows>;
+  const int chunk = threadIdx.x % kChunks;
 #pragma unroll
   for (int i = 0; i < P::kEach; ++i) {
-    const int index = threadIdx.x + i * kThreads, row = index / kChunks, chunk = index % kChunks;
-    *reinterpret_cast<uint4*>(tile + row * kSize + chunk_place(row, chunk)) = parts.part[i];
+    const int row = part_row() + i * P::kApart;
+    uint4* to = reinterpret_cast<uint4*>(tile + row * kSize + chunk_place(row, chunk));
+    to[0] = parts.a[i];
+    to[rows * kChunks] = parts.b[i];
   }
 }
 
@@ -259,6 +265,34 @@ DEVICE Place query_place(int T) {
   return {first, min(first + kBlock, T), idle ? T : first + later, head, kv};
 }
 
+// Calls work(K, V, key) for tiles of `keys` rows of k and v in shared memory, from the one that holds `from` to `end`;
+// meanwhile the next one is on its way.
+template <int keys, class Work>
+DEVICE void for_tiles(const Half* k, int k_time, const Half* v, int v_time, int from, int end, int T, Work work) {
+  constexpr int kTile = keys * kSize;
+  SHARED(Half, tiles, 4 * kTile);  // twice K and V
+  Parts<keys> parts;
+  int key = from / keys * keys, buffer = 0;
+  k = later(k, key + part_row(), k_time) + part_column();
+  v = later(v, key + part_row(), v_time) + part_column();
+  load_parts(parts, k, k_time, v, v_time, T - key);
+  while (true) {
+    Half* tile = tiles + buffer * 2 * kTile;
+    store_parts(parts, tile);
+    sync_threads();
+    const int next = key + keys;
+    if (next < end) {
+      k = later(k, keys, k_time);
+      v = later(v, keys, v_time);
+      load_parts(parts, k, k_time, v, v_time, T - next);
+    }
+    work(tile, tile + kTile, key);
+    if (next >= end) return;
+    key = next;
+    buffer ^= 1;
+  }
+}
+
 // ---- forward
 
 // `bias`: kBias less the running maximum times c.
@@ -312,12 +346,11 @@ DEVICE void attend(float (&out)[kForwardTiles][kChunks][4], float (&bias)[kForwa
   }
 }
 
-KERNEL(kThreads, STARTS ? 2 : kBlocks)
+KERNEL(kThreads, kQueryBlocks)
 attention_forward(const Half* q, const Half* k, const Half* v, const int* starts, Half* o, float* lse, float* v_norm,
                   int T, float scale, int q_batch, int q_time, int q_head, int k_batch, int k_time, int k_head,
                   int v_batch, int v_time, int v_head) {
-  constexpr int kRows = 16 * kForwardTiles, kTile = kForwardKeys * kSize;
-  SHARED(Half, tiles, 4 * kTile);  // twice K and V
+  constexpr int kRows = 16 * kForwardTiles;
   const Place at = query_place<kRows>(T);
   const long long batch = blockIdx.z;
   const int heads = gridDim.y * kHeads, row = at.first + lane_row(), left = T - at.first;
@@ -349,26 +382,15 @@ attention_forward(const Half* q, const Half* k, const Half* v, const int* starts
   for (int m = 0; m < kForwardTiles; ++m) bias[m][0] = bias[m][1] = kNothing, total[m][0] = total[m][1] = 0;
   const Range seen = seen_by(starts, at.first, kRows, T);
 
-  Parts<kForwardKeys> parts;
-  int key = STARTS ? starts[at.block_first] / kForwardKeys * kForwardKeys : 0;
-  load_parts(parts, k, k_time, v, v_time, key, T);
-  store_parts(parts, tiles);
-  sync_threads();
-  int buffer = 0;
-  for (; key < at.block_end; key += kForwardKeys) {
+  const int from = STARTS ? starts[at.block_first] : 0;
+  for_tiles<kForwardKeys>(k, k_time, v, v_time, from, at.block_end, T, [&](const Half* k, const Half* v, int key) {
     const int next = key + kForwardKeys;
-    if (next < at.block_end)
-      load_parts(parts, k, k_time, v, v_time, next, T);
-    const Half* tile = tiles + buffer * 2 * kTile;
     if (seen.all_from <= key && next <= seen.all_to) {
-      attend<false>(out, bias, total, a, tile, tile + kTile, c, row, key, starts, T);
+      attend<false>(out, bias, total, a, k, v, c, row, key, starts, T);
     } else if (seen.from < next && key < seen.to) {
-      attend<true>(out, bias, total, a, tile, tile + kTile, c, row, key, starts, T);
+      attend<true>(out, bias, total, a, k, v, c, row, key, starts, T);
     }
-    buffer ^= 1;
-    if (next < at.block_end) store_parts(parts, tiles + buffer * 2 * kTile);
-    sync_threads();
-  }
+  });
 
   float factor[kForwardTiles][2];
   lse += (batch * heads + at.head) * T;
@@ -418,13 +440,12 @@ DEVICE void query_gradient(float (&dq)[kQueryTiles][kChunks][4], const Rows (&q)
   }
 }
 
-KERNEL(kThreads, kBlocks)
+KERNEL(kThreads, kQueryBlocks)
 attention_dq(const Half* q, const Half* k, const Half* v, const int* starts, const Half* o, const Half* d_o,
              const float* lse, const float* v_norm, float* rows, float* do_norm, Half* dq, int T, float scale,
              int q_batch, int q_time, int q_head, int k_batch, int k_time, int k_head, int v_batch, int v_time,
              int v_head, int do_batch, int do_time, int do_head, int dq_batch, int dq_time, int dq_head) {
-  constexpr int kRows = 16 * kQueryTiles, kTile = kQueryKeys * kSize;
-  SHARED(Half, tiles, 4 * kTile);
+  constexpr int kRows = 16 * kQueryTiles;
   const Place at = query_place<kRows>(T);
   const long long batch = blockIdx.z, head = at.head;
   const int heads = gridDim.y * kHeads, row = at.first + lane_row(), left = T - at.first;
@@ -477,26 +498,15 @@ attention_dq(const Half* q, const Half* k, const Half* v, const int* starts, con
   clear(sum);
   const Range seen = seen_by(starts, at.first, kRows, T);
 
-  Parts<kQueryKeys> parts;
-  int key = STARTS ? starts[at.block_first] / kQueryKeys * kQueryKeys : 0;
-  load_parts(parts, k, k_time, v, v_time, key, T);
-  store_parts(parts, tiles);
-  sync_threads();
-  int buffer = 0;
-  for (; key < at.block_end; key += kQueryKeys) {
+  const int from = STARTS ? starts[at.block_first] : 0;
+  for_tiles<kQueryKeys>(k, k_time, v, v_time, from, at.block_end, T, [&](const Half* k, const Half* v, int key) {
     const int next = key + kQueryKeys;
-    if (next < at.block_end)
-      load_parts(parts, k, k_time, v, v_time, next, T);
-    const Half* tile = tiles + buffer * 2 * kTile;
     if (seen.all_from <= key && next <= seen.all_to) {
-      query_gradient<false>(sum, a, d, tile, tile + kTile, c, shift, up, delta, row, key, starts, T);
+      query_gradient<false>(sum, a, d, k, v, c, shift, up, delta, row, key, starts, T);
     } else if (seen.from < next && key < seen.to) {
-      query_gradient<true>(sum, a, d, tile, tile + kTile, c, shift, up, delta, row, key, starts, T);
+      query_gradient<true>(sum, a, d, k, v, c, shift, up, delta, row, key, starts, T);
     }
-    buffer ^= 1;
-    if (next < at.block_end) store_parts(parts, tiles + buffer * 2 * kTile);
-    sync_threads();
-  }
+  });
   store_rows(sum, factor, place(dq, batch, at.first, at.head, dq_batch, dq_time, dq_head), dq_time, left);
 }
 LAUNCHER(attention_dq)
@@ -548,10 +558,9 @@ DEVICE void key_gradients(float (&dk)[kKeyTiles][kChunks][4], float (&dv)[kKeyTi
   }
 }
 
-DEVICE Columns load_columns(const float* rows, const int* starts, int query, int T) {
-  const int mine = query + threadIdx.x;
-  if (threadIdx.x >= kKeyQueries || mine >= T) return {make_float2(kMasked, 0), T};
-  return {*reinterpret_cast<const float2*>(rows + 2 * mine), STARTS ? starts[mine] : 0};
+DEVICE Columns load_columns(const float* rows, const int* starts, int left) {
+  if (threadIdx.x >= kKeyQueries || static_cast<int>(threadIdx.x) >= left) return {make_float2(kMasked, 0), 1 << 30};
+  return {*reinterpret_cast<const float2*>(rows), STARTS ? *starts : 0};
 }
 
 // The first position from `low` on whose start is beyond `key`.
@@ -564,7 +573,7 @@ DEVICE int first_beyond(const int* starts, int low, int T, int key) {
   return low;
 }
 
-KERNEL(kThreads, kBlocks)
+KERNEL(kThreads, kKeyBlocks)
 attention_dkdv(const Half* q, const Half* k, const Half* v, const int* starts, const Half* d_o, const float* rows,
                const float* v_norm, const float* do_norm, Half* dk, Half* dv, int T, float scale, int q_batch,
                int q_time, int q_head, int k_batch, int k_time, int k_head, int v_batch, int v_time, int v_head,
@@ -577,9 +586,6 @@ attention_dkdv(const Half* q, const Half* k, const Half* v, const int* starts, c
   const long long batch = blockIdx.z, kv = blockIdx.y;
   const int block_first = blockIdx.x * kKeyRows, first = block_first + threadIdx.x / 32 * 16 * kKeyTiles;
   const int key = first + lane_row(), heads = gridDim.y * kGroup, left = T - first;
-  q = place(q, batch, 0, kv * kGroup, q_batch, q_time, q_head);
-  d_o = place(d_o, batch, 0, kv * kGroup, do_batch, do_time, do_head);
-  rows += (batch * heads + kv * kGroup) * T * 2;
   starts += batch * T;
   const float c = scale * kLog2e;
 
@@ -589,6 +595,7 @@ attention_dkdv(const Half* q, const Half* k, const Half* v, const int* starts, c
 
   const int norms = (T + 15) / 16, from = block_first / 16;
   float do_largest = 0;
+#pragma unroll 1
   for (int h = 0; h < kGroup; ++h) {
     const float x = warp_max(do_norm + (batch * heads + kv * kGroup + h) * norms + from, norms - from);
     do_largest = float_from_bits(max(float_bits(do_largest), float_bits(x)));
@@ -606,8 +613,11 @@ attention_dkdv(const Half* q, const Half* k, const Half* v, const int* starts, c
   Parts<kKeyQueries> parts;
   Columns next_columns;
   int query = begin, head = 0, buffer = 0;
-  load_parts(parts, q, q_time, d_o, do_time, query, T);
-  next_columns = load_columns(rows, starts, query, T);
+  q = place(q, batch, begin + part_row(), kv * kGroup, q_batch, q_time, q_head) + part_column();
+  d_o = place(d_o, batch, begin + part_row(), kv * kGroup, do_batch, do_time, do_head) + part_column();
+  rows += ((batch * heads + kv * kGroup) * T + begin + threadIdx.x) * 2;
+  load_parts(parts, q, q_time, d_o, do_time, T - begin);
+  next_columns = load_columns(rows, starts + begin + threadIdx.x, T - begin);
   while (true) {
     store_parts(parts, tiles + buffer * 2 * kTile);
     if (threadIdx.x < kKeyQueries) {
@@ -618,10 +628,19 @@ attention_dkdv(const Half* q, const Half* k, const Half* v, const int* starts, c
     sync_threads();
     const int current = query;
     query += kKeyQueries;
-    if (query >= end) query = begin, ++head;
+    q = later(q, kKeyQueries, q_time);
+    d_o = later(d_o, kKeyQueries, do_time);
+    rows += 2 * kKeyQueries;
+    if (query >= end) {
+      q = place(q, 0, begin - query, 1, 0, q_time, q_head);
+      d_o = place(d_o, 0, begin - query, 1, 0, do_time, do_head);
+      rows += 2 * (T + begin - query);
+      query = begin;
+      ++head;
+    }
     if (head < kGroup) {
-      load_parts(parts, later(q, head, q_head), q_time, later(d_o, head, do_head), do_time, query, T);
-      next_columns = load_columns(later(rows, head, 2 * T), starts, query, T);
+      load_parts(parts, q, q_time, d_o, do_time, T - query);
+      next_columns = load_columns(rows, starts + query + threadIdx.x, T - query);
     }
     const Half* tile = tiles + buffer * 2 * kTile;
     const float2* tile_columns = columns + buffer * kKeyQueries;
