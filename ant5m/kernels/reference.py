@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 # Logits alive at once in the head. On two CPU cores 16 MiB (256 rows of 16,384 entries) was fastest.
 HEAD_CHUNK_BYTES = 16 << 20
+# A GPU would wait for the launches: 65,536 rows are 256 such chunks.
+GPU_HEAD_CHUNK_BYTES = 256 << 20
 
 
 def why_not(op: str, *tensors: torch.Tensor) -> str | None:
@@ -125,7 +127,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        rows = max(1, min(hidden.shape[0], HEAD_CHUNK_BYTES // (weight.shape[0] * wide.itemsize)))
+        chunk_bytes = GPU_HEAD_CHUNK_BYTES if hidden.is_cuda else HEAD_CHUNK_BYTES
+        rows = max(1, min(hidden.shape[0], chunk_bytes // (weight.shape[0] * wide.itemsize)))
         buffer = hidden.new_empty(rows, weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             chunk = slice(start, start + rows)

@@ -131,14 +131,25 @@ def _attention_over_cache(q, k, v):
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.sizes = [config.intermediate_size] * 2
+        self.size = config.intermediate_size
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        both = F.linear(x, torch.cat((self.gate_proj.weight, self.up_proj.weight)))
-        return self.down_proj(kernels.swiglu(*_split(both, self.sizes)))
+        gate, up, down = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+        size = _product_size(self.size, x)
+        if size != self.size:
+            more = size - self.size  # silu(0) * 0 = 0, and so are all its gradients
+            gate, up, down = F.pad(gate, (0, 0, 0, more)), F.pad(up, (0, 0, 0, more)), F.pad(down, (0, more))
+        both = F.linear(x, torch.cat((gate, up)))
+        return F.linear(kernels.swiglu(*_split(both, [size, size])), down)
+
+
+def _product_size(size: int, x: torch.Tensor) -> int:
+    """`size`, or what a GPU takes for it: in 16 bits its fastest products take rows of whole 16 bytes,
+    and those of 516 numbers are not."""
+    return size + -size % 8 if x.is_cuda and x.itemsize == 2 else size
 
 
 class Layer(nn.Module):

@@ -2,11 +2,11 @@
 
 All that a step decides, it decides on the device: whether an fp16 overflow skips it, the loss scale, how far
 the learning rate is. So nothing in it waits for the device, and on a GPU the whole step is one CUDA graph:
-a step of `ant-5m` is some thousand launches, which take a CPU longer than the GPU needs to compute them.
+a step of `ant-5m` is more than a thousand launches, which take a host longer than a GPU computes.
 
 In half precision the matrices of the layers are copied once a step, and the products read the copies. A
-parameter then costs 6 bytes of traffic a step. Autocast joins what is multiplied together in fp32 and casts
-that, in each micro-batch: 8 + 6 bytes.
+parameter then costs 6 bytes of traffic a step, and 4 in each micro-batch where copies are joined for one
+product. Autocast joins in fp32 and casts that, in each micro-batch: 8 + 6 bytes.
 """
 
 import warnings
