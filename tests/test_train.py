@@ -16,7 +16,7 @@ from ant5m.errors import UserError
 from ant5m.files import write_json
 from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import latest_checkpoint, load
-from ant5m.model.config import ModelConfig
+from ant5m.model.config import PRESETS, ModelConfig
 from ant5m.train import TrainConfig, plan, pretrain, trainer
 from ant5m.train.metrics import read_metrics
 from ant5m.train.precision import LossScaler
@@ -186,6 +186,17 @@ def test_one_pass_over_given_data_is_the_default():
     planned = plan.complete(TrainConfig(data="somewhere"), MODEL, 10**6, torch.device("cpu"), pytest.fail)
     assert planned.steps * planned.batch_size * 32 == pytest.approx(10**6, rel=0.05)
     assert planned.batch_size % planned.micro_batch_size == 0
+
+
+@pytest.mark.parametrize(("gigabytes", "rows", "kept"), [(15.8, 64, True), (8, 64, False), (3, 16, False)])
+def test_a_gpu_computes_at_once_what_fits_beside_the_tokens(gigabytes, rows, kept, monkeypatch):
+    """A T4 takes the 65,536 tokens of the published recipe as one, and keeps its 655M."""
+    monkeypatch.setattr(plan, "_memory", lambda device: int(gigabytes * 1e9))
+    device, tokens = torch.device("cuda"), 655_360_000
+    asked = TrainConfig(data="somewhere", steps=10_000)
+    planned = plan.complete(asked, PRESETS["ant-5m"], tokens, device, pytest.fail)
+    assert (planned.batch_size, planned.micro_batch_size) == (64, rows)
+    assert plan.keeps_tokens(tokens, device) == kept and not plan.keeps_tokens(tokens, torch.device("cpu"))
 
 
 def test_the_batch_law_gives_the_published_batch():

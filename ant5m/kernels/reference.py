@@ -10,7 +10,7 @@ import torch.nn.functional as F
 # Logits alive at once in the head. On two CPU cores 16 MiB (256 rows of 16,384 entries) was fastest.
 HEAD_CHUNK_BYTES = 16 << 20
 # A GPU would wait for the launches: 65,536 rows are 256 such chunks.
-GPU_HEAD_CHUNK_BYTES = 256 << 20
+GPU_HEAD_CHUNK_BYTES = 128 << 20
 
 
 def why_not(op: str, *tensors: torch.Tensor) -> str | None:
