@@ -28,9 +28,6 @@ pytest.importorskip("triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-if DEVICE == "cuda":
-    pytestmark = pytest.mark.gpu  # pytest -m gpu runs all of this file
-runs_here = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="runs in test_in_the_interpreter")
 big = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")]
 
 SMALL = ModelConfig(
@@ -51,6 +48,13 @@ TOLERANCES = {
     "attention": {fp32: 1e-5, fp16: 5e-3, bf16: 2e-2},
     "linear_cross_entropy": {fp32: 1e-5, fp16: 5e-3, bf16: 2e-2},
 }
+
+
+def runs_here(test):
+    """For what needs the interpreter or a GPU; `pytest -m gpu` takes all of it."""
+    nothing = not INTERPRETED and DEVICE == "cpu"
+    marked = pytest.mark.skipif(nothing, reason="runs in test_in_the_interpreter")(test)
+    return pytest.mark.gpu(marked) if DEVICE == "cuda" else marked
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")

@@ -195,7 +195,9 @@ class CapturedStep:
 def _record(run: Callable[[], Numbers], stream: torch.cuda.Stream) -> Callable[[], Numbers]:
     """Capture `run`, which only queues work on fixed memory then, and return what does the work."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    # The outer context brings the stream back where the capture fails; torch's own does not.
+    current = torch.cuda.current_stream(stream.device)
+    with torch.cuda.stream(current), torch.cuda.graph(graph, stream=stream):
         numbers = run()
 
     def replay() -> Numbers:
