@@ -1,13 +1,17 @@
 """The CUDA attention on the emulated device, against the plainest formula in float64."""
 
 import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 from cuda_host import SOURCES, HostLibrary, compile_kernels, needs_compiler
 
-pytestmark = needs_compiler
-
+NVCC = shutil.which("nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 SOURCE = SOURCES / "attention.cu"
 NAN = float("nan")
 
@@ -20,10 +24,8 @@ def run(q, k, v, do, starts=None, descending=False, text=None):
     defines = {"HEAD_SIZE": size, "GROUP": group, "STARTS": int(starts is not None)}
     device = HostLibrary(compile_kernels(text or SOURCE, **defines), descending)
     together = next(n for n in (4, 3, 2, 1) if group % n == 0)
-    rows, backward_rows = 32, 16 if size == 64 else 32
-
-    def grid(rows):
-        return -(-length // (4 // together * rows)), kv * group // together, batch
+    grid = -(-length // (4 // together * 32)), kv * group // together, batch
+    keys = 64 if size == 64 else 128
 
     def empty(*shape, dtype=torch.float32):
         return torch.full(shape, NAN, dtype=dtype)
@@ -35,14 +37,14 @@ def run(q, k, v, do, starts=None, descending=False, text=None):
     v_norm, do_norm = empty(batch, kv, norms), empty(batch, heads, norms)
     numbers = length, 1 / math.sqrt(size), *(s for x in (q, k, v) for s in x.stride()[:3])
     some = torch.zeros(1, dtype=torch.int32) if starts is None else starts
-    device.launch("attention_forward", grid(rows), 128, q, k, v, some, o, lse, v_norm, *numbers)
+    device.launch("attention_forward", grid, 128, q, k, v, some, o, lse, v_norm, *numbers)
     device.launch(
-        "attention_dq", grid(backward_rows), 128,
+        "attention_dq", grid, 128,
         q, k, v, some, o, do, lse, v_norm, row_terms, do_norm, dq, *numbers,
         *do.stride()[:3], *dq.stride()[:3],
     )  # fmt: skip
     device.launch(
-        "attention_dkdv", (-(-length // (4 * backward_rows)), kv, batch), 128,
+        "attention_dkdv", (-(-length // keys), kv, batch), 128,
         q, k, v, some, do, row_terms, v_norm, do_norm, dk, dv, *numbers,
         *do.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
     )  # fmt: skip
@@ -92,19 +94,12 @@ def assert_right(got, q, k, v, do, starts=None):
         assert error(mine, right, floor) <= min(5e-3, error(plain, right, floor) + 1e-4), name
 
 
-SHAPES = [
-    (4, 2, 16),
-    (1, 2, 16),
-    (3, 1, 16),
-    (8, 1, 16),
-    (2, 1, 32),
-    (1, 4, 64),
-    (4, 1, 64),
-]  # group, kv, size
+SHAPES = [(4, 2, 16), (8, 1, 16), (2, 1, 16), (3, 1, 32), (1, 4, 64), (4, 1, 64)]  # group, kv, size
 
 
 @pytest.mark.parametrize("descending", [False, True], ids=["ascending", "descending"])
 @pytest.mark.parametrize("group, kv, size", SHAPES)
+@needs_compiler
 def test_attention(group, kv, size, descending):
     for length in (65, 130) if descending else (1, 15, 17, 63, 65, 130):
         x = draw(2, length, group * kv, kv, size)
@@ -112,6 +107,7 @@ def test_attention(group, kv, size, descending):
 
 
 @pytest.mark.parametrize("group, kv, size", [(4, 2, 16), (1, 4, 64)])
+@needs_compiler
 def test_views_of_one_tensor(group, kv, size):
     """q, k and v side by side in one tensor, and a gradient with the heads outside."""
     heads = group * kv
@@ -125,6 +121,7 @@ def test_views_of_one_tensor(group, kv, size):
 
 
 @pytest.mark.parametrize("scale", [4.0, 30.0, 300.0])
+@needs_compiler
 def test_peaked_scores(scale):
     """Up to scores of some 10,000, of which one takes all: no NaN, and still the right one."""
     x = draw(1, 130, 4, 1, 16, scale=scale)
@@ -137,6 +134,7 @@ def test_peaked_scores(scale):
 
 
 @pytest.mark.parametrize("exponent", [-20, -12, 0, 9, 13])
+@needs_compiler
 def test_scaled_gradients(exponent):
     """dQ and dK lose nothing, however small or large the scale of the loss."""
     q, k, v, do = draw(1, 70, 4, 1, 16)
@@ -153,6 +151,7 @@ def test_scaled_gradients(exponent):
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, NAN])
 @pytest.mark.parametrize("where", ["q", "k", "v", "do"])
+@needs_compiler
 def test_overflow_is_not_lost(where, bad):
     """A number that is not finite makes all that depends on it not finite, and nothing of earlier tiles."""
     x = dict(zip(("q", "k", "v", "do"), draw(1, 130, 4, 1, 16), strict=True))
@@ -170,6 +169,7 @@ def test_overflow_is_not_lost(where, bad):
         assert dk[:, 128:].isfinite().all() and dv[:, 128:].isfinite().all()
 
 
+@needs_compiler
 def test_largest_halves():
     """Gradients and values of 65,504: infinite or NaN where the results do not fit, right where they do."""
     q, k, v, do = draw(1, 70, 4, 1, 16)
@@ -184,6 +184,7 @@ def test_largest_halves():
 
 @pytest.mark.parametrize("descending", [False, True], ids=["ascending", "descending"])
 @pytest.mark.parametrize("group, kv, size", [(4, 1, 16), (1, 2, 32)])
+@needs_compiler
 def test_documents(group, kv, size, descending):
     x = draw(2, 200, group * kv, kv, size)
     begins = torch.tensor([[0, 37, 64, 65, 131, 199], [0, 1, 2, 100, 160, 192]])
@@ -208,11 +209,12 @@ MUTATIONS = [  # lines, what stands there instead, what must come out wrong
     ({"const float c = scale * kLog2e;": "const float c = 2 * scale * kLog2e;"}, ["o"]),
     ({"    sync_threads();\n    const int next": "    const int next"}, ["o"]),
     ({"    sync_threads();\n    const int current": "    const int current"}, ["dk", "dv"]),
-    ({"const float exponent = 4 - 0.5f *": "const float exponent = 4 - 0.0f *"}, ["dq", "dk"]),
+    ({"return ex2(4 - 0.5f *": "return ex2(4 - 0.0f *"}, ["dq", "dk"]),
 ]
 
 
 @pytest.mark.parametrize("lines, spoiled", MUTATIONS)
+@needs_compiler
 def test_the_tests_can_fail(lines, spoiled):
     text = SOURCE.read_text()
     for line, instead in lines.items():
@@ -225,3 +227,57 @@ def test_the_tests_can_fail(lines, spoiled):
     runs = [dict(zip(names, run(*x, descending=d, text=text), strict=True)) for d in (False, True)]
     for name in spoiled:
         assert not all(error(got[name], truth[name]) < 0.05 for got in runs), name
+
+
+def nvcc(folder, architecture, *flags):
+    """-> PTX or machine code of the kernels, and what ptxas reports by kernel."""
+    out = folder / "attention"
+    command = [NVCC, "-std=c++17", f"-arch={architecture}", "-Xptxas", "-v", *flags, SOURCE, "-o", out]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    reports = re.split(r"Compiling entry function '(\w+)'", done.stderr)[1:]
+    return out, dict(zip(reports[::2], reports[1::2], strict=True))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_90"])
+@pytest.mark.parametrize("size, group, starts", [(16, 4, 0), (16, 4, 1), (64, 1, 0), (64, 4, 0), (32, 3, 0)])
+def test_resources(tmp_path, architecture, size, group, starts):
+    """No spills; two blocks or more fit a multiprocessor of 64 Ki registers and, on 7.5, 64 KiB."""
+    defines = [f"-DHEAD_SIZE={size}", f"-DGROUP={group}", f"-DSTARTS={starts}"]
+    reports = nvcc(tmp_path, architecture, "-cubin", *defines)[1]
+    assert set(reports) == {"attention_forward", "attention_dq", "attention_dkdv"}
+    for kernel, report in reports.items():
+        registers, shared = (int(re.search(p, report)[1]) for p in (r"(\d+) registers", r"(\d+) bytes smem"))
+        blocks = min(65536 // (128 * (registers + 7 & ~7)), 65536 // shared)
+        three = size == 16 and (not starts or kernel == "attention_dkdv")
+        assert blocks >= (3 if three else 2) and shared <= 32 << 10, (kernel, registers, shared)
+        assert "0 bytes spill stores, 0 bytes spill loads" in report, kernel
+
+
+def disassembler():
+    """cuobjdump of the toolkit, or of Triton."""
+    found = shutil.which("cuobjdump")
+    if found is None:
+        triton = pytest.importorskip("triton", reason="there is no cuobjdump")
+        found = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return found
+
+
+@needs_nvcc
+def test_tensor_cores_without_conversions(tmp_path):
+    """Tensor cores on 7.5, and no conversion to half but of the results."""
+    code, _ = nvcc(tmp_path, "sm_75", "-cubin", "-DHEAD_SIZE=16", "-DGROUP=4", "-DSTARTS=0")
+    command = [disassembler(), "-sass", code]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for kernel in listing.split("Function : ")[1:]:
+        results = 32 if kernel.startswith("attention_dkdv") else 16
+        assert kernel.count("HMMA.1688.F32") >= 96
+        assert kernel.count("F2F.F16.F32") == results
+
+
+@needs_nvcc
+def test_one_ptx_for_newer_devices(tmp_path):
+    code, _ = nvcc(tmp_path, "compute_75", "-ptx", "-DHEAD_SIZE=16", "-DGROUP=4", "-DSTARTS=0")
+    text = code.read_text()
+    assert text.count("mma.sync.aligned.m16n8k8") >= 96 and ".local" not in text

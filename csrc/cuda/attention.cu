@@ -2,20 +2,19 @@
 //
 // Compile with -DHEAD_SIZE=16|32|64 -DGROUP=<query heads a key/value head> -DSTARTS=0|1.
 //     heads = 4, 3, 2 or 1, the first that divides GROUP: so many of a group share a block of 4 warps and its tiles of
-//     K and V. A warp has `rows` positions of one head.
+//     K and V. A warp has 32 positions of one head, or (dK, dV) 32 keys, 16 at size 64.
 //
-//     kernel              threads  rows                 grid
-//     attention_forward   128      32                   (ceil(T / (4 / heads * rows)), KV * GROUP / heads, B)
-//     attention_dq        128      32, 16 at size 64    the same
-//     attention_dkdv      128      32, 16 at size 64    (ceil(T / (4 * rows)), KV, B)
-//     (4 / heads is 1 for 3 heads: the fourth warp only loads.)
+//     kernel              threads  grid
+//     attention_forward   128      (ceil(T / (4 / heads * 32)), KV * GROUP / heads, B); 4 / 3 is 1: a warp idles
+//     attention_dq        128      the same
+//     attention_dkdv      128      (ceil(T / (64 at size 64, else 128)), KV, B)
 //
 // Backward: first attention_dq, then attention_dkdv. Arguments in order (no other memory is needed):
 //     forward  q k v starts        o lse v_norm          T scale  strides of q k v
 //     dq       q k v starts o do   lse v_norm rows do_norm dq        T scale  strides of q k v do dq
 //     dkdv     q k v starts do     rows v_norm do_norm dk dv         T scale  strides of q k v do dk dv
 // q, do, dq [B, T, H, D] and k, v, dk, dv [B, T, KV, D] halves, each with three int strides (B, T, H) in elements, the
-// last dimension dense; q, k, v and do start at multiples of 16 bytes and have strides that are multiples of 8.
+// last dimension dense; all start at multiples of 16 bytes and have strides that are multiples of 8.
 // o [B, T, H, D] halves, dense. starts [B, T] int32, dense, not decreasing along T: position t sees starts[t]..t; any
 // pointer where STARTS is 0. lse [B, H, T] fp32: log2 of the sum of 2^(score * scale * log2 e). v_norm [B, KV, T / 16]
 // and do_norm [B, H, T / 16] fp32 (rounded up): largest squared norms of 16 rows. rows [B, H, T, 2] fp32.
@@ -27,7 +26,13 @@
 //     that 2^5. dQ scales each row, dK and dV each block of keys, whence the norms. Infinity and NaN in dO, O, lse or V
 //     make the scale, and with it the results, not finite: an overflow is never lost.
 //
-// Products per 16 x 8 scores: 4 forward, 6 dQ, 8 dK and dV at head size 16. Source: Dao, "FlashAttention-2", 2023.
+// Instructions that a warp issues per 16 x 8 scores off the diagonal, mma among them, and registers (nvcc 13.0, sm_75,
+// GROUP 4); on paper, the cycles that these scores take in a T4's tensor core and in its unit of 2^x:
+//                       head size 16            32                     64                    cycles at 16
+//     forward           30.1 ( 4)  154          36.6 ( 8)  193         56.9 (16)  214          32, 34
+//     dQ                33.9 ( 6)  148          42.1 (12)  195         61.8 (24)  224          48, 32
+//     dK, dV            43.1 ( 8)  161          53.5 (16)  228         82.2 (32)  217          64, 32
+// Source: Dao, "FlashAttention-2", 2023.
 #include "ptx.h"
 
 constexpr int kSize = HEAD_SIZE, kGroup = GROUP;
@@ -36,7 +41,7 @@ constexpr int kHeads = kGroup % 4 == 0 ? 4 : kGroup % 3 == 0 ? 3 : kGroup % 2 ==
 constexpr int kThreads = 128;
 
 constexpr int kForwardTiles = 2, kForwardKeys = kSize == 64 ? 32 : 64;  // row tiles of 16 a warp; keys a tile
-constexpr int kQueryTiles = kSize == 64 ? 1 : 2, kQueryKeys = kSize == 16 ? 64 : 32;
+constexpr int kQueryTiles = 2, kQueryKeys = 1024 / kSize;
 constexpr int kKeyTiles = kSize == 64 ? 1 : 2, kKeyQueries = kSize == 16 ? 64 : 32;
 constexpr int kKeyRows = 4 * 16 * kKeyTiles;
 // Blocks a multiprocessor: what the registers allow without spills.
@@ -210,14 +215,9 @@ DEVICE void store_norm(float* norms, unsigned bits, int row, int T) {
   if (lane < tiles && row + lane * 16 < T) norms[row / 16 + lane] = float_from_bits(bits);
 }
 
-// What brings 2 |dO| |V| to 2^5; bits that are not finite, too, in `down`, its inverse.
-struct Scale {
-  float up, down;
-};
-
-DEVICE Scale gradient_scale(float do_norm, float v_norm) {
-  const float exponent = 4 - 0.5f * lg2(do_norm * v_norm + 0x1p-100f);
-  return {ex2(exponent), ex2(-exponent)};
+// What brings 2 |dO| |V| to 2^5. Its inverse is not finite where a norm is not.
+DEVICE float gradient_scale(float do_norm, float v_norm) {
+  return ex2(4 - 0.5f * lg2(do_norm * v_norm + 0x1p-100f));
 }
 
 // ---- masks
@@ -417,8 +417,9 @@ DEVICE void query_gradient(float (&dq)[kQueryTiles][kChunks][4], const Rows (&q)
                            const Rows (&d)[kQueryTiles], const Half* k, const Half* v, float c,
                            const float (&shift)[kQueryTiles][2], const float (&up)[kQueryTiles][2],
                            const float (&delta)[kQueryTiles][2], int row, int key, const int* starts, int T) {
-#pragma unroll
+#pragma unroll 2
   for (int s = 0; s < kQueryKeys; s += 16) {
+    if (masked && key + s >= row - lane_row() + 16 * kQueryTiles) break;  // behind the last row
     unsigned b[2][kChunks];
     float score[kQueryTiles][2][4], dp[kQueryTiles][2][4];
     load_b(b, k + s * kSize, false);
@@ -461,7 +462,7 @@ attention_dq(const Half* q, const Half* k, const Half* v, const int* starts, con
 
   const int norms = (T + 15) / 16;
   const float v_largest = warp_max(v_norm + (batch * (heads / kGroup) + at.kv) * norms, (at.block_end + 15) / 16);
-  float shift[kQueryTiles][2], up[kQueryTiles][2], delta[kQueryTiles][2], factor[kQueryTiles][2];
+  float shift[kQueryTiles][2], up[kQueryTiles][2], delta[kQueryTiles][2];
   unsigned largest = 0;
   lse += (batch * heads + head) * T;
   rows += (batch * heads + head) * T * 2;
@@ -484,10 +485,8 @@ attention_dq(const Half* q, const Half* k, const Half* v, const int* starts, con
       const float own = mine < T ? lse[mine] : 0;
       norm += 0 * (own + along);  // NaN where they are not finite
       shift[m][i] = kBias - own;
-      const Scale kappa = gradient_scale(norm, v_largest);
-      up[m][i] = kappa.up;
-      delta[m][i] = -kappa.up * along;
-      factor[m][i] = kappa.down * (scale * kUnshift);
+      up[m][i] = gradient_scale(norm, v_largest);
+      delta[m][i] = -up[m][i] * along;
       largest = max(largest, float_bits(norm) & 0x7fffffffu);
       if (mine < T && threadIdx.x % 4 == 0)
         *reinterpret_cast<float2*>(rows + 2 * mine) = make_float2(shift[m][i], along);
@@ -507,6 +506,11 @@ attention_dq(const Half* q, const Half* k, const Half* v, const int* starts, con
       query_gradient<true>(sum, a, d, k, v, c, shift, up, delta, row, key, starts, T);
     }
   });
+  float factor[kQueryTiles][2];
+#pragma unroll
+  for (int m = 0; m < kQueryTiles; ++m)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) factor[m][i] = rcp(up[m][i]) * (scale * kUnshift);
   store_rows(sum, factor, place(dq, batch, at.first, at.head, dq_batch, dq_time, dq_head), dq_time, left);
 }
 LAUNCHER(attention_dq)
@@ -523,8 +527,9 @@ template <bool masked>
 DEVICE void key_gradients(float (&dk)[kKeyTiles][kChunks][4], float (&dv)[kKeyTiles][kChunks][4],
                           const Rows (&k)[kKeyTiles], const Rows (&v)[kKeyTiles], const Half* q, const Half* d,
                           const float2* rows, const int* starts, float c, float up, int key, int query) {
-#pragma unroll
+#pragma unroll 2
   for (int s = 0; s < kKeyQueries; s += 16) {
+    if (masked && query + s + 16 <= key - lane_row()) continue;  // before the first key
     unsigned b[2][kChunks];
     float p[kKeyTiles][2][4], ds[kKeyTiles][2][4];
     load_b(b, q + s * kSize, false);
@@ -602,7 +607,7 @@ attention_dkdv(const Half* q, const Half* k, const Half* v, const int* starts, c
   }
   const float v_largest =
       warp_max(v_norm + (batch * gridDim.y + kv) * norms + from, min(kKeyRows / 16, norms - from));
-  const Scale kappa = gradient_scale(do_largest, v_largest);
+  const float up = gradient_scale(do_largest, v_largest);
 
   float dk_sum[kKeyTiles][kChunks][4], dv_sum[kKeyTiles][kChunks][4];
   clear(dk_sum);
@@ -622,7 +627,7 @@ attention_dkdv(const Half* q, const Half* k, const Half* v, const int* starts, c
     store_parts(parts, tiles + buffer * 2 * kTile);
     if (threadIdx.x < kKeyQueries) {
       const float2 row = next_columns.row;
-      columns[buffer * kKeyQueries + threadIdx.x] = make_float2(row.x, -kappa.up * row.y);
+      columns[buffer * kKeyQueries + threadIdx.x] = make_float2(row.x, -up * row.y);
       if (STARTS) column_starts[buffer * kKeyQueries + threadIdx.x] = next_columns.start;
     }
     sync_threads();
@@ -647,10 +652,10 @@ attention_dkdv(const Half* q, const Half* k, const Half* v, const int* starts, c
     const int* tile_starts = column_starts + buffer * kKeyQueries;
     const bool all = first + 16 * kKeyTiles <= current + 1 && (!STARTS || tile_starts[kKeyQueries - 1] <= first);
     if (all) {
-      key_gradients<false>(dk_sum, dv_sum, a, b, tile, tile + kTile, tile_columns, tile_starts, c, kappa.up, key,
+      key_gradients<false>(dk_sum, dv_sum, a, b, tile, tile + kTile, tile_columns, tile_starts, c, up, key,
                            current);
     } else if (first < current + kKeyQueries) {
-      key_gradients<true>(dk_sum, dv_sum, a, b, tile, tile + kTile, tile_columns, tile_starts, c, kappa.up, key,
+      key_gradients<true>(dk_sum, dv_sum, a, b, tile, tile + kTile, tile_columns, tile_starts, c, up, key,
                           current);
     }
     if (head >= kGroup) break;
@@ -662,8 +667,8 @@ attention_dkdv(const Half* q, const Half* k, const Half* v, const int* starts, c
   for (int m = 0; m < kKeyTiles; ++m)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      dk_factor[m][i] = kappa.down * (scale * kUnshift);
-      dv_factor[m][i] = kUnshift + 0 * kappa.down;  // NaN, too, where the scale is not finite
+      dk_factor[m][i] = rcp(up) * (scale * kUnshift);
+      dv_factor[m][i] = kUnshift + 0 * rcp(up);  // NaN, too, where the scale is not finite
     }
   store_rows(dk_sum, dk_factor, place(dk, batch, first, kv, dk_batch, dk_time, dk_head), dk_time, left);
   store_rows(dv_sum, dv_factor, place(dv, batch, first, kv, dv_batch, dv_time, dv_head), dv_time, left);
