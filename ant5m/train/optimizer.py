@@ -28,22 +28,23 @@ class Muon(torch.optim.Muon):
                 self._step_together(group, parameters)
 
     def _step_together(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
-        gradients = torch.stack([p.grad for p in parameters if p.grad is not None])
+        gradients = [p.grad for p in parameters if p.grad is not None]
         momenta = [self._momentum(p) for p in parameters]
-        momentum = torch.stack(momenta)
         rate = group["lr"]
         if self.found_inf is not None:
             # A mean of the momentum and itself is itself, and a rate of 0 leaves the weights.
-            gradients = torch.where(self.found_inf > 0, momentum, gradients)
+            skipped = self.found_inf > 0
+            gradients = [torch.where(skipped, m, g) for m, g in zip(momenta, gradients, strict=True)]
             rate = rate * (1 - self.found_inf)
-        momentum.lerp_(gradients, 1 - group["momentum"])
-        torch._foreach_copy_(momenta, list(momentum.unbind()))
-        updates = gradients.lerp_(momentum, group["momentum"]) if group["nesterov"] else momentum
-        orthogonal = newton_schulz(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        updates = torch._foreach_lerp(gradients, momenta, group["momentum"]) if group["nesterov"] else momenta
+        orthogonal = newton_schulz(
+            torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"]
+        ).to(parameters[0].dtype)
         rows, columns = parameters[0].shape
-        change = orthogonal.to(parameters[0].dtype) * (rate * -(max(1.0, rows / columns) ** 0.5))
+        orthogonal *= rate * -(max(1.0, rows / columns) ** 0.5)
         torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
-        torch._foreach_add_(parameters, list(change.unbind()))
+        torch._foreach_add_(parameters, list(orthogonal.unbind()))
 
     def _momentum(self, parameter: torch.Tensor) -> torch.Tensor:
         state = self.state[parameter]
