@@ -69,7 +69,7 @@ def compile_kernels(source: Path | str, **defines: int) -> Path:
 @functools.cache
 def _compile(text: str, defines: tuple[tuple[str, int], ...]) -> Path:
     sanitize = os.environ.get("ANT5M_SANITIZE", "")
-    flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     flags += ["-Wno-clobbered", f"-I{SOURCES}", *(f"-D{name}={value}" for name, value in defines)]
     flags += ["-g", f"-fsanitize={sanitize}"] if sanitize else []
     headers = "".join(path.read_text() for path in sorted(SOURCES.glob("*.h")))

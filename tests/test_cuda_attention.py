@@ -240,8 +240,18 @@ def nvcc(folder, architecture, *flags):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_90"])
-@pytest.mark.parametrize("size, group, starts", [(16, 4, 0), (16, 4, 1), (64, 1, 0), (64, 4, 0), (32, 3, 0)])
+@pytest.mark.parametrize(
+    "architecture, size, group, starts",
+    [
+        ("sm_75", 16, 4, 0),
+        ("sm_75", 16, 4, 1),
+        ("sm_75", 32, 3, 0),
+        ("sm_75", 64, 1, 0),
+        ("sm_75", 64, 4, 0),
+        ("sm_80", 16, 4, 0),
+        ("sm_90", 64, 4, 0),
+    ],
+)
 def test_resources(tmp_path, architecture, size, group, starts):
     """No spills; two blocks or more fit a multiprocessor of 64 Ki registers and, on 7.5, 64 KiB."""
     defines = [f"-DHEAD_SIZE={size}", f"-DGROUP={group}", f"-DSTARTS={starts}"]
