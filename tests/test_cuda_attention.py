@@ -16,6 +16,15 @@ SOURCE = SOURCES / "attention.cu"
 NAN = float("nan")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The formula's products are small: a second thread would only spin."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def run(q, k, v, do, starts=None, descending=False, text=None):
     """-> o, dq, dk, dv of the kernels, as the header of attention.cu says how to launch them."""
     batch, length, heads, size = q.shape
