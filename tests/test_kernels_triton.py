@@ -21,6 +21,7 @@ from ant5m.kernels import triton as ops
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
 from ant5m.train.optimizer import Optimizer
+from ant5m.train.precision import LossScaler
 from ant5m.train.schedule import Schedule
 from ant5m.train.step import Step, make_step
 
@@ -567,6 +568,26 @@ def test_training_follows_the_reference(monkeypatch):
     assert pairs[-1][0] < pairs[0][0] - 0.1
     assert any(a != b for a, b in pairs), "these are not two backends"
     assert all(abs(a - b) < 1e-3 for a, b in pairs), pairs
+
+
+@runs_here
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=big)])
+def test_a_step_in_half_precision_inside_documents(precision, monkeypatch):
+    """Every mixture of dtypes that a step makes: copies, norms on an fp32 stream, a scaled loss."""
+    if DEVICE == "cuda" and precision == "bf16" and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("this device has no bf16")
+    ids = torch.arange(2 * 17, device=DEVICE).view(2, 17) * 7 % 50
+    found = []
+    for backend in ("reference", "triton"):
+        monkeypatch.setattr(kernels, "_selected", backend)
+        torch.manual_seed(0)
+        net = Ant(SMALL).to(DEVICE)
+        scaler = LossScaler(DEVICE) if precision == "fp16" else None
+        step = Step(net, Optimizer(net, "muon"), Schedule(5), 2, 1.0, precision, scaler, eos_token_id=0)
+        numbers = [step(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()) for _ in range(2)]
+        found.append(torch.stack(numbers))
+    assert found[0][:, 2].all() and not torch.equal(*found)
+    torch.testing.assert_close(*found, rtol=1e-2, atol=2e-3)
 
 
 # What must not go unnoticed: the op, a piece of its source, and what a mistake would make of it.
