@@ -10,6 +10,9 @@
 #ifdef _FORTIFY_SOURCE
 #undef _FORTIFY_SOURCE  // its longjmp takes a switch of stacks for an attack
 #endif
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 #include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -251,6 +254,9 @@ const char* launch(void (*kernel)(A...), dim3 grid, unsigned threads, bool desce
   b.current = threadIdx.x = descending ? threads - 1 : 0;
   b.fibers[b.current].started = true;
   swapcontext(&b.out, &b.fibers[b.current].context);
+#ifdef __SANITIZE_ADDRESS__  // or the next one to get this memory is blamed for the fibers' frames
+  ASAN_UNPOISON_MEMORY_REGION(stacks, bytes);
+#endif
   munmap(stacks, bytes);
   if (b.error.empty()) return nullptr;
   char where[64];
