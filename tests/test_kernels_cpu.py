@@ -53,13 +53,17 @@ def run(op, inputs):
     return [*outs, *torch.autograd.grad(loss, [x for x in inputs if x.requires_grad])]
 
 
+def composed_mlp(x, gate, up, down):
+    return reference.swiglu(x @ gate.T, x @ up.T) @ down.T
+
+
 def assert_true(name, *inputs, tolerance=TOLERANCE):
     """The C++ op `name` agrees with the reference in float64."""
     truth_inputs = [
         x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs
     ]
     results = run(getattr(cpu, name), inputs)
-    truth = run(getattr(reference, name), truth_inputs)
+    truth = run(composed_mlp if name == "mlp" else getattr(reference, name), truth_inputs)
     for got, expected in zip(results, truth, strict=True):
         assert got.dtype == torch.float32
         assert got.shape == expected.shape
@@ -200,6 +204,36 @@ class TestSwiGLU:
 
 
 @pytest.mark.usefixtures("instruction_set")
+class TestMLP:
+    @pytest.mark.parametrize(
+        "shape", [(1, 16, 5), (7, 100, 33), (300, 128, 516), (129, 7, 65), (2100, 20, 9)]
+    )
+    def test_odd_shapes(self, shape):
+        tokens, dim, width = shape
+        weights = draw(width, dim, seed=1), draw(width, dim, seed=2), draw(dim, width, seed=3)
+        assert_true("mlp", draw(tokens, dim), *weights)
+
+    def test_wide(self):
+        # Above the width that the fused kernel is for.
+        weights = draw(50, 300, seed=1), draw(50, 300, seed=2), draw(300, 50, seed=3)
+        assert_true("mlp", draw(2, 9, 300), *weights)
+
+    def test_strided_and_misaligned(self):
+        x, weights = (
+            draw(2, 9, 202),
+            (draw(30, 101, seed=1), draw(101, 30, seed=2).T, draw(30, 101, seed=3).T),
+        )
+        assert_true("mlp", x[..., 1:102], *weights)
+        assert_true("mlp", x[..., ::2].transpose(0, 1), *weights)
+
+    def test_without_gradients(self):
+        inputs = CASES["mlp"]()
+        expected = cpu.mlp(*inputs)
+        with torch.no_grad():
+            assert torch.equal(cpu.mlp(*inputs), expected)
+
+
+@pytest.mark.usefixtures("instruction_set")
 class TestLinearCrossEntropy:
     @pytest.mark.parametrize(
         "shape", [(1, 16, 5), (17, 100, 1003), (33, 64, 128), (300, 128, 257), (600, 7, 130)]
@@ -264,6 +298,7 @@ CASES = {
     "rope": lambda: [draw(2, 150, 4, 16), draw(2, 150, 2, 16), *angles(150, 8)],
     "attention": lambda: [draw(2, 150, 4, 16), draw(2, 150, 2, 16), draw(2, 150, 2, 16, seed=1)],
     "swiglu": lambda: [draw(2, 90, 100), draw(2, 90, 100, seed=1)],
+    "mlp": lambda: [draw(2, 300, 24), draw(40, 24), draw(40, 24, seed=1), draw(24, 40)],
     "linear_cross_entropy": lambda: [draw(300, 48), draw(500, 48), torch.arange(300)],
 }
 
@@ -351,6 +386,7 @@ def test_what_it_cannot_run_says_why():
         ("attention", [torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 2, 4), torch.zeros(1, 2, 2, 4)]),
         ("swiglu", [torch.zeros(3, 4), torch.zeros(4)]),
         ("swiglu", [torch.zeros(3), torch.zeros(3, dtype=torch.float64)]),
+        ("mlp", [torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(5, 4), torch.zeros(5, 4)]),
         ("linear_cross_entropy", [torch.zeros(3, 4), torch.zeros(9, 5), torch.zeros(3, dtype=torch.int64)]),
         ("linear_cross_entropy", [torch.zeros(3, 4), torch.zeros(9, 4), torch.zeros(3)]),
     ],

@@ -9,6 +9,7 @@ import ctypes
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from ant5m import _cpu
@@ -165,6 +166,53 @@ def swiglu(gate, up):
     _check_fp32(gate, up)
     _check(gate.shape == up.shape, "gate {} and up {} differ in shape", gate, up)
     return _SwiGLU.apply(gate, up)
+
+
+class _MLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gate, up, down):
+        rows = _matrix(x)
+        gate, up, down = (w.contiguous() for w in (gate, up, down))
+        out = x.new_empty(x.shape)
+        shape = (*rows.shape, len(gate))
+        padded = -(-len(rows) // _cpu.MLP_TOKENS) * _cpu.MLP_TOKENS
+        keep = any(ctx.needs_input_grad)
+        gates, ups = (x.new_empty(padded * len(gate)) if keep else None for _ in range(2))
+        _cpu.mlp_forward(
+            *(shape, *_rows(rows), _address(gate), _address(up), _address(down)),
+            *(_address(out), _address(gates), _address(ups), torch.get_num_threads()),
+        )
+        ctx.save_for_backward(rows, gate, up, down, gates, ups)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, *weights, gates, ups = ctx.saved_tensors
+        grad_rows = _matrix(grad)
+        grads = [grad.new_empty(grad.shape), *(w.new_empty(w.shape) for w in weights)]
+        _cpu.mlp_backward(
+            *((*x.shape, len(weights[0])), *_rows(x), *(_address(w) for w in weights)),
+            *(_address(gates), _address(ups), *_rows(grad_rows)),
+            *(*(_address(g) for g in grads), torch.get_num_threads()),
+        )
+        return tuple(grads)
+
+
+# Above this width the three weights and their gradients leave L2, and products of whole matrices are faster.
+_MLP_WIDTH = 256
+
+
+def mlp(x, gate, up, down):
+    """down (silu(gate x) * (up x)) of x [..., D] with gate, up [W, D] and down [D, W]."""
+    _check_fp32(x, gate, up, down)
+    fit = gate.shape == up.shape == down.shape[::-1] and x.shape[-1:] == gate.shape[1:]
+    _check(fit, "x {}, gate {}, up {}, down {} do not fit", x, gate, up, down)
+    if x.shape[-1] > _MLP_WIDTH:
+        return F.linear(swiglu(F.linear(x, gate), F.linear(x, up)), down)
+    if not torch.is_grad_enabled():
+        x, gate, up, down = (t.detach() for t in (x, gate, up, down))
+    return _MLP.apply(x, gate, up, down)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -219,7 +219,8 @@ void backward_tile(const Rows& k, const Rows& v, int64_t n, int64_t any_dim, con
     multiply_add(n, width, kLanes, {grad_scores, kLanes, 1}, panel.query_row, width, grad_k, width);
 }
 
-// Everything of one key/value head of one sequence.
+// Everything of one key/value head of one sequence: panel by panel of the positions of its query heads, while K, V
+// and their gradients stay in L2.
 template <int kDim>
 void backward_head(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, const Heads& out,
                    const Heads& grad, const float* lse, int64_t batch, int64_t kv, float* grad_q, float* grad_k,
@@ -227,58 +228,40 @@ void backward_head(const AttentionShape& shape, const Heads& q, const Heads& k, 
     const int64_t dim = kDim ? kDim : shape.dim;
     const int64_t width = round_up(dim);
     const int64_t group = shape.heads / shape.kv_heads;
-    const int64_t panels = panels_of(shape.length);
-    float* probabilities = scratch(2 * kBackwardKeys * (kLanes + width) + panels * group * Panel::size(dim));
+    float* probabilities = scratch(2 * kBackwardKeys * kLanes + Panel::size(dim) + 2 * shape.length * width);
     float* grad_scores = probabilities + kBackwardKeys * kLanes;
-    float* tile_k = grad_scores + kBackwardKeys * kLanes;
-    float* tile_v = tile_k + kBackwardKeys * width;
-    float* memory = tile_v + kBackwardKeys * width;
-    const auto panel_at = [&](int64_t p, int64_t g) {
-        return Panel(memory + (p * group + g) * Panel::size(dim), dim);
-    };
-    const auto lanes_of = [&](int64_t p) {
-        const int64_t left = shape.length - p * kLanes;
-        return left < kLanes ? left : kLanes;
-    };
-    for (int64_t p = 0; p < panels; ++p)
-        for (int64_t g = 0; g < group; ++g) {
-            const int64_t head = kv * group + g;
-            const int64_t first = p * kLanes;
+    const Panel panel(grad_scores + kBackwardKeys * kLanes, dim);
+    float* sum_k = grad_scores + kBackwardKeys * kLanes + Panel::size(dim);  // [length, width]
+    float* sum_v = sum_k + shape.length * width;                             // [length, width]
+    std::memset(sum_k, 0, sizeof(float) * 2 * shape.length * width);
+    for (int64_t first = 0; first < shape.length; first += kLanes)
+        for (int64_t head = kv * group; head < (kv + 1) * group; ++head) {
+            const int64_t lanes = shape.length - first < kLanes ? shape.length - first : kLanes;
             load_panel(rows_of(q, batch, head).from(first), rows_of(out, batch, head).from(first),
                        rows_of(grad, batch, head).from(first),
-                       lse + (batch * shape.heads + head) * shape.length + first, lanes_of(p), dim, panel_at(p, g));
-        }
-    for (int64_t start = 0; start < shape.length; start += kBackwardKeys) {
-        const Rows keys = rows_of(k, batch, kv).from(start);
-        const Rows values = rows_of(v, batch, kv).from(start);
-        const int64_t left = shape.length - start;
-        const int64_t keys_here = left < kBackwardKeys ? left : kBackwardKeys;
-        std::memset(tile_k, 0, sizeof(float) * 2 * kBackwardKeys * width);
-        for (int64_t p = start / kLanes; p < panels; ++p)
-            for (int64_t g = 0; g < group; ++g) {
-                const int64_t first = p * kLanes;
-                const int64_t seen = first + lanes_of(p) - start;
-                const int64_t n = seen < keys_here ? seen : keys_here;
+                       lse + (batch * shape.heads + head) * shape.length + first, lanes, dim, panel);
+            for (int64_t start = 0; start < first + lanes; start += kBackwardKeys) {
+                const int64_t left = first + lanes - start;
+                const int64_t n = left < kBackwardKeys ? left : kBackwardKeys;
+                const Rows keys = rows_of(k, batch, kv).from(start);
+                const Rows values = rows_of(v, batch, kv).from(start);
                 if (start + n - 1 > first)
-                    backward_tile<kDim>(keys, values, n, dim, panel_at(p, g),
-                                        Mask{static_cast<int32_t>(start - first)}, probabilities, grad_scores, tile_k,
-                                        tile_v);
+                    backward_tile<kDim>(keys, values, n, dim, panel, Mask{static_cast<int32_t>(start - first)},
+                                        probabilities, grad_scores, sum_k + start * width, sum_v + start * width);
                 else
-                    backward_tile<kDim>(keys, values, n, dim, panel_at(p, g), Unmasked{}, probabilities, grad_scores,
-                                        tile_k, tile_v);
+                    backward_tile<kDim>(keys, values, n, dim, panel, Unmasked{}, probabilities, grad_scores,
+                                        sum_k + start * width, sum_v + start * width);
             }
-        for (int64_t i = 0; i < keys_here; ++i)
-            for (int64_t d = 0; d < dim; ++d) {
-                const int64_t at = ((batch * shape.length + start + i) * shape.kv_heads + kv) * dim + d;
-                grad_k[at] = tile_k[i * width + d] * kLn2;  // the queries carried log2(e)
-                grad_v[at] = tile_v[i * width + d];
-            }
-    }
-    for (int64_t p = 0; p < panels; ++p)
-        for (int64_t g = 0; g < group; ++g)
-            transpose(dim, lanes_of(p), panel_at(p, g).grad_q, kLanes,
-                      grad_q + ((batch * shape.length + p * kLanes) * shape.heads + kv * group + g) * dim,
-                      shape.heads * dim, 1.0f / sqrtf(static_cast<float>(dim)));
+            transpose(dim, lanes, panel.grad_q, kLanes,
+                      grad_q + ((batch * shape.length + first) * shape.heads + head) * dim, shape.heads * dim,
+                      1.0f / sqrtf(static_cast<float>(dim)));
+        }
+    for (int64_t t = 0; t < shape.length; ++t)
+        for (int64_t d = 0; d < dim; ++d) {
+            const int64_t at = ((batch * shape.length + t) * shape.kv_heads + kv) * dim + d;
+            grad_k[at] = sum_k[t * width + d] * kLn2;  // the queries carried log2(e)
+            grad_v[at] = sum_v[t * width + d];
+        }
 }
 
 // The head dimensions of common models as constants, which lets the compiler unroll; 0 is any other.

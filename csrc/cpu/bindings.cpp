@@ -42,6 +42,12 @@ struct Argument<const ant5m::AttentionShape&> {
     }
 };
 
+template <>
+struct Argument<const ant5m::MlpShape&> {
+    using Type = std::tuple<int64_t, int64_t, int64_t>;
+    static ant5m::MlpShape from(const Type& x) { return {std::get<0>(x), std::get<1>(x), std::get<2>(x)}; }
+};
+
 // The op of the instruction set in use, under the GIL's release.
 template <typename... A>
 void define(py::module_& m, const char* name, void (*ant5m::Ops::*op)(A...)) {
@@ -75,4 +81,7 @@ PYBIND11_MODULE(_cpu, m) {
     define(m, "rope", &ant5m::Ops::rope);
     define(m, "swiglu_forward", &ant5m::Ops::swiglu_forward);
     define(m, "swiglu_backward", &ant5m::Ops::swiglu_backward);
+    define(m, "mlp_forward", &ant5m::Ops::mlp_forward);
+    define(m, "mlp_backward", &ant5m::Ops::mlp_backward);
+    m.attr("MLP_TOKENS") = ant5m::kMlpTokens;
 }

@@ -23,6 +23,12 @@ struct AttentionShape {
     int64_t batch, length, heads, kv_heads, dim;
 };
 
+// x [tokens, dim]; gate and up [width, dim] and down [dim, width], contiguous.
+struct MlpShape {
+    int64_t tokens, dim, width;
+};
+constexpr int64_t kMlpTokens = 128;
+
 // Each of `windows` [rows] points to `length` + 1 tokens, which are widened to int64:
 // inputs [rows, length] and the same shifted by one, targets [rows, length].
 using Gather = void(const uint16_t* const* windows, int64_t rows, int64_t length, int64_t* inputs, int64_t* targets);
@@ -69,6 +75,16 @@ using SwigluBackward = void(int64_t rows, int64_t width, const float* gate, int6
                             int64_t up_row, const float* grad, int64_t grad_row, float* grad_gate, float* grad_up,
                             int64_t grad_in_row, int threads);
 
+// out [tokens, dim] = down (silu(gate x) * (up x)). What backward needs goes to gates and ups, each of width times
+// tokens (rounded up to a multiple of kMlpTokens) floats in an order of their own; both may be null.
+using MlpForward = void(const MlpShape& shape, const float* x, int64_t x_row, const float* gate, const float* up,
+                        const float* down, float* out, float* gates, float* ups, int threads);
+
+// Gradients contiguous and of their operand's shape.
+using MlpBackward = void(const MlpShape& shape, const float* x, int64_t x_row, const float* gate, const float* up,
+                         const float* down, float* gates, float* ups, const float* grad, int64_t grad_row,
+                         float* grad_x, float* grad_gate, float* grad_up, float* grad_down, int threads);
+
 struct Ops {
     Gather* gather;
     AttentionForward* attention_forward;
@@ -79,6 +95,8 @@ struct Ops {
     Rope* rope;
     SwigluForward* swiglu_forward;
     SwigluBackward* swiglu_backward;
+    MlpForward* mlp_forward;
+    MlpBackward* mlp_backward;
 };
 
 // The table in use. `use` switches to "portable", "avx2" or "avx512" and returns false when this processor
@@ -98,6 +116,8 @@ bool use(const char* name);
     Rope rope;                               \
     SwigluForward swiglu_forward;            \
     SwigluBackward swiglu_backward;          \
+    MlpForward mlp_forward;                  \
+    MlpBackward mlp_backward;                \
     }
 ANT5M_DECLARE(portable)
 #if defined(__x86_64__)

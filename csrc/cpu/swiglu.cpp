@@ -1,18 +1,12 @@
 // silu(gate) * up (Shazeer, 2020); the backward pass recomputes the sigmoid.
 #include "ops.h"
 #include "parallel.h"
-#include "simd.h"
+#include "silu.h"
 
 namespace ant5m::ANT5M_ISA {
 namespace {
 
 constexpr int64_t kRowsATask = 32;
-
-Vec sigmoid(Vec x) {
-    const Vec power = x * -1.4426950408889634f;
-    const Vec result = 1.0f / (1.0f + exp2(power < 126.0f ? power : broadcast(126.0f)));
-    return power < 126.0f ? result : Vec{};
-}
 
 }  // namespace
 
@@ -31,11 +25,10 @@ void swiglu_backward(int64_t rows, int64_t width, const float* gate, int64_t gat
                      int threads) {
     parallel_rows(threads, rows, kRowsATask, [=](int64_t, int64_t row) {
         for_vectors(width, [=](int64_t i, auto load, auto store) {
-            const Vec x = load(gate + row * gate_row + i);
+            const SiluGradient silu(load(gate + row * gate_row + i));
             const Vec g = load(grad + row * grad_row + i);
-            const Vec s = sigmoid(x);
-            store(grad_up + row * grad_in_row + i, g * x * s);
-            store(grad_gate + row * grad_in_row + i, g * load(up + row * up_row + i) * s * (1.0f + x * (1.0f - s)));
+            store(grad_up + row * grad_in_row + i, g * silu.value);
+            store(grad_gate + row * grad_in_row + i, g * load(up + row * up_row + i) * silu.slope);
         });
     });
 }
