@@ -213,10 +213,16 @@ class TestMLP:
         weights = draw(width, dim, seed=1), draw(width, dim, seed=2), draw(dim, width, seed=3)
         assert_true("mlp", draw(tokens, dim), *weights)
 
-    def test_wide(self):
-        # Above the width that the fused kernel is for.
-        weights = draw(50, 300, seed=1), draw(50, 300, seed=2), draw(300, 50, seed=3)
-        assert_true("mlp", draw(2, 9, 300), *weights)
+    def test_used_where_it_is_faster(self):
+        def weights(dim):
+            return draw(50, dim, seed=1), draw(50, dim, seed=2), draw(dim, 50, seed=3)
+
+        x = draw(2, 9, 256)
+        assert torch.equal(kernels.mlp(x, *weights(256), backend="cpu"), cpu.mlp(x, *weights(256)))
+        assert kernels.mlp(draw(2, 9, 257), *weights(257), backend="cpu") is None
+        assert kernels.mlp(x, *weights(256), backend="reference") is None
+        with torch.autocast("cpu", torch.bfloat16):
+            assert kernels.mlp(x, *weights(256), backend="cpu") is None
 
     def test_strided_and_misaligned(self):
         x, weights = (

@@ -1,9 +1,9 @@
 """The five ops of a Llama training step, each with the same signature in every backend.
 
 `reference` (plain PyTorch) is their specification, `cpu` is C++, `triton` is for NVIDIA GPUs. A backend is a
-module of this package with a function for each op that it has and one `why_not(op, *tensors) -> str | None`:
-None when it can run the op (on these tensors), else the reason. A backend asked for by name that cannot run
-raises; `auto` takes the first of `_PREFERENCE` that can.
+module of this package with a function for each op that it has, `mlp` where it has a faster one, and one
+`why_not(op, *tensors) -> str | None`: None when it can run the op (on these tensors), else the reason. A
+backend asked for by name that cannot run raises; `auto` takes the first of `_PREFERENCE` that can.
 """
 
 import importlib
@@ -71,6 +71,21 @@ def attention(
 def swiglu(gate: torch.Tensor, up: torch.Tensor, backend: str | None = None) -> torch.Tensor:
     """silu(gate) * up, elementwise on two tensors of one shape. Source: Shazeer, "GLU Variants", 2020."""
     return _pick("swiglu", backend, gate, up).swiglu(gate, up)
+
+
+def mlp(
+    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, backend: str | None = None
+) -> torch.Tensor | None:
+    """down (silu(gate x) * (up x)) of x [..., D] with the weights gate, up [W, D] and down [D, W]: [..., D].
+
+    None where the backend that runs `swiglu` has nothing faster than three products around it: it needs not
+    have this op.
+    """
+    module = _pick("swiglu", backend, x, gate)
+    fused = getattr(module, "mlp", None)
+    if fused is None or module.why_not("mlp", x, gate, up, down) is not None:
+        return None
+    return fused(x, gate, up, down)
 
 
 def linear_cross_entropy(

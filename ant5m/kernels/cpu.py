@@ -9,10 +9,12 @@ import ctypes
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from ant5m import _cpu
+
+MLP_SIZE = 256
+"""channels; above, the weights and their gradients leave L2, and products of whole matrices are faster"""
 
 
 def why_not(op: str, *tensors: torch.Tensor) -> str | None:
@@ -24,6 +26,10 @@ def why_not(op: str, *tensors: torch.Tensor) -> str | None:
             return f"the tensors are on {x.device.type}"
         if x.dtype != torch.float32:
             return f"it takes fp32, not {str(x.dtype).removeprefix('torch.')}"
+    if op == "mlp" and tensors and tensors[0].shape[-1] > MLP_SIZE:
+        return f"it takes up to {MLP_SIZE} channels, not {tensors[0].shape[-1]}"
+    if op == "mlp" and torch.is_autocast_enabled("cpu"):
+        return "its products are in fp32, whatever autocast says"
     if op == "attention" and tensors and tensors[0].shape[1] != tensors[1].shape[1]:
         return f"it takes as many keys as queries, not {tensors[1].shape[1]} and {tensors[0].shape[1]}"
     return None
@@ -199,17 +205,11 @@ class _MLP(torch.autograd.Function):
         return tuple(grads)
 
 
-# Above this width the three weights and their gradients leave L2, and products of whole matrices are faster.
-_MLP_WIDTH = 256
-
-
 def mlp(x, gate, up, down):
     """down (silu(gate x) * (up x)) of x [..., D] with gate, up [W, D] and down [D, W]."""
     _check_fp32(x, gate, up, down)
     fit = gate.shape == up.shape == down.shape[::-1] and x.shape[-1:] == gate.shape[1:]
     _check(fit, "x {}, gate {}, up {}, down {} do not fit", x, gate, up, down)
-    if x.shape[-1] > _MLP_WIDTH:
-        return F.linear(swiglu(F.linear(x, gate), F.linear(x, up)), down)
     if not torch.is_grad_enabled():
         x, gate, up, down = (t.detach() for t in (x, gate, up, down))
     return _MLP.apply(x, gate, up, down)
