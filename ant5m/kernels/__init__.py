@@ -78,14 +78,13 @@ def mlp(
 ) -> torch.Tensor | None:
     """down (silu(gate x) * (up x)) of x [..., D] with the weights gate, up [W, D] and down [D, W]: [..., D].
 
-    None where the backend that runs `swiglu` has nothing faster than three products around it: it needs not
-    have this op.
+    None where the backend has nothing faster than three products around `swiglu`: none has to have this op.
     """
-    module = _pick("swiglu", backend, x, gate)
-    fused = getattr(module, "mlp", None)
-    if fused is None or module.why_not("mlp", x, gate, up, down) is not None:
+    name = backend or _selected
+    module = _load(_PREFERENCE.get(x.device.type, ("reference",))[0] if name == "auto" else name)
+    if not hasattr(module, "mlp") or module.why_not("mlp", x, gate, up, down) is not None:
         return None
-    return fused(x, gate, up, down)
+    return module.mlp(x, gate, up, down)
 
 
 def linear_cross_entropy(
@@ -157,9 +156,14 @@ def _first(op: str, device_type: str) -> str:
 
 
 def _why_not(op: str, backend: str, *tensors: torch.Tensor) -> str | None:
+    return _load(backend).why_not(op, *tensors)
+
+
+def _load(backend: str) -> ModuleType:
+    _check_name(backend)
     if backend not in _modules:
         _modules[backend] = importlib.import_module(f"ant5m.kernels.{backend}")
-    return _modules[backend].why_not(op, *tensors)
+    return _modules[backend]
 
 
 def _check_name(backend: str) -> None:
