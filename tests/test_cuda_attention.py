@@ -112,7 +112,10 @@ SHAPES = [(4, 2, 16), (8, 1, 16), (2, 1, 16), (3, 1, 32), (1, 4, 64), (4, 1, 64)
 def test_attention(group, kv, size, descending):
     for length in (65, 130) if descending else (1, 15, 17, 63, 65, 130):
         x = draw(2, length, group * kv, kv, size)
-        assert_right(run(*x, descending=descending), *x)
+        got = run(*x, descending=descending)
+        assert_right(got, *x)
+    if descending:  # no result hangs on the order of the warps
+        assert all(torch.equal(a, b) for a, b in zip(got, run(*x), strict=True))
 
 
 @pytest.mark.parametrize("group, kv, size", [(4, 2, 16), (1, 4, 64)])

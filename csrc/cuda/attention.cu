@@ -15,9 +15,10 @@
 //     dkdv     q k v starts do     rows v_norm do_norm dk dv         T scale  strides of q k v do dk dv
 // q, do, dq [B, T, H, D] and k, v, dk, dv [B, T, KV, D] halves, each with three int strides (B, T, H) in elements, the
 // last dimension dense; all start at multiples of 16 bytes and have strides that are multiples of 8.
-// o [B, T, H, D] halves, dense. starts [B, T] int32, dense, not decreasing along T: position t sees starts[t]..t; any
-// pointer where STARTS is 0. lse [B, H, T] fp32: log2 of the sum of 2^(score * scale * log2 e). v_norm [B, KV, T / 16]
-// and do_norm [B, H, T / 16] fp32 (rounded up): largest squared norms of 16 rows. rows [B, H, T, 2] fp32.
+// o [B, T, H, D] halves, dense. scale > 0. starts [B, T] int32, dense, not decreasing along T: position t sees
+// starts[t]..t; any pointer where STARTS is 0. lse [B, H, T] fp32: log2 of the sum of 2^(score * scale * log2 e).
+// v_norm [B, KV, T / 16] and do_norm [B, H, T / 16] fp32 (rounded up): largest squared norms of 16 rows. rows
+// [B, H, T, 2] fp32.
 //
 // Probabilities and score gradients become halves without a conversion instruction (pack_positive in ptx.h: on 7.5 a
 // conversion takes the unit that computes 2^x, the scarcest here). That is right for small numbers only, so:
@@ -48,8 +49,9 @@ constexpr int kKeyRows = 4 * 16 * kKeyTiles;
 constexpr int kQueryBlocks = kSize == 16 && !STARTS ? 3 : 2, kKeyBlocks = kSize == 16 ? 3 : 2;
 
 constexpr float kLog2e = 1.44269504f;
-constexpr float kMasked = -1e30f;
-constexpr float kNothing = 1e20f;  // bias of a row without keys yet: beyond all scores, but not beyond masked ones
+// Instead of a score that a row does not see, and the bias of a row without keys yet: beyond that of any score, but not
+// of a masked one.
+constexpr float kMasked = -1e30f, kNothing = 1e20f;
 constexpr float kShift = 10;             // 2^-24 is still a normal half
 constexpr float kBias = kShift - 112;    // see pack_positive
 constexpr float kUnshift = 1.0f / 1024;  // 2^-kShift
