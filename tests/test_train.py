@@ -173,6 +173,18 @@ def test_a_broken_training_stops_and_names_the_last_good_checkpoint(config, monk
     assert all(torch.isfinite(weight).all() for weight in load(config.out)[0].parameters())
 
 
+@pytest.mark.parametrize(
+    ("rows", "remedy"), [(2, "--micro-batch-size 1$"), (1, "a shorter --sequence-length$")]
+)
+def test_too_little_memory_says_what_to_do(config, rows, remedy, monkeypatch):
+    def fail(self, *args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(Ant, "forward", fail)
+    with pytest.raises(UserError, match=f"no memory for {rows} sequences of 32 tokens at once: .*{remedy}"):
+        pretrain(dataclasses.replace(config, micro_batch_size=rows))
+
+
 def test_time_decides_the_number_of_steps():
     asked = TrainConfig(max_minutes=1.0, data="somewhere")
     planned = plan.complete(asked, MODEL, 10**6, torch.device("cpu"), lambda: 1e-3)

@@ -118,6 +118,8 @@ class Trainer:
                         self._after_step()
                 self._read()
                 self._save()
+            except torch.OutOfMemoryError:
+                raise self._too_large() from None
             finally:
                 self.metrics.close()
 
@@ -259,6 +261,15 @@ class Trainer:
         self.step = state["step"]
         self.tokens, self.skipped, self.seconds = state["tokens"], state["skipped"], state["seconds"]
         self.best_loss = state["best_loss"]
+
+    def _too_large(self) -> UserError:
+        rows = self.config.micro_batch_size
+        assert rows
+        remedy = f"--micro-batch-size {rows // 2}" if rows > 1 else "a shorter --sequence-length"
+        return UserError(
+            f"the device has no memory for {rows} sequences of {self.config.sequence_length:,} tokens at once"
+            f": start a new run with {remedy}"
+        )
 
     def _broken(self, what: str, step: int) -> NonFiniteLoss:
         good = latest_checkpoint(self.run.folder)
