@@ -29,6 +29,8 @@ SURFACE = {
     "generate": "MODEL device json max-new-tokens prompt repetition-penalty seed temperature top-k top-p",
     "eval": "MODEL batch-size data device json text-column",
     "doctor": "MODEL device-memory json max-params",
+    "compare": "study arms data out cache tokens seeds sequence-length batch-size optimizer learning-rate "
+    "muon-learning-rate rate-factors prompts validation-fraction workers device precision kernels",
     "export": "MODEL OUT name",
 }
 
@@ -97,7 +99,7 @@ def test_help_shows_examples(command, capsys, monkeypatch):
 
 def test_help_needs_no_torch():
     code = "import sys; from ant5m.cli import call\ntry: call(['%s', '--help'])\nexcept SystemExit: pass\n"
-    for command in ("doctor", "generate", "eval", "export"):
+    for command in ("doctor", "generate", "eval", "export", "compare"):
         program = code % command + "assert 'torch' not in sys.modules"
         subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 

@@ -27,6 +27,7 @@ COMMANDS = {
     "eval": ("ant5m.cli.evaluate:Evaluate", "loss, perplexities and bits per byte of a model"),
     "generate": ("ant5m.cli.generate:Generate", "let a model write"),
     "doctor": ("ant5m.cli.doctor:Doctor", "examine an architecture before training it"),
+    "compare": ("ant5m.cli.compare:Compare", "a controlled experiment: models, seeds, intervals, verdicts"),
     "export": ("ant5m.cli.export:Export", "write a Hugging Face folder from a checkpoint"),
 }
 

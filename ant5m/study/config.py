@@ -1,0 +1,118 @@
+"""The flags of `ant5m compare`: what an experiment is asked to do."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from ant5m.errors import UserError
+from ant5m.study.studies import STUDIES, Arm, StudyName, arms_of_models, arms_of_study
+
+TRAINING = ("sequence_length", "optimizer", "precision", "kernels")
+"""flags that go into every run as they are"""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """What to compare, on what, for how long. Raises `UserError` when a value is impossible."""
+
+    models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """presets or config files, the first being the baseline; or none, with --study"""
+    study: StudyName | None = None
+    """a built-in study"""
+    arms: tuple[str, ...] = ()
+    """only these arms of the study, and its baseline; default: all"""
+    data: tuple[str, ...] = ("builtin",)
+    """texts as for `ant5m data pack`; a tokenizer for each vocabulary is trained on them, once"""
+    out: Path | None = None
+    """folder of the study, new or to be continued; default: runs/study-NAME"""
+    cache: Path | None = None
+    """tokenizers and shards, which several studies on the same text may share; default: in --out"""
+
+    tokens: int = 10_000_000
+    """training tokens of a run of the baseline; other tokenizers get as many bytes of text"""
+    seeds: int = 3
+    """runs of an arm: seeds 1, 2, ..."""
+    sequence_length: int | None = None
+    """tokens of a sequence, and the models' context; default: that of each model"""
+    batch_size: int | None = None
+    """sequences of an optimizer step, in all arms; default: by the number of tokens"""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """where the study does not vary it"""
+    learning_rate: float = 4e-3
+    """peak learning rate of AdamW, in all arms"""
+    muon_learning_rate: float = 0.014
+    """peak learning rate of Muon, in all arms"""
+    rate_factors: tuple[float, ...] = (1.0,)
+    """every arm is trained with both rates times each of these, and its best one counts"""
+
+    prompts: int = 50
+    """beginnings of held-out documents that are continued to count loops"""
+    validation_fraction: float = 0.005
+    """share of the documents that is held out"""
+    workers: int = 1
+    """runs at the same time: on a machine with GPUs one GPU each, else they share the CPU"""
+    device: str = "auto"
+    """auto, cpu, cuda"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """as for `ant5m train`"""
+    kernels: str | None = None
+    """as for `ant5m train`"""
+
+    def __post_init__(self) -> None:
+        if bool(self.models) == bool(self.study):
+            raise UserError(f"name two models or more, or --study with one of {', '.join(STUDIES)}")
+        for name in ("tokens", "seeds", "prompts", "workers"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise UserError(
+                    f"--{name.replace('_', '-')} must be a whole number of at least 1, not {value!r}"
+                )
+        if not self.rate_factors or not all(0 < factor < float("inf") for factor in self.rate_factors):
+            raise UserError("--rate-factors must be numbers above 0")
+        if len(set(self.rate_factors)) < len(self.rate_factors):
+            raise UserError("--rate-factors names a factor twice")
+        if not 0 < self.validation_fraction < 1:
+            raise UserError(
+                f"--validation-fraction must be above 0 and below 1, not {self.validation_fraction}"
+            )
+
+    @property
+    def name(self) -> str:
+        return self.study or "comparison"
+
+    @property
+    def folder(self) -> Path:
+        return self.out or Path("runs") / f"study-{self.name}"
+
+    @property
+    def baseline(self) -> str:
+        """The arm to which differences are taken."""
+        return STUDIES[self.study].baseline if self.study else self.design()[0].name
+
+    def design(self) -> list[Arm]:
+        """The arms, in order, with the context they are trained on. Raises `UserError`."""
+        arms = arms_of_study(self.study) if self.study else arms_of_models(self.models)
+        unknown = [name for name in self.arms if name not in {arm.name for arm in arms}]
+        if unknown:
+            raise UserError(
+                f"there is no arm '{unknown[0]}' (there are {', '.join(arm.name for arm in arms)})"
+            )
+        if self.arms:
+            keep = {*self.arms, STUDIES[self.study].baseline if self.study else arms[0].name}
+            arms = [arm for arm in arms if arm.name in keep]
+        if self.sequence_length is None:
+            return arms
+        length = self.sequence_length
+        return [
+            dataclasses.replace(arm, model=dataclasses.replace(arm.model, max_position_embeddings=length))
+            for arm in arms
+        ]
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result, in plain values: only the same may be continued."""
+        free = ("out", "cache", "workers", "device")
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}

@@ -1,0 +1,244 @@
+"""Running an experiment: every arm with every seed, each an ordinary run folder, and stopping at any time."""
+
+import dataclasses
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ant5m.data.corpus import Corpus
+from ant5m.data.shards import Shards
+from ant5m.errors import UserError
+from ant5m.files import read_json, write_json
+from ant5m.model.checkpoint import load_with_tokenizer
+from ant5m.model.generation import find_loops, generate
+from ant5m.study.config import TRAINING, CompareConfig
+from ant5m.study.materials import Materials
+from ant5m.study.report import write_report
+from ant5m.study.statistics import RULE
+from ant5m.study.studies import STUDIES, Arm
+from ant5m.train.config import TrainConfig
+from ant5m.train.metrics import read_metrics
+from ant5m.train.plan import batch_for_tokens
+from ant5m.train.pretraining import pretrain
+from ant5m.train.run import versions
+
+PLAN, RESULT = "plan.json", "result.json"
+PROMPT_WORDS, NEW_TOKENS = 12, 128
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: an arm with a seed and a factor on the learning rates."""
+
+    arm: str
+    seed: int
+    rate_factor: float
+    run: TrainConfig
+    """its `out` is the run folder"""
+    prompts: int
+
+    @property
+    def result(self) -> Path:
+        assert self.run.out
+        return self.run.out / RESULT
+
+
+def compare(config: CompareConfig) -> str | None:
+    """Run, or go on with, an experiment; leaves `study.json`, `study.md` and `study.png` in its folder.
+
+    They are written anew after every run. Returns None when all is done, else why it stopped (a key of
+    `ant5m.train.stop.EXIT_CODES`); the same call goes on. Raises `UserError` when something asked for is
+    impossible, or the folder holds another experiment.
+    """
+    arms = config.design()
+    corpus = Corpus.open(config.data)
+    _write_plan(config, arms)
+    materials = Materials(config.cache or config.folder, corpus, config.validation_fraction)
+    materials.prepare({arm.model.vocab_size for arm in arms})
+    jobs = plan_jobs(config, arms, materials)
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    waiting = [job for job in jobs if not job.result.exists()]
+    console.print(f"{config.folder}: {len(jobs)} runs, {len(jobs) - len(waiting)} of them done")
+    report(config, arms, materials, jobs)
+    for stopped in _run_all(waiting, config):
+        if stopped:
+            return stopped
+        report(config, arms, materials, jobs)
+    return None
+
+
+def plan_jobs(config: CompareConfig, arms: list[Arm], materials: Materials) -> list[Job]:
+    """All runs, seed by seed, so that an experiment that is stopped early has whole rounds.
+
+    Arms with the baseline's tokenizer take as many tokens, in the same order; the others as many bytes.
+    """
+    baseline = next(arm for arm in arms if arm.name == config.baseline)
+    length = baseline.model.max_position_embeddings
+    batch = config.batch_size or batch_for_tokens(config.tokens, length)
+    text = config.tokens * materials.bytes_per_token(baseline.model.vocab_size)
+    order = [(seed, factor) for seed in range(1, config.seeds + 1) for factor in config.rate_factors]
+    return [_job(config, arm, seed, factor, materials, batch, text) for seed, factor in order for arm in arms]
+
+
+def _job(
+    config: CompareConfig, arm: Arm, seed: int, factor: float, materials: Materials, batch: int, text: float
+) -> Job:
+    """`batch`: sequences a step; `text`: bytes to train on."""
+    size = arm.model.vocab_size
+    tokens = text / materials.bytes_per_token(size)
+    steps = max(1, round(tokens / (batch * arm.model.max_position_embeddings)))
+    name = f"{arm.name}-seed{seed}" + (f"-rate{factor:g}" if len(config.rate_factors) > 1 else "")
+    settings: dict[str, Any] = {
+        **{key: getattr(config, key) for key in TRAINING},
+        "learning_rate": config.learning_rate * factor,
+        "muon_learning_rate": config.muon_learning_rate * factor,
+        **arm.train,
+    }
+    run = TrainConfig(
+        model=str(_model_file(config, arm)),
+        data=materials.shards(size),
+        out=config.folder / "arms" / name,
+        steps=steps,
+        batch_size=batch,
+        seed=seed,
+        device=config.device,
+        eval_every=steps,
+        sample_every=0,
+        checkpoint_every=max(1, steps // 5),
+        keep_last=1,
+        **settings,
+    )
+    return Job(arm.name, seed, factor, run, config.prompts)
+
+
+def _model_file(config: CompareConfig, arm: Arm) -> Path:
+    return config.folder / "models" / f"{arm.name}.json"
+
+
+def _write_plan(config: CompareConfig, arms: list[Arm]) -> None:
+    """What is to be compared and how it will be judged, on the disk before the first run."""
+    plan = {
+        "format": "ant5m-study-1",
+        "settings": config.identity(),
+        "arms": {arm.name: {"model": arm.model.to_dict(), "train": arm.train} for arm in arms},
+        "baseline": config.baseline,
+        "rule": RULE,
+    }
+    path = config.folder / PLAN
+    if path.exists():
+        if read_json(path) != plan:
+            raise UserError(
+                f"{config.folder} holds an experiment with other settings: repeat the command that began it, "
+                "or choose another --out"
+            )
+        return
+    if config.folder.exists() and (not config.folder.is_dir() or any(config.folder.iterdir())):
+        raise UserError(f"{config.folder} exists with other content: choose another --out")
+    write_json(path, plan)
+    for arm in arms:
+        write_json(_model_file(config, arm), arm.model.to_dict())
+
+
+def _run_all(jobs: list[Job], config: CompareConfig) -> Iterator[str | None]:
+    """Run the jobs and yield after each one: None, or why it was stopped (none is begun after that)."""
+    if config.workers == 1:
+        for job in jobs:
+            yield run_job(job)
+        return
+    gpus = torch.cuda.device_count() if config.device in ("auto", "cuda") else 0
+    threads = 0 if gpus else max(1, (os.cpu_count() or 1) // config.workers)
+    free, waiting, running = list(range(config.workers)), list(jobs), dict[Future[str | None], int]()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(config.workers, context) as pool:
+        while waiting or running:
+            # No more than can run: a stopped experiment must not begin what stands in a queue.
+            while waiting and free:
+                place, job = free.pop(), waiting.pop(0)
+                device = f"cuda:{place % gpus}" if gpus else config.device
+                job = dataclasses.replace(job, run=dataclasses.replace(job.run, device=device))
+                running[pool.submit(run_job, job, threads)] = place
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                free.append(running.pop(future))
+                stopped = future.result()
+                if stopped:
+                    waiting.clear()
+                yield stopped
+
+
+def run_job(job: Job, threads: int = 0) -> str | None:
+    """Train, or go on training, one run, and write its result.json; returns why it stopped, or None."""
+    if threads:
+        torch.set_num_threads(threads)
+    out = job.run.out
+    assert out
+    if (out / "config.json").exists():
+        trained = pretrain(TrainConfig(resume=out, device=job.run.device))
+    else:
+        trained = pretrain(job.run)
+    if trained.stopped:
+        return trained.stopped
+    assert trained.evaluation
+    last = [line for line in read_metrics(out / "metrics.jsonl") if line["kind"] == "train"][-1]
+    looping, texts = count_loops(out, job.prompts)
+    write_json(
+        job.result,
+        {
+            "arm": job.arm,
+            "seed": job.seed,
+            "rate_factor": job.rate_factor,
+            **{key: value for key, value in trained.evaluation.to_dict().items() if key != "text"},
+            "training_tokens": last["tokens"],
+            "training_seconds": last["seconds"],
+            "looping": looping,
+            "texts": texts,
+        },
+    )
+    return None
+
+
+def count_loops(run: Path, prompts: int) -> tuple[int, int]:
+    """(texts that loop, texts) of up to `prompts` greedy continuations of held-out documents' beginnings."""
+    net, tokenizer = load_with_tokenizer(run)
+    shards = Shards.open(Path(read_json(run / "config.json")["train"]["data"]), "validation", verify=False)
+    beginnings = document_beginnings(shards, tokenizer, prompts)
+    texts = generate(net, tokenizer, beginnings, NEW_TOKENS, temperature=0)
+    return sum(find_loops(text).looping for text in texts), len(texts)
+
+
+def document_beginnings(shards: Shards, tokenizer: Any, count: int) -> list[str]:
+    """The first words of the first `count` documents: the same text whatever the tokenizer."""
+    beginnings: list[str] = []
+    document: list[int] = []
+    for token in shards.tokens[: shards.num_tokens].tolist():
+        if len(beginnings) == count:
+            break
+        if token != shards.eos_token_id:
+            document.append(token)
+            continue
+        words = tokenizer.decode(document[: 12 * PROMPT_WORDS]).split()
+        beginnings.append(" ".join(words[:PROMPT_WORDS]))
+        document = []
+    return beginnings
+
+
+def report(config: CompareConfig, arms: list[Arm], materials: Materials, jobs: list[Job]) -> None:
+    """Write study.json, study.md and study.png from the results that are there."""
+    results = [read_json(job.result) for job in jobs if job.result.exists()]
+    for one in results:
+        one["bytes_seen"] = round(
+            one["training_tokens"] * materials.bytes_per_token(_arm(arms, one["arm"]).model.vocab_size)
+        )
+    study = STUDIES[config.study] if config.study else None
+    planned = {"runs": len(jobs), "steps": {job.arm: job.run.steps for job in jobs}}
+    write_report(config, study, arms, results, planned, versions())
+
+
+def _arm(arms: list[Arm], name: str) -> Arm:
+    return next(arm for arm in arms if arm.name == name)

@@ -1,0 +1,326 @@
+"""What an experiment says: study.json, study.md and study.png, from the results of its runs."""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ant5m.files import write_file, write_json
+from ant5m.model.doctor import count_flops
+from ant5m.study.config import CompareConfig
+from ant5m.study.statistics import RULE, SMALLEST_EFFECT, Interval, interval, judge, paired, wilson
+from ant5m.study.studies import CLAIMS, STUDIES, Arm, Study
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm of the table. Numbers of its runs are None before the first of them is done."""
+
+    arm: str
+    parameters: int
+    flops_per_token: int
+    """forward and backward, mean over the context"""
+    vocab_size: int
+    intermediate_size: int
+    bits_per_byte: Interval | None
+    difference: Interval | None
+    """to the baseline, paired by seed"""
+    by_seed: dict[int, float]
+    """bits per byte"""
+    rate_factor: float | None
+    """the best of the grid"""
+    training_tokens: int | None
+    """mean over the runs"""
+    bytes_seen: int | None
+    tokens_per_second: float | None
+    """of all runs together, as they ran: other work on the machine counts too"""
+    looping: int | None
+    texts: int | None
+
+    @property
+    def loop_rate(self) -> float | None:
+        return self.looping / self.texts if self.looping is not None and self.texts else None
+
+
+def write_report(
+    config: CompareConfig,
+    study: Study | None,
+    arms: list[Arm],
+    results: list[dict[str, Any]],
+    planned: dict[str, Any],
+    versions: dict[str, str],
+) -> None:
+    """Write the three files into the study's folder.
+
+    Args:
+        results: the result.json of each run that is done, with `bytes_seen`.
+        planned: `runs` and, for each arm, `steps`.
+    """
+    rows = summarise(config, arms, results)
+    verdicts = judge_claims(config.study, rows)
+    factor = study.factor if study else "model"
+    values = {
+        "study": config.name,
+        "factor": factor,
+        "held": held(study, rows),
+        "baseline": config.baseline,
+        "rule": RULE,
+        "smallest_effect": SMALLEST_EFFECT,
+        "settings": config.identity(),
+        "planned": planned,
+        "rows": [{**dataclasses.asdict(row), "loop_rate": row.loop_rate} for row in rows],
+        "verdicts": verdicts,
+        "runs": results,
+        "versions": versions,
+    }
+    write_json(config.folder / "study.json", values)
+    write_file(config.folder / "study.md", text(config, study, rows, verdicts, planned, len(results)))
+    draw(rows, config.baseline, factor, config.folder / "study.png")
+
+
+def summarise(config: CompareConfig, arms: list[Arm], results: list[dict[str, Any]]) -> list[Row]:
+    """One row an arm; of a grid of learning rates the factor with the lowest mean is taken."""
+    chosen = {arm.name: _best_factor([one for one in results if one["arm"] == arm.name]) for arm in arms}
+    taken = [one for one in results if one["rate_factor"] == chosen[one["arm"]]]
+    scores = {
+        arm.name: {one["seed"]: one["bits_per_byte"] for one in taken if one["arm"] == arm.name}
+        for arm in arms
+    }
+    return [
+        _row(
+            arm,
+            [one for one in taken if one["arm"] == arm.name],
+            scores[arm.name],
+            None if arm.name == config.baseline else paired(scores[arm.name], scores[config.baseline]),
+            chosen[arm.name],
+        )
+        for arm in arms
+    ]
+
+
+def _best_factor(results: list[dict[str, Any]]) -> float | None:
+    """Only factors with as many seeds as the one that has most are candidates."""
+    scores: dict[float, list[float]] = {}
+    for one in results:
+        scores.setdefault(one["rate_factor"], []).append(one["bits_per_byte"])
+    most = max(map(len, scores.values()), default=0)
+    whole = [factor for factor, values in scores.items() if len(values) == most]
+    return min(whole, key=lambda factor: sum(scores[factor]), default=None)
+
+
+def _row(
+    arm: Arm,
+    results: list[dict[str, Any]],
+    by_seed: dict[int, float],
+    difference: Interval | None,
+    rate_factor: float | None,
+) -> Row:
+    def total(key: str) -> float:
+        return sum(one[key] for one in results)
+
+    done = bool(results)
+    return Row(
+        arm=arm.name,
+        parameters=arm.parameters,
+        flops_per_token=3 * sum(count_flops(arm.model).values()),
+        vocab_size=arm.model.vocab_size,
+        intermediate_size=arm.model.intermediate_size,
+        bits_per_byte=interval(list(by_seed.values())) if done else None,
+        difference=difference,
+        by_seed=by_seed,
+        rate_factor=rate_factor,
+        training_tokens=round(total("training_tokens") / len(results)) if done else None,
+        bytes_seen=round(total("bytes_seen") / len(results)) if done else None,
+        tokens_per_second=total("training_tokens") / total("training_seconds") if done else None,
+        looping=int(total("looping")) if done else None,
+        texts=int(total("texts")) if done else None,
+    )
+
+
+def judge_claims(study: str | None, rows: list[Row]) -> list[dict[str, Any]]:
+    """For each published claim its verdict and interval, or which study would test it."""
+    scores = {row.arm: row.by_seed for row in rows}
+    verdicts = []
+    for topic, tester in CLAIMS.items():
+        claim = STUDIES[tester].claim
+        assert claim
+        difference = None
+        if study == tester and claim.blamed in scores and claim.against in scores:
+            difference = paired(scores[claim.blamed], scores[claim.against])
+        verdicts.append(
+            {
+                "claim": topic,
+                "study": tester,
+                "tested": study == tester,
+                "difference": f"{claim.blamed} minus {claim.against}",
+                "interval": dataclasses.asdict(difference) if difference else None,
+                "verdict": judge(difference) if study == tester else "not decided",
+            }
+        )
+    return verdicts
+
+
+def held(study: Study | None, rows: list[Row]) -> str:
+    """What the arms have in common, computed from them."""
+    parameters = spread(row.parameters for row in rows)
+    flops = spread(row.flops_per_token for row in rows)
+    measured = f"parameters differ by up to {parameters:.1%}, FLOPs per token by up to {flops:.1%}"
+    if study is None or study.parameters is None:
+        return f"neither parameters nor FLOPs are equal: {measured}"
+    return f"equal parameters (the SwiGLU's width makes up for the rest): {measured}"
+
+
+def spread(values: Iterable[int]) -> float:
+    """(largest - smallest) / smallest."""
+    ordered = sorted(values)
+    return ordered[-1] / ordered[0] - 1
+
+
+def text(
+    config: CompareConfig,
+    study: Study | None,
+    rows: list[Row],
+    verdicts: list[dict[str, Any]],
+    planned: dict[str, Any],
+    done: int,
+) -> str:
+    """The content of study.md."""
+    same = len({row.vocab_size for row in rows}) == 1
+    amount = "the same tokens in the same order" if same else "the same bytes of text (not tokens)"
+    grid = (
+        "One recipe for all arms: an arm that would like another learning rate is at a disadvantage."
+        if len(config.rate_factors) == 1
+        else f"Each arm at the best of the rate factors {', '.join(f'{f:g}' for f in config.rate_factors)}, "
+        "chosen on the validation split: its interval is a little too good."
+    )
+    unfinished = "" if done == planned["runs"] else f"\n**{done} of {planned['runs']} runs are done.**\n"
+    return _REPORT.format(
+        name=config.name,
+        factor=study.factor if study else "the models",
+        note=f"\n{study.note[0].upper()}{study.note[1:]}.\n" if study and study.note else "",
+        unfinished=unfinished,
+        held=held(study, rows),
+        amount=amount,
+        tokens=f"{config.tokens:,}",
+        seeds=config.seeds,
+        optimizer=config.optimizer,
+        rates=f"AdamW {config.learning_rate:g}, Muon {config.muon_learning_rate:g}",
+        grid=grid,
+        baseline=config.baseline,
+        head=_HEAD.format(baseline=config.baseline),
+        table="\n".join(_line(row, config.baseline) for row in rows),
+        effect=SMALLEST_EFFECT,
+        prompts=config.prompts,
+        rule=RULE,
+        verdicts="\n".join(_verdict(one) for one in verdicts),
+    )
+
+
+def _line(row: Row, baseline: str) -> str:
+    cells = [
+        row.arm,
+        f"{row.parameters:,}",
+        f"{row.flops_per_token / 1e6:.1f}",
+        f"{row.intermediate_size}",
+        str(row.bits_per_byte or "-"),
+        "baseline" if row.arm == baseline else signed(row.difference),
+        _loops(row),
+        f"{row.training_tokens:,}" if row.training_tokens else "-",
+        f"{row.tokens_per_second:,.0f}" if row.tokens_per_second else "-",
+        f"{row.rate_factor:g}" if row.rate_factor else "-",
+        f"{row.bits_per_byte.count}" if row.bits_per_byte else "0",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def signed(difference: Interval | None) -> str:
+    """With the sign in front: below 0 is better than the baseline."""
+    if difference is None:
+        return "-"
+    if difference.low is None or difference.high is None:
+        return f"{difference.mean:+.4f}"
+    return f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+
+
+def _loops(row: Row) -> str:
+    if row.looping is None or not row.texts:
+        return "-"
+    low, high = wilson(row.looping, row.texts)
+    return f"{row.looping / row.texts:.0%} [{low:.0%}, {high:.0%}]"
+
+
+def _verdict(one: dict[str, Any]) -> str:
+    if not one["tested"]:
+        return f"| {one['claim']} | not tested here | `ant5m compare --study {one['study']}` | |"
+    found = Interval(**one["interval"]) if one["interval"] else None
+    verdict = one["verdict"] + (" at this budget" if one["verdict"] == "not decided" else "")
+    return f"| {one['claim']} | **{verdict}** | {one['difference']} | {signed(found)} |"
+
+
+def draw(rows: list[Row], baseline: str, factor: str, path: Path) -> None:
+    """Bits per byte with every seed, the paired differences with the smallest effect, and the loop rates."""
+    figure = Figure(figsize=(11, 1.6 + 0.5 * len(rows)), layout="constrained")
+    scores, differences, loops = figure.subplots(1, 3, sharey=True)
+    places = range(len(rows))
+    for place, row in zip(places, rows, strict=True):
+        if row.bits_per_byte is not None:
+            scores.plot(list(row.by_seed.values()), [place] * len(row.by_seed), ".", color="0.6")
+            _whisker(scores, row.bits_per_byte, place)
+        if row.difference is not None:
+            _whisker(differences, row.difference, place)
+        if row.looping is not None and row.texts:
+            low, high = wilson(row.looping, row.texts)
+            _whisker(loops, Interval(row.looping / row.texts, low, high, row.texts), place)
+    differences.axvspan(-SMALLEST_EFFECT, SMALLEST_EFFECT, color="0.9", label="too small to matter")
+    differences.axvline(0, color="0.5", linewidth=0.8)
+    differences.legend(loc="upper right", fontsize="small")
+    scores.set(xlabel="bits per byte, held-out text", ylabel=factor, yticks=places)
+    scores.set_yticklabels([row.arm for row in rows])
+    scores.set_ylim(len(rows) - 0.5, -0.5)
+    differences.set(xlabel=f"difference to {baseline} (left: better)")
+    loops.set(xlabel="greedy texts that loop", xlim=(-0.05, 1.05))
+    for axes in (scores, differences, loops):
+        axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def _whisker(axes: Any, value: Interval, place: int) -> None:
+    reach = None
+    if value.low is not None and value.high is not None:
+        reach = [[value.mean - value.low], [value.high - value.mean]]
+    axes.errorbar(value.mean, place, xerr=reach, fmt="o", color="tab:blue", capsize=3)
+
+
+_HEAD = (
+    "| arm | parameters | MFLOP/token | SwiGLU | bits per byte | minus {baseline} | loops | tokens | tokens/s "
+    "| rate x | seeds |"
+)
+
+_REPORT = """# Study: {name}
+
+Varied: {factor}.
+{note}{unfinished}
+Held: {held}; {amount}; the same evaluation: bits per byte over the whole validation split, documents that no
+run saw. Budget: {tokens} training tokens a run of `{baseline}`, {seeds} seeds, optimizer {optimizer} unless
+the study varies it ({rates}). {grid}
+
+![bits per byte, differences, loops](study.png)
+
+{head}
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+{table}
+
+Brackets: 95 % t-intervals over seeds; differences are paired by seed, which decides weights and order of the
+data. Loops: {prompts} greedy continuations a run of the beginnings of held-out documents; the interval is
+Wilson's and counts texts, not seeds. Tokens/s: as it ran, whatever else the machine did.
+
+## Verdicts
+{rule}
+
+| published claim | verdict | difference | bits per byte |
+| --- | --- | --- | --- |
+{verdicts}
+"""
