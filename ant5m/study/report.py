@@ -295,8 +295,8 @@ def _whisker(axes: Any, value: Interval, place: int) -> None:
 
 
 _HEAD = (
-    "| arm | parameters | MFLOP/token | SwiGLU | bits per byte | minus {baseline} | loops | tokens | tokens/s "
-    "| rate x | seeds |"
+    "| arm | parameters | MFLOP/token | SwiGLU | bits per byte | minus {baseline} | loops | tokens "
+    "| tokens/s | rate x | seeds |"
 )
 
 _REPORT = """# Study: {name}
