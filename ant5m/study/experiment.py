@@ -9,15 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
 from ant5m.data.corpus import Corpus
+from ant5m.data.loader import Loader
 from ant5m.data.shards import Shards
+from ant5m.data.tokenizer import Tokenizer
 from ant5m.errors import UserError
 from ant5m.files import read_json, write_json
 from ant5m.model.checkpoint import load_with_tokenizer
 from ant5m.model.generation import find_loops, generate
+from ant5m.study.bigram import bigram_bits_per_byte
 from ant5m.study.config import TRAINING, CompareConfig
 from ant5m.study.materials import Materials
 from ant5m.study.report import write_report
@@ -66,12 +70,24 @@ def compare(config: CompareConfig) -> str | None:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     waiting = [job for job in jobs if not job.result.exists()]
     console.print(f"{config.folder}: {len(jobs)} runs, {len(jobs) - len(waiting)} of them done")
-    report(config, arms, materials, jobs)
+    first = {job.arm: job for job in reversed(jobs)}
+    bigrams = {arm.name: count_bigram(first[arm.name].run, arm) for arm in arms}
+    report(config, arms, materials, jobs, bigrams)
     for stopped in _run_all(waiting, config):
         if stopped:
             return stopped
-        report(config, arms, materials, jobs)
+        report(config, arms, materials, jobs, bigrams)
     return None
+
+
+def count_bigram(run: TrainConfig, arm: Arm) -> float:
+    """Bits per byte, on the validation split, of a bigram counted on the very sequences of a run."""
+    assert run.data and run.steps and run.batch_size
+    train, validation = (Shards.open(run.data, split, verify=False) for split in ("train", "validation"))
+    loader = Loader(train, run.batch_size, arm.model.max_position_embeddings, run.seed)
+    sequences = np.concatenate([loader.next()[0].numpy() for _ in range(run.steps)])
+    text = validation.tokens[: validation.num_tokens].astype(np.int64)
+    return bigram_bits_per_byte(sequences, text, arm.model.vocab_size, validation.counts["bytes"])
 
 
 def plan_jobs(config: CompareConfig, arms: list[Arm], materials: Materials) -> list[Job]:
@@ -207,12 +223,16 @@ def count_loops(run: Path, prompts: int) -> tuple[int, int]:
     """(texts that loop, texts) of up to `prompts` greedy continuations of held-out documents' beginnings."""
     net, tokenizer = load_with_tokenizer(run)
     shards = Shards.open(Path(read_json(run / "config.json")["train"]["data"]), "validation", verify=False)
-    beginnings = document_beginnings(shards, tokenizer, prompts)
+    half = net.config.max_position_embeddings // 2
+    beginnings = [
+        tokenizer.decode(tokenizer.encode(text)[:half])
+        for text in document_beginnings(shards, tokenizer, prompts)
+    ]
     texts = generate(net, tokenizer, beginnings, NEW_TOKENS, temperature=0)
     return sum(find_loops(text).looping for text in texts), len(texts)
 
 
-def document_beginnings(shards: Shards, tokenizer: Any, count: int) -> list[str]:
+def document_beginnings(shards: Shards, tokenizer: Tokenizer, count: int) -> list[str]:
     """The first words of the first `count` documents: the same text whatever the tokenizer."""
     beginnings: list[str] = []
     document: list[int] = []
@@ -228,7 +248,9 @@ def document_beginnings(shards: Shards, tokenizer: Any, count: int) -> list[str]
     return beginnings
 
 
-def report(config: CompareConfig, arms: list[Arm], materials: Materials, jobs: list[Job]) -> None:
+def report(
+    config: CompareConfig, arms: list[Arm], materials: Materials, jobs: list[Job], bigrams: dict[str, float]
+) -> None:
     """Write study.json, study.md and study.png from the results that are there."""
     results = [read_json(job.result) for job in jobs if job.result.exists()]
     for one in results:
@@ -237,7 +259,7 @@ def report(config: CompareConfig, arms: list[Arm], materials: Materials, jobs: l
         )
     study = STUDIES[config.study] if config.study else None
     planned = {"runs": len(jobs), "steps": {job.arm: job.run.steps for job in jobs}}
-    write_report(config, study, arms, results, planned, versions())
+    write_report(config, study, arms, results, bigrams, planned, versions())
 
 
 def _arm(arms: list[Arm], name: str) -> Arm:

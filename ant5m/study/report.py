@@ -30,6 +30,8 @@ class Row:
     """to the baseline, paired by seed"""
     by_seed: dict[int, float]
     """bits per byte"""
+    bigram: float
+    """bits per byte of a bigram counted on the training tokens of the first seed"""
     rate_factor: float | None
     """the best of the grid"""
     training_tokens: int | None
@@ -41,6 +43,10 @@ class Row:
     texts: int | None
 
     @property
+    def beats_bigram(self) -> bool:
+        return self.bits_per_byte is not None and self.bits_per_byte.mean < self.bigram
+
+    @property
     def loop_rate(self) -> float | None:
         return self.looping / self.texts if self.looping is not None and self.texts else None
 
@@ -50,6 +56,7 @@ def write_report(
     study: Study | None,
     arms: list[Arm],
     results: list[dict[str, Any]],
+    bigrams: dict[str, float],
     planned: dict[str, Any],
     versions: dict[str, str],
 ) -> None:
@@ -57,9 +64,10 @@ def write_report(
 
     Args:
         results: the result.json of each run that is done, with `bytes_seen`.
+        bigrams: bits per byte of a bigram counted on what each arm trains on.
         planned: `runs` and, for each arm, `steps`.
     """
-    rows = summarise(config, arms, results)
+    rows = summarise(config, arms, results, bigrams)
     verdicts = judge_claims(config.study, rows)
     factor = study.factor if study else "model"
     values = {
@@ -81,7 +89,9 @@ def write_report(
     draw(rows, config.baseline, factor, config.folder / "study.png")
 
 
-def summarise(config: CompareConfig, arms: list[Arm], results: list[dict[str, Any]]) -> list[Row]:
+def summarise(
+    config: CompareConfig, arms: list[Arm], results: list[dict[str, Any]], bigrams: dict[str, float]
+) -> list[Row]:
     """One row an arm; of a grid of learning rates the factor with the lowest mean is taken."""
     chosen = {arm.name: _best_factor([one for one in results if one["arm"] == arm.name]) for arm in arms}
     taken = [one for one in results if one["rate_factor"] == chosen[one["arm"]]]
@@ -96,6 +106,7 @@ def summarise(config: CompareConfig, arms: list[Arm], results: list[dict[str, An
             scores[arm.name],
             None if arm.name == config.baseline else paired(scores[arm.name], scores[config.baseline]),
             chosen[arm.name],
+            bigrams[arm.name],
         )
         for arm in arms
     ]
@@ -117,6 +128,7 @@ def _row(
     by_seed: dict[int, float],
     difference: Interval | None,
     rate_factor: float | None,
+    bigram: float,
 ) -> Row:
     def total(key: str) -> float:
         return sum(one[key] for one in results)
@@ -131,6 +143,7 @@ def _row(
         bits_per_byte=interval(list(by_seed.values())) if done else None,
         difference=difference,
         by_seed=by_seed,
+        bigram=bigram,
         rate_factor=rate_factor,
         training_tokens=round(total("training_tokens") / len(results)) if done else None,
         bytes_seen=round(total("bytes_seen") / len(results)) if done else None,
@@ -142,14 +155,16 @@ def _row(
 
 def judge_claims(study: str | None, rows: list[Row]) -> list[dict[str, Any]]:
     """For each published claim its verdict and interval, or which study would test it."""
-    scores = {row.arm: row.by_seed for row in rows}
+    by_arm = {row.arm: row for row in rows}
     verdicts = []
     for topic, tester in CLAIMS.items():
         claim = STUDIES[tester].claim
         assert claim
-        difference = None
-        if study == tester and claim.blamed in scores and claim.against in scores:
-            difference = paired(scores[claim.blamed], scores[claim.against])
+        difference, beats = None, False
+        if study == tester and claim.blamed in by_arm and claim.against in by_arm:
+            pair = by_arm[claim.blamed], by_arm[claim.against]
+            difference = paired(pair[0].by_seed, pair[1].by_seed)
+            beats = any(row.beats_bigram for row in pair)
         verdicts.append(
             {
                 "claim": topic,
@@ -157,7 +172,8 @@ def judge_claims(study: str | None, rows: list[Row]) -> list[dict[str, Any]]:
                 "tested": study == tester,
                 "difference": f"{claim.blamed} minus {claim.against}",
                 "interval": dataclasses.asdict(difference) if difference else None,
-                "verdict": judge(difference) if study == tester else "not decided",
+                "beats_bigram": beats,
+                "verdict": judge(difference, beats) if study == tester else "not decided",
             }
         )
     return verdicts
@@ -227,6 +243,7 @@ def _line(row: Row, baseline: str) -> str:
         f"{row.intermediate_size}",
         str(row.bits_per_byte or "-"),
         "baseline" if row.arm == baseline else signed(row.difference),
+        f"{row.bigram:.4f}",
         _loops(row),
         f"{row.training_tokens:,}" if row.training_tokens else "-",
         f"{row.tokens_per_second:,.0f}" if row.tokens_per_second else "-",
@@ -257,6 +274,8 @@ def _verdict(one: dict[str, Any]) -> str:
         return f"| {one['claim']} | not tested here | `ant5m compare --study {one['study']}` | |"
     found = Interval(**one["interval"]) if one["interval"] else None
     verdict = one["verdict"] + (" at this budget" if one["verdict"] == "not decided" else "")
+    if found and not one["beats_bigram"]:
+        verdict += " (no better than a bigram)"
     return f"| {one['claim']} | **{verdict}** | {one['difference']} | {signed(found)} |"
 
 
@@ -269,6 +288,7 @@ def draw(rows: list[Row], baseline: str, factor: str, path: Path) -> None:
         if row.bits_per_byte is not None:
             scores.plot(list(row.by_seed.values()), [place] * len(row.by_seed), ".", color="0.6")
             _whisker(scores, row.bits_per_byte, place)
+        scores.plot(row.bigram, place, "|", color="tab:red", markersize=12)
         if row.difference is not None:
             _whisker(differences, row.difference, place)
         if row.looping is not None and row.texts:
@@ -277,7 +297,7 @@ def draw(rows: list[Row], baseline: str, factor: str, path: Path) -> None:
     differences.axvspan(-SMALLEST_EFFECT, SMALLEST_EFFECT, color="0.9", label="too small to matter")
     differences.axvline(0, color="0.5", linewidth=0.8)
     differences.legend(loc="upper right", fontsize="small")
-    scores.set(xlabel="bits per byte, held-out text", ylabel=factor, yticks=places)
+    scores.set(xlabel="bits per byte, held-out text (red: bigram)", ylabel=factor, yticks=places)
     scores.set_yticklabels([row.arm for row in rows])
     scores.set_ylim(len(rows) - 0.5, -0.5)
     differences.set(xlabel=f"difference to {baseline} (left: better)")
@@ -295,8 +315,8 @@ def _whisker(axes: Any, value: Interval, place: int) -> None:
 
 
 _HEAD = (
-    "| arm | parameters | MFLOP/token | SwiGLU | bits per byte | minus {baseline} | loops | tokens "
-    "| tokens/s | rate x | seeds |"
+    "| arm | parameters | MFLOP/token | SwiGLU | bits per byte | minus {baseline} | bigram | loops "
+    "| tokens | tokens/s | rate x | seeds |"
 )
 
 _REPORT = """# Study: {name}
@@ -310,12 +330,14 @@ the study varies it ({rates}). {grid}
 ![bits per byte, differences, loops](study.png)
 
 {head}
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {table}
 
 Brackets: 95 % t-intervals over seeds; differences are paired by seed, which decides weights and order of the
 data. Loops: {prompts} greedy continuations a run of the beginnings of held-out documents; the interval is
-Wilson's and counts texts, not seeds. Tokens/s: as it ran, whatever else the machine did.
+Wilson's and counts texts, not seeds. Tokens/s: as it ran, whatever else the machine did. Bigram: what
+counting pairs on the training tokens of one run achieves on the same held-out text; a model above it has not
+learnt to use its context yet.
 
 ## Verdicts
 {rule}

@@ -15,12 +15,16 @@ RULE = (
     "Written down before the runs. Let d be the bits per byte of the arm that a claim blames minus those of "
     "the arm it is held against, paired by seed, with a 95 % t-interval over the seeds. Supported: the "
     f"whole interval lies above {SMALLEST_EFFECT} bits per byte, the smallest effect of interest. Not "
-    "supported: it lies below. Not decided at this budget: anything else, and always with one seed. One "
-    "comparison a claim, named in advance."
+    "supported: it lies below. Not decided at this budget: anything else; always with one seed; and always "
+    "when the better of the two arms does not beat a bigram counted on the same training tokens, because "
+    "such a model makes no use of its attention yet. One comparison a claim, named in advance."
 )
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
-_T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)  # fmt: skip
+_T = (
+    *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
+    *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
+)
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,9 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def judge(difference: Interval | None) -> Verdict:
+def judge(difference: Interval | None, beats_bigram: bool) -> Verdict:
     """What `RULE` says of a difference."""
-    if difference is None or difference.low is None or difference.high is None:
+    if not beats_bigram or difference is None or difference.low is None or difference.high is None:
         return "not decided"
     if difference.low > SMALLEST_EFFECT:
         return "supported"

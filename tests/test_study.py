@@ -1,0 +1,376 @@
+"""Studies hold what they say, statistics equal closed forms, and an experiment survives being stopped."""
+
+import dataclasses
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+
+from ant5m.cli import call
+from ant5m.data.corpus import Corpus
+from ant5m.data.shards import Shards
+from ant5m.data.tokenizer import Tokenizer
+from ant5m.errors import UserError
+from ant5m.files import write_json
+from ant5m.model.ant import Ant
+from ant5m.model.config import PRESETS, ModelConfig
+from ant5m.model.doctor import count_flops
+from ant5m.study import experiment, report
+from ant5m.study.bigram import bigram_bits_per_byte, bigram_nats
+from ant5m.study.config import CompareConfig
+from ant5m.study.materials import Materials
+from ant5m.study.statistics import SMALLEST_EFFECT, Interval, interval, judge, paired, t_quantile, wilson
+from ant5m.study.studies import STUDIES, TOLERANCE, Arm, arms_of_study, fill
+from ant5m.train.pretraining import Result
+
+CONTROLLED = [name for name, study in STUDIES.items() if study.parameters is not None]
+FACTOR = {
+    "vocab": {"vocab_size"},
+    "head-dim": {"head_dim", "num_attention_heads", "num_key_value_heads"},
+    "kv-heads": {"num_key_value_heads"},
+    "depth": {"num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads"},
+    "rope-base": {"rope_theta"},
+    "tied": {"tie_word_embeddings"},
+    "optimizer": set(),
+}
+WORDS = [
+    "the",
+    "ant",
+    "carries",
+    "a",
+    "leaf",
+    "home",
+    "while",
+    "other",
+    "ants",
+    "build",
+    "and",
+    "sleep",
+    "under",
+    "old",
+    "green",
+    "trees",
+]
+
+
+@pytest.mark.parametrize("name", CONTROLLED)
+def test_a_study_varies_its_factor_and_holds_the_parameters(name):
+    arms = arms_of_study(name)
+    assert {arm.parameters for arm in arms} and STUDIES[name].baseline in {arm.name for arm in arms}
+    for arm in arms:
+        assert abs(arm.parameters / STUDIES[name].parameters - 1) <= TOLERANCE
+    shapes = [arm.model.to_dict() for arm in arms]
+    varied = {key for key in shapes[0] if len({shape[key] for shape in shapes}) > 1}
+    assert varied - {"intermediate_size"} == FACTOR[name]
+    assert all(arm.train for arm in arms) == (name == "optimizer")
+
+
+def test_the_counter_is_right_about_an_arm():
+    arm = arms_of_study("head-dim")[0]
+    assert arm.parameters == sum(parameter.numel() for parameter in Ant(arm.model).parameters())
+
+
+def test_head_sizes_have_equal_flops_and_equal_width_of_keys():
+    models = [arm.model for arm in arms_of_study("head-dim")]
+    assert len({sum(count_flops(model, 256).values()) for model in models}) == 1
+    assert {model.head_size * model.num_key_value_heads for model in models} == {64}
+
+
+def test_the_base_of_a_study_is_ant_5m():
+    small = dataclasses.replace(PRESETS["ant-5m"], vocab_size=4_096)
+    assert STUDIES["kv-heads"].parameters == Arm("", small).parameters
+    assert STUDIES["vocab"].parameters == Arm("", PRESETS["ant-5m"]).parameters
+    assert next(arm for arm in arms_of_study("kv-heads") if arm.name == "2").model == small
+    assert next(arm for arm in arms_of_study("vocab") if arm.name == "16384").model == PRESETS["ant-5m"]
+
+
+def test_every_claim_names_arms_of_its_study():
+    claims = [(study, study.claim) for study in STUDIES.values() if study.claim]
+    assert len(claims) == 4
+    for study, claim in claims:
+        assert {claim.blamed, claim.against} <= set(study.arms)
+
+
+def test_a_shape_that_cannot_be_filled_is_refused():
+    with pytest.raises(UserError, match="no SwiGLU width"):
+        fill(PRESETS["ant-5m"], 1_000_000)
+
+
+def student_cdf(t, freedom):
+    """Probability of |T| < t: the finite sums of Abramowitz and Stegun 26.7.3 and 26.7.4."""
+    angle = math.atan(t / math.sqrt(freedom))
+    cosine, term = math.cos(angle), 1.0
+    if freedom % 2:
+        total, term = 0.0, cosine
+        for k in range(1, (freedom - 1) // 2 + 1):
+            total += term
+            term *= cosine**2 * 2 * k / (2 * k + 1)
+        return 2 / math.pi * (angle + math.sin(angle) * total)
+    total = 0.0
+    for k in range(1, freedom // 2 + 1):
+        total += term
+        term *= cosine**2 * (2 * k - 1) / (2 * k)
+    return math.sin(angle) * total
+
+
+@pytest.mark.parametrize("freedom", [*range(1, 22), 30, 101])
+def test_quantiles_of_student(freedom):
+    assert student_cdf(t_quantile(freedom), freedom) == pytest.approx(0.95, abs=5e-6)
+
+
+def test_intervals():
+    # Mean 2, standard deviation 1, three values: 4.3027 / sqrt(3) to each side.
+    found = interval([1.0, 2.0, 3.0])
+    assert (found.mean, found.count) == (2.0, 3)
+    assert found.high - 2 == pytest.approx(4.302653 / math.sqrt(3), abs=1e-4)
+    assert 2 - found.low == pytest.approx(found.high - 2)
+    assert interval([1.5]) == Interval(1.5, None, None, 1)
+
+
+def test_pairs_are_over_the_seeds_that_both_have():
+    found = paired({1: 1.1, 2: 2.1, 3: 9.0}, {1: 1.0, 2: 2.0, 4: 0.0})
+    assert found.count == 2 and found.mean == pytest.approx(0.1) and found.high - found.low < 1e-9
+    assert paired({1: 1.0}, {2: 1.0}) is None
+
+
+def test_wilson():
+    low, high = wilson(0, 10)  # z^2 / (n + z^2)
+    assert low == 0 and high == pytest.approx(1.959964**2 / (10 + 1.959964**2))
+    assert wilson(5, 10)[0] == pytest.approx(1 - wilson(5, 10)[1])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (0.011, 0.02, "supported"),
+        (0.001, 0.02, "not decided"),
+        (-0.02, 0.02, "not decided"),
+        (0.001, 0.009, "not supported"),
+        (-0.03, -0.02, "not supported"),
+        (None, None, "not decided"),
+    ],
+)
+def test_the_rule(low, high, verdict):
+    assert SMALLEST_EFFECT == 0.01
+    assert judge(Interval(0.0, low, high, 3), True) == verdict
+    assert judge(Interval(0.0, low, high, 3), False) == judge(None, True) == "not decided"
+
+
+def test_the_bigram_against_counting_by_hand():
+    sequences = np.array([[0, 1, 0, 1], [0, 2, 0, 1]])
+    text = np.array([0, 1, 2, 0, 3])
+    # Single tokens: 4, 3, 1, 0 of 8, and three kinds; then each pair, Witten and Bell's way.
+    lower = [(count + 3 / 4) / 11 for count in (4, 3, 1, 0)]
+    pairs = [(3 + 2 * lower[1]) / 6, (0 + 1 * lower[2]) / 2, (1 + 1 * lower[0]) / 2, 2 * lower[3] / 6]
+    assert bigram_nats(sequences, text, 4) == pytest.approx(-sum(map(math.log, pairs)))
+    # Token 3 was never a context: the chances of single tokens, which add up to 1.
+    assert bigram_nats(sequences, np.array([3, 1]), 4) == pytest.approx(-math.log(lower[1]))
+    assert bigram_bits_per_byte(sequences, np.array([3, 1]), 4, 2) == pytest.approx(-math.log2(lower[1]) / 2)
+    for context in range(4):
+        chances = [math.exp(-bigram_nats(sequences, np.array([context, token]), 4)) for token in range(4)]
+        assert sum(chances) == pytest.approx(1)
+
+
+def result(arm, seed, bits, factor=1.0):
+    return {
+        "arm": arm,
+        "seed": seed,
+        "rate_factor": factor,
+        "bits_per_byte": bits,
+        "training_tokens": 100,
+        "bytes_seen": 400,
+        "training_seconds": 2.0,
+        "looping": 1,
+        "texts": 4,
+    }
+
+
+def test_a_verdict_comes_from_the_claim_s_own_contrast():
+    config = CompareConfig(study="head-dim", seeds=3)
+    bits = {"8": 2.3, "16": 2.1, "32": 2.02, "64": 2.0}
+    results = [result(arm, seed, value + 0.1 * seed) for arm, value in bits.items() for seed in (1, 2, 3)]
+    rows = report.summarise(config, config.design(), results, dict.fromkeys(bits, 2.25))
+    verdicts = {one["claim"]: one for one in report.judge_claims("head-dim", rows)}
+    tested = verdicts["16-dim heads break RoPE"]
+    assert tested["verdict"] == "supported" and tested["interval"]["mean"] == pytest.approx(0.1)
+    assert [one["tested"] for one in verdicts.values()].count(True) == 1
+    rows = report.summarise(config, config.design(), results, dict.fromkeys(bits, 2.15))
+    tested = {one["claim"]: one for one in report.judge_claims("head-dim", rows)}["16-dim heads break RoPE"]
+    assert tested["verdict"] == "not decided" and not tested["beats_bigram"]
+    assert rows[1].tokens_per_second == 50 and rows[1].loop_rate == 0.25
+
+
+def test_the_best_rate_is_taken_among_whole_rounds():
+    config = CompareConfig(study="optimizer", rate_factors=(0.5, 1.0))
+    results = [result("adamw", 1, 2.0, 0.5), result("adamw", 1, 2.1), result("adamw", 2, 2.1)]
+    row = report.summarise(config, config.design(), results, {"adamw": 3.0, "muon": 3.0})[0]
+    assert row.rate_factor == 1.0 and row.by_seed == {1: 2.1, 2: 2.1}
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A text, two models with vocabularies of their own, and their tokenizers and shards."""
+    folder = tmp_path_factory.mktemp("study")
+    draw = random.Random(0)
+    documents = [" ".join(draw.choices(WORDS, k=50)) for _ in range(60)]
+    text = folder / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    small = ModelConfig(300, 16, 24, 1, 2, 1, max_position_embeddings=32)
+    write_json(folder / "one.json", small.to_dict())
+    write_json(folder / "two.json", {**small.to_dict(), "vocab_size": 280, "intermediate_size": 32})
+    Materials(folder / "cache", Corpus.open([text]), 0.1).prepare({300, 280})
+    return folder
+
+
+@pytest.fixture
+def config(material, tmp_path):
+    return CompareConfig(
+        models=(str(material / "one.json"), str(material / "two.json")),
+        data=(str(material / "text.jsonl"),),
+        cache=material / "cache",
+        out=tmp_path / "study",
+        tokens=256,
+        seeds=2,
+        batch_size=2,
+        prompts=3,
+        validation_fraction=0.1,
+        device="cpu",
+    )
+
+
+def test_smaller_vocabularies_are_the_beginning_of_the_largest(material):
+    sizes = {size: Tokenizer.load(material / "cache" / "tokenizers" / str(size)) for size in (280, 300)}
+    assert {size: tokenizer.vocab_size for size, tokenizer in sizes.items()} == {280: 280, 300: 300}
+    assert sizes[280].vocab.items() <= sizes[300].vocab.items()
+
+
+def test_prompts_are_the_same_text_for_every_tokenizer(material):
+    cache = material / "cache"
+    texts = [
+        experiment.document_beginnings(
+            Shards.open(cache / "shards" / size, "validation"), Tokenizer.load(cache / "tokenizers" / size), 3
+        )
+        for size in ("280", "300")
+    ]
+    assert texts[0] == texts[1] and len(texts[0]) == 3
+    assert all(len(text.split()) == experiment.PROMPT_WORDS for text in texts[0])
+
+
+def test_an_experiment_stopped_after_one_arm_goes_on(config, monkeypatch):
+    began = []
+
+    def power_cut(job):
+        began.append(job.run.out.name)
+        if len(began) == 2:
+            raise KeyboardInterrupt
+        return experiment_run(job)
+
+    experiment_run = experiment.run_job
+    monkeypatch.setattr(experiment, "run_job", power_cut)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.compare(config)
+    first = config.folder / "arms" / "one-seed1"
+    untouched = (first / "result.json").stat().st_mtime_ns
+    partial = json.loads((config.folder / "study.json").read_text())
+    assert len(partial["runs"]) == 1 and "1 of 4 runs are done" in (config.folder / "study.md").read_text()
+
+    assert experiment.compare(config) is None
+    assert began == ["one-seed1", "two-seed1", "two-seed1", "one-seed2", "two-seed2"]
+    assert (first / "result.json").stat().st_mtime_ns == untouched
+    values = json.loads((config.folder / "study.json").read_text())
+    one, two = values["rows"]
+    assert one["bits_per_byte"]["count"] == two["difference"]["count"] == 2
+    assert one["training_tokens"] < two["training_tokens"]  # fewer bytes a token, so more of them
+    assert two["bytes_seen"] == pytest.approx(one["bytes_seen"], rel=0.15)
+    assert values["planned"]["steps"]["one"] == 4 and one["texts"] > 0
+    assert (config.folder / "study.png").stat().st_size > 5_000
+    with pytest.raises(UserError, match="other settings"):
+        experiment.compare(dataclasses.replace(config, tokens=512))
+
+
+def test_an_interrupted_run_is_resumed_with_the_same_result(config, monkeypatch):
+    config = dataclasses.replace(config, seeds=1, tokens=640)
+    arms = config.design()[:1]
+    materials = Materials(config.cache, Corpus.open(config.data), config.validation_fraction)
+    whole, halved = (
+        experiment.plan_jobs(dataclasses.replace(config, out=config.out / name), arms, materials)[0]
+        for name in ("whole", "halved")
+    )
+    write_json(config.out / "whole" / "models" / "one.json", arms[0].model.to_dict())
+    write_json(config.out / "halved" / "models" / "one.json", arms[0].model.to_dict())
+    assert experiment.run_job(whole) is None
+    monkeypatch.setattr("ant5m.train.trainer.Trainer._train_step", stopping_after(4))
+    assert experiment.run_job(halved) == "interrupted" and not halved.result.exists()
+    monkeypatch.undo()
+    assert experiment.run_job(halved) is None
+    bits = [json.loads(job.result.read_text())["bits_per_byte"] for job in (whole, halved)]
+    assert bits[0] == bits[1]
+
+
+def stopping_after(steps):
+    from ant5m.train.trainer import Trainer
+
+    original = Trainer._train_step
+
+    def step(self, stop):
+        taken = original(self, stop)
+        if self.step == steps:
+            stop._signal = "interrupted"
+        return taken
+
+    return step
+
+
+def test_a_stopped_run_begins_no_other(config, monkeypatch):
+    stopped = Result(config.folder, 1, 4, "interrupted", None)
+    calls = []
+    monkeypatch.setattr(experiment, "pretrain", lambda run: calls.append(run) or stopped)
+    assert experiment.compare(config) == "interrupted" and len(calls) == 1
+
+
+def test_command_line(config, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    flags = [
+        *("compare", *config.models, "--data", *config.data, "--cache", str(config.cache)),
+        *("--out", str(config.folder), "--tokens", "128", "--seeds", "1", "--batch-size", "2"),
+        *("--prompts", "2", "--validation-fraction", "0.1", "--device", "cpu", "--workers", "2"),
+    ]
+    assert call(flags) == 0
+    output = capsys.readouterr()
+    assert "bits per byte" in output.out and "one" in output.out and "study.md" in output.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "name two models or more, or --study"),
+        (["ant-5m", "--study", "vocab"], "name two models or more, or --study"),
+        (["ant-5m"], "needs two models or more"),
+        (["ant-5m", "ant-6m"], "ant-6m"),
+        (["ant-5m", "ant-5m"], "two models are called ant-5m"),
+        (["--study", "vocab", "--arms", "77"], "there is no arm '77'"),
+        (["--study", "vocab", "--seeds", "0"], "--seeds must be"),
+        (["--study", "vocab", "--rate-factors", "0"], "--rate-factors"),
+        (["--study", "vocab", "--data", "nowhere.txt"], "nowhere.txt"),
+        (["--study", "vocab", "--validation-fraction", "1"], "--validation-fraction"),
+    ],
+)
+def test_bad_input_is_one_line(flags, message, capsys, tmp_path):
+    out = tmp_path / "study"
+    assert call(["compare", *flags, "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not out.exists()
+
+
+def test_a_folder_with_other_content_is_refused(config):
+    config.folder.mkdir()
+    (config.folder / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="other content"):
+        experiment.compare(config)
+    other = Materials(
+        config.cache, Corpus.open([config.models[0]]) if False else Corpus.open(config.data), 0.2
+    )
+    with pytest.raises(UserError, match="another text"):
+        other.prepare({300})
