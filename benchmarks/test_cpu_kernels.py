@@ -5,14 +5,11 @@ own ratios. GFLOP/s count multiplications and additions that causality asks for;
 once and each output written once.
 """
 
-import ctypes
 import statistics
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from ant5m import _cpu
 from ant5m.kernels import cpu, reference
@@ -92,37 +89,8 @@ def test_op(benchmark, capsys, name, rounds=7):
             print(f"  {direction:8} cpu is {ratio:.2f} times as fast")
 
 
-GROWTH = {
-    "batch": [(attention_case, (n, 1_024, 8, 2, 16), n) for n in (1, 2, 4, 8, 16)],
-    "context": [(attention_case, (2, n, 8, 2, 16), n) for n in (256, 512, 1_024, 2_048, 4_096)],
-    "vocabulary": [(head_case, (2_048, 128, n), n) for n in (1_024, 4_096, 16_384, 65_536)],
-}
-
-
-@pytest.mark.parametrize("axis", GROWTH)
-def test_growth(benchmark, capsys, axis, rounds=3):
-    """Time and additional memory, forward and backward together, as one size grows."""
-    rows = []
-    for make, shape, size in GROWTH[axis]:
-        op, inputs, _ = make(*shape)
-        seconds = _in_turn(None, op, inputs, rounds)
-        for arm in ARMS:
-            both = [sum(pair) for pair in zip(*seconds[arm].values(), strict=True)]
-            memory = _memory(lambda arm=arm, op=op, inputs=inputs: _step(arm, op, inputs))
-            rows.append({"arm": arm, axis: size, "seconds": statistics.median(both), "bytes": memory})
-    benchmark.pedantic(lambda: None, rounds=1)  # the figures are in extra_info
-    benchmark.group = "cpu kernels: growth"
-    benchmark.extra_info |= {"op": op, "axis": axis, "rows": rows}
-    _draw(axis, op, rows)
-    with capsys.disabled():
-        print(f"\n{op} by {axis}")
-        for row in rows:
-            milliseconds, megabytes = row["seconds"] * 1e3, row["bytes"] / 1e6
-            print(f"  {row[axis]:6} {row['arm']:10} {milliseconds:9.2f} ms {megabytes:9.1f} MB")
-
-
 def _in_turn(benchmark, op, inputs, rounds):
-    """{arm: {"forward": seconds of each round, "backward": ..}}; without `benchmark` just that."""
+    """{arm: {"forward": seconds of each round, "backward": ..}}."""
     seconds = {arm: {"forward": [], "backward": []} for arm in ARMS}
 
     def turn(arm):
@@ -131,12 +99,7 @@ def _in_turn(benchmark, op, inputs, rounds):
 
     for arm in ARMS:
         _step(arm, op, inputs)
-    if benchmark:
-        benchmark.pedantic(turn, args=("cpu",), setup=lambda: turn("reference"), rounds=rounds)
-    else:
-        for _ in range(rounds):
-            for arm in ARMS:
-                turn(arm)
+    benchmark.pedantic(turn, args=("cpu",), setup=lambda: turn("reference"), rounds=rounds)
     return seconds
 
 
@@ -154,36 +117,3 @@ def _step(arm, op, inputs):
 
 def _ratio(a, b):
     return a / b
-
-
-def _memory(action):
-    """Bytes of resident memory that `action` adds at its peak; 0 where that is not known."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not reset.exists():
-        return 0
-    ctypes.CDLL(None).malloc_trim(0)
-    reset.write_text("5")  # makes the peak what is resident now
-    before = _status(status, "VmRSS")
-    action()
-    return _status(status, "VmHWM") - before
-
-
-def _status(path, field):
-    line = next(line for line in path.read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def _draw(axis, op, rows):
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    for place, (key, scale, label) in enumerate((("seconds", 1e3, "ms"), ("bytes", 1e-6, "MB")), 1):
-        axes = figure.add_subplot(1, 2, place)
-        for arm in ARMS:
-            points = [(row[axis], row[key] * scale) for row in rows if row["arm"] == arm]
-            axes.plot(*zip(*points, strict=True), marker="o", label=arm)
-        axes.set(xscale="log", yscale="log", xlabel=axis, ylabel=label)
-        axes.set_xticks([x for x, _ in points], [str(x) for x, _ in points])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.suptitle(f"{op}, forward and backward, {torch.get_num_threads()} threads")
-    figure.savefig(Path(__file__).parent / "results" / f"cpu-{op}-by-{axis}.png", dpi=120)

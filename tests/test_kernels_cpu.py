@@ -7,6 +7,8 @@ import torch
 
 from ant5m import _cpu, kernels
 from ant5m.kernels import cpu, reference
+from ant5m.model.ant import Ant
+from ant5m.model.config import ModelConfig
 
 # RMS error over RMS. The worst that these tests meet is about 1e-6, in sums over 1,023 keys.
 TOLERANCE = 3e-6
@@ -50,7 +52,8 @@ def run(op, inputs):
     loss = sum((o * torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view(o.shape)).sum() for o in outs)
     if outs[0].ndim == 0:
         loss = 3 * outs[0]
-    return [*outs, *torch.autograd.grad(loss, [x for x in inputs if x.requires_grad])]
+    wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    return [*outs, *torch.autograd.grad(loss, wanted)]
 
 
 def composed_mlp(x, gate, up, down):
@@ -406,3 +409,45 @@ def test_shapes_that_do_not_fit(name, inputs):
 def test_a_target_outside_the_vocabulary(target):
     with pytest.raises(IndexError, match=str(target)):
         cpu.linear_cross_entropy(torch.zeros(2, 4), torch.zeros(30, 4), torch.tensor([3, target]))
+
+
+BF16 = {
+    "rms_norm": lambda: [draw(3, 5, 20), draw(20, seed=1), 1e-5, draw(3, 5, 20, seed=2)],
+    "rope": lambda: [draw(2, 7, 4, 16), draw(2, 7, 2, 16), *angles(7, 8)],
+    "attention": lambda: [draw(2, 19, 4, 16), draw(2, 19, 2, 16, seed=1), draw(2, 19, 2, 16, seed=2)],
+    "swiglu": lambda: [draw(3, 5, 20), draw(3, 5, 20, seed=1)],
+    "linear_cross_entropy": lambda: [draw(9, 16), draw(33, 16, seed=1), torch.arange(9)],
+}
+
+
+@pytest.mark.parametrize("name", BF16)
+def test_bf16_is_widened_and_rounded_only_at_the_edges(name):
+    def halve(x):
+        floats = isinstance(x, torch.Tensor) and x.requires_grad
+        return x.detach().bfloat16().requires_grad_() if floats else x
+
+    def widen(x):
+        return x.detach().float().requires_grad_() if isinstance(x, torch.Tensor) and x.requires_grad else x
+
+    inputs = [halve(x) for x in BF16[name]()]
+    assert cpu.why_not(name, *(x for x in inputs[:2] if x.is_floating_point())) is None
+    results = run(getattr(cpu, name), inputs)
+    truth = run(getattr(cpu, name), [widen(x) for x in inputs])
+    for got, expected in zip(results, truth, strict=True):
+        # The gradient that comes in is drawn in the dtype of the output, so it was rounded too.
+        assert got.dtype == (torch.float32 if got.ndim == 0 else torch.bfloat16)
+        assert (got - expected).square().mean().sqrt() <= 1e-2 * expected.square().mean().sqrt()
+
+
+def test_a_model_under_bf16_autocast_runs_on_these_ops(monkeypatch):
+    config = ModelConfig(97, 32, 44, 2, 4, 2, max_position_embeddings=24)
+    torch.manual_seed(0)
+    net, tokens = Ant(config), torch.arange(48).reshape(2, 24) % 97
+    for module in (kernels._load("reference"), kernels._load("triton")):
+        monkeypatch.setattr(module, "why_not", lambda op, *tensors: "not now")
+    exact = net(tokens, tokens.roll(-1))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = net(tokens, tokens.roll(-1))
+    loss.backward()
+    assert loss.dtype == torch.float32 and 0 < abs(loss - exact) < 1e-2
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters())

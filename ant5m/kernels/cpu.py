@@ -1,5 +1,8 @@
 """The ops in C++ (csrc/cpu): fp32 on the CPU, one source compiled for AVX-512, AVX2 and anything else.
 
+bf16 tensors are widened on the way in and rounded on the way out, so everything inside is fp32: with
+`--precision bf16` the products between the ops are torch's, in bf16 where the processor multiplies it.
+
 Each op is an `autograd.Function` around calls of `ant5m._cpu` with addresses, shapes and strides. What the
 C++ takes for granted is made true here: dtype, device, shapes, a last dimension without gaps. The number of
 threads is torch's; results do not depend on it. A shape or dtype that does not fit raises `ValueError`.
@@ -24,8 +27,8 @@ def why_not(op: str, *tensors: torch.Tensor) -> str | None:
     for x in tensors:
         if x.device.type != "cpu":
             return f"the tensors are on {x.device.type}"
-        if x.dtype != torch.float32:
-            return f"it takes fp32, not {str(x.dtype).removeprefix('torch.')}"
+        if x.dtype not in (torch.float32, torch.bfloat16):
+            return f"it takes fp32 and bf16, not {str(x.dtype).removeprefix('torch.')}"
     if op == "mlp" and tensors and tensors[0].shape[-1] > MLP_SIZE:
         return f"it takes up to {MLP_SIZE} channels, not {tensors[0].shape[-1]}"
     if op == "mlp" and torch.is_autocast_enabled("cpu"):
@@ -68,11 +71,15 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x, weight, eps=1e-5, residual=None):
-    _check_fp32(x, weight, *(() if residual is None else (residual,)))
+    _check_dtypes(x, weight, *(() if residual is None else (residual,)))
     _check(weight.shape == x.shape[-1:], "weight {} does not fit x {}", weight, x)
     fits = residual is None or residual.shape == x.shape
     _check(fits, "residual {} does not fit x {}", residual, x)
-    return _RMSNorm.apply(x, weight, eps, residual)
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    if residual is None:
+        return _RMSNorm.apply(x.float(), weight.float(), eps, None).to(dtype)
+    out, total = _RMSNorm.apply(x.float(), weight.float(), eps, residual.float())
+    return out.to(dtype), total.to(torch.promote_types(x.dtype, residual.dtype))
 
 
 class _Rope(torch.autograd.Function):
@@ -100,12 +107,13 @@ def _rotate(q, k, cos, sin, sign):
 
 
 def rope(q, k, cos, sin):
-    _check_fp32(q, k, cos, sin)
+    _check_dtypes(q, k, cos, sin)
     _check_heads(q, k)
     angles = (q.shape[1], q.shape[3] // 2)
     _check(q.shape[3] % 2 == 0, "the head dimension of q {} is not even", q)
     _check(cos.shape == sin.shape == angles, f"cos {{}} and sin {{}} must be {list(angles)}", cos, sin)
-    return _Rope.apply(q, k, cos, sin)
+    rotated = _Rope.apply(q.float(), k.float(), cos.float(), sin.float())
+    return rotated[0].to(q.dtype), rotated[1].to(k.dtype)
 
 
 class _Attention(torch.autograd.Function):
@@ -135,11 +143,11 @@ class _Attention(torch.autograd.Function):
 
 
 def attention(q, k, v):
-    _check_fp32(q, k, v)
+    _check_dtypes(q, k, v)
     _check_heads(q, k)
     _check(k.shape == v.shape, "k {} and v {} differ in shape", k, v)
     _check(q.shape[2] % k.shape[2] == 0, "the heads of k {} do not divide those of q {}", k, q)
-    return _Attention.apply(q, k, v)
+    return _Attention.apply(q.float(), k.float(), v.float()).to(q.dtype)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -169,9 +177,9 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate, up):
-    _check_fp32(gate, up)
+    _check_dtypes(gate, up)
     _check(gate.shape == up.shape, "gate {} and up {} differ in shape", gate, up)
-    return _SwiGLU.apply(gate, up)
+    return _SwiGLU.apply(gate.float(), up.float()).to(gate.dtype)
 
 
 class _MLP(torch.autograd.Function):
@@ -207,12 +215,12 @@ class _MLP(torch.autograd.Function):
 
 def mlp(x, gate, up, down):
     """down (silu(gate x) * (up x)) of x [..., D] with gate, up [W, D] and down [D, W]."""
-    _check_fp32(x, gate, up, down)
+    _check_dtypes(x, gate, up, down)
     fit = gate.shape == up.shape == down.shape[::-1] and x.shape[-1:] == gate.shape[1:]
     _check(fit, "x {}, gate {}, up {}, down {} do not fit", x, gate, up, down)
     if not torch.is_grad_enabled():
         x, gate, up, down = (t.detach() for t in (x, gate, up, down))
-    return _MLP.apply(x, gate, up, down)
+    return _MLP.apply(x.float(), gate.float(), up.float(), down.float()).to(x.dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -245,7 +253,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
-    _check_fp32(hidden, weight)
+    _check_dtypes(hidden, weight)
     _check(targets.dtype == torch.int64, f"targets must be int64, not {targets.dtype}")
     fit = hidden.shape[1:] == weight.shape[1:] and hidden.ndim == 2 and targets.shape == hidden.shape[:1]
     _check(fit, "hidden {}, weight {}, targets {} do not fit", hidden, weight, targets)
@@ -254,7 +262,7 @@ def linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
         raise IndexError(f"target {targets[outside][0].item()} is outside a vocabulary of {len(weight)}")
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
-    return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index)
+    return _LinearCrossEntropy.apply(hidden.float(), weight.float(), targets, ignore_index)
 
 
 def _matrix(x):
@@ -290,7 +298,7 @@ def _check(good, message, *tensors):
         raise ValueError(message.format(*(list(x.shape) for x in tensors)))
 
 
-def _check_fp32(*tensors):
+def _check_dtypes(*tensors):
     for x in tensors:
         reason = why_not("", x)
         _check(reason is None, reason)
