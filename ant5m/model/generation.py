@@ -220,8 +220,7 @@ MAX_TIMES, MIN_CYCLE_WORDS = 4, 12  # back to back
 
 def find_loops(text: str) -> LoopReport:
     """Measure repetition in a text of any length; below about 20 words there is little to see."""
-    # Long words are cut, so that "aaaa..." is a loop too: 12 is a multiple of the short periods.
-    words = re.findall(r"\w{1,12}|[^\w\s]", text)
+    words = words_of(text)
     ids = np.unique(words, return_inverse=True)[1]
     repeated = {n: _repeated_share(ids, n) for n in range(1, 5)}
     start, period, length = _longest_cycle(ids)
@@ -229,6 +228,12 @@ def find_loops(text: str) -> LoopReport:
     looping = (repeated[4] > MAX_REPEATED) or (times >= MAX_TIMES and length >= MIN_CYCLE_WORDS)
     cycle = " ".join(words[start : start + period])
     return LoopReport(len(words), repeated, cycle, times, length, looping)
+
+
+def words_of(text: str) -> list[str]:
+    """Words and marks of a text, as repetition is counted over them."""
+    # Long words are cut, so that "aaaa..." is a loop too: 12 is a multiple of the short periods.
+    return re.findall(r"\w{1,12}|[^\w\s]", text)
 
 
 def _repeated_share(ids: np.ndarray, n: int) -> float:
