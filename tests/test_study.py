@@ -10,7 +10,6 @@ import pytest
 
 from ant5m.cli import call
 from ant5m.data.corpus import Corpus
-from ant5m.data.shards import Shards
 from ant5m.data.tokenizer import Tokenizer
 from ant5m.errors import UserError
 from ant5m.files import write_json
@@ -21,7 +20,7 @@ from ant5m.study import experiment, report
 from ant5m.study.bigram import bigram_bits_per_byte, bigram_nats
 from ant5m.study.config import CompareConfig
 from ant5m.study.materials import Materials
-from ant5m.study.statistics import SMALLEST_EFFECT, Interval, interval, judge, paired, t_quantile, wilson
+from ant5m.study.statistics import SMALLEST_EFFECT, Interval, interval, judge, paired, t_quantile
 from ant5m.study.studies import STUDIES, TOLERANCE, Arm, arms_of_study, fill
 from ant5m.train.pretraining import Result
 
@@ -135,12 +134,6 @@ def test_pairs_are_over_the_seeds_that_both_have():
     assert paired({1: 1.0}, {2: 1.0}) is None
 
 
-def test_wilson():
-    low, high = wilson(0, 10)  # z^2 / (n + z^2)
-    assert low == 0 and high == pytest.approx(1.959964**2 / (10 + 1.959964**2))
-    assert wilson(5, 10)[0] == pytest.approx(1 - wilson(5, 10)[1])
-
-
 @pytest.mark.parametrize(
     ("low", "high", "verdict"),
     [
@@ -182,8 +175,7 @@ def result(arm, seed, bits, factor=1.0):
         "training_tokens": 100,
         "bytes_seen": 400,
         "training_seconds": 2.0,
-        "looping": 1,
-        "texts": 4,
+        "loops": {"looping": 1, "texts": 4},
     }
 
 
@@ -234,7 +226,6 @@ def config(material, tmp_path):
         tokens=256,
         seeds=2,
         batch_size=2,
-        prompts=3,
         validation_fraction=0.1,
         device="cpu",
     )
@@ -244,18 +235,6 @@ def test_smaller_vocabularies_are_the_beginning_of_the_largest(material):
     sizes = {size: Tokenizer.load(material / "cache" / "tokenizers" / str(size)) for size in (280, 300)}
     assert {size: tokenizer.vocab_size for size, tokenizer in sizes.items()} == {280: 280, 300: 300}
     assert sizes[280].vocab.items() <= sizes[300].vocab.items()
-
-
-def test_prompts_are_the_same_text_for_every_tokenizer(material):
-    cache = material / "cache"
-    texts = [
-        experiment.document_beginnings(
-            Shards.open(cache / "shards" / size, "validation"), Tokenizer.load(cache / "tokenizers" / size), 3
-        )
-        for size in ("280", "300")
-    ]
-    assert texts[0] == texts[1] and len(texts[0]) == 3
-    assert all(len(text.split()) == experiment.PROMPT_WORDS for text in texts[0])
 
 
 def test_an_experiment_stopped_after_one_arm_goes_on(config, monkeypatch):
@@ -335,7 +314,7 @@ def test_command_line(config, capsys, monkeypatch):
     flags = [
         *("compare", *config.models, "--data", *config.data, "--cache", str(config.cache)),
         *("--out", str(config.folder), "--tokens", "128", "--seeds", "1", "--batch-size", "2"),
-        *("--prompts", "2", "--validation-fraction", "0.1", "--device", "cpu", "--workers", "2"),
+        *("--validation-fraction", "0.1", "--device", "cpu", "--workers", "2"),
     ]
     assert call(flags) == 0
     output = capsys.readouterr()
@@ -369,8 +348,12 @@ def test_a_folder_with_other_content_is_refused(config):
     (config.folder / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="other content"):
         experiment.compare(config)
-    other = Materials(
-        config.cache, Corpus.open([config.models[0]]) if False else Corpus.open(config.data), 0.2
-    )
+
+
+@pytest.mark.parametrize("other", [{"validation_fraction": 0.2}, {"text": "an ant"}])
+def test_materials_of_another_text_are_refused(config, tmp_path, other):
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": other.get("text", "")}) + "\n")
+    names = [text] if "text" in other else config.data
     with pytest.raises(UserError, match="another text"):
-        other.prepare({300})
+        Materials(config.cache, Corpus.open(names), other.get("validation_fraction", 0.1)).prepare({300})

@@ -48,8 +48,6 @@ class CompareConfig:
     rate_factors: tuple[float, ...] = (1.0,)
     """every arm is trained with both rates times each of these, and its best one counts"""
 
-    prompts: int = 50
-    """beginnings of held-out documents that are continued to count loops"""
     validation_fraction: float = 0.005
     """share of the documents that is held out"""
     workers: int = 1
@@ -64,7 +62,7 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if bool(self.models) == bool(self.study):
             raise UserError(f"name two models or more, or --study with one of {', '.join(STUDIES)}")
-        for name in ("tokens", "seeds", "prompts", "workers"):
+        for name in ("tokens", "seeds", "workers"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise UserError(
@@ -112,7 +110,8 @@ class CompareConfig:
         ]
 
     def identity(self) -> dict[str, Any]:
-        """What decides the result, in plain values: only the same may be continued."""
-        free = ("out", "cache", "workers", "device")
+        """What decides the result besides the arms and the text, in plain values: only the same may be
+        continued. Paths are not in it, so that a study may be moved."""
+        free = ("models", "data", "out", "cache", "workers", "device")
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}

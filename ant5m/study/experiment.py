@@ -16,11 +16,10 @@ from rich.console import Console
 from ant5m.data.corpus import Corpus
 from ant5m.data.loader import Loader
 from ant5m.data.shards import Shards
-from ant5m.data.tokenizer import Tokenizer
 from ant5m.errors import UserError
+from ant5m.eval.loops import PROMPTS, LoopStatistics, measure_loops
 from ant5m.files import read_json, write_json
 from ant5m.model.checkpoint import load_with_tokenizer
-from ant5m.model.generation import find_loops, generate
 from ant5m.study.bigram import bigram_bits_per_byte
 from ant5m.study.config import TRAINING, CompareConfig
 from ant5m.study.materials import Materials
@@ -34,7 +33,8 @@ from ant5m.train.pretraining import pretrain
 from ant5m.train.run import versions
 
 PLAN, RESULT = "plan.json", "result.json"
-PROMPT_WORDS, NEW_TOKENS = 12, 128
+NEW_TOKENS = 128
+"""of a text in which loops are counted"""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ class Job:
     rate_factor: float
     run: TrainConfig
     """its `out` is the run folder"""
-    prompts: int
 
     @property
     def result(self) -> Path:
@@ -63,8 +62,8 @@ def compare(config: CompareConfig) -> str | None:
     """
     arms = config.design()
     corpus = Corpus.open(config.data)
-    _write_plan(config, arms)
     materials = Materials(config.cache or config.folder, corpus, config.validation_fraction)
+    _write_plan(config, arms, materials)
     materials.prepare({arm.model.vocab_size for arm in arms})
     jobs = plan_jobs(config, arms, materials)
     console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -131,18 +130,19 @@ def _job(
         keep_last=1,
         **settings,
     )
-    return Job(arm.name, seed, factor, run, config.prompts)
+    return Job(arm.name, seed, factor, run)
 
 
 def _model_file(config: CompareConfig, arm: Arm) -> Path:
     return config.folder / "models" / f"{arm.name}.json"
 
 
-def _write_plan(config: CompareConfig, arms: list[Arm]) -> None:
+def _write_plan(config: CompareConfig, arms: list[Arm], materials: Materials) -> None:
     """What is to be compared and how it will be judged, on the disk before the first run."""
     plan = {
         "format": "ant5m-study-1",
         "settings": config.identity(),
+        "text": materials.text,
         "arms": {arm.name: {"model": arm.model.to_dict(), "train": arm.train} for arm in arms},
         "baseline": config.baseline,
         "rule": RULE,
@@ -202,7 +202,6 @@ def run_job(job: Job, threads: int = 0) -> str | None:
         return trained.stopped
     assert trained.evaluation
     last = [line for line in read_metrics(out / "metrics.jsonl") if line["kind"] == "train"][-1]
-    looping, texts = count_loops(out, job.prompts)
     write_json(
         job.result,
         {
@@ -212,40 +211,21 @@ def run_job(job: Job, threads: int = 0) -> str | None:
             **{key: value for key, value in trained.evaluation.to_dict().items() if key != "text"},
             "training_tokens": last["tokens"],
             "training_seconds": last["seconds"],
-            "looping": looping,
-            "texts": texts,
+            "loops": count_loops(out).to_dict(),
         },
     )
     return None
 
 
-def count_loops(run: Path, prompts: int) -> tuple[int, int]:
-    """(texts that loop, texts) of up to `prompts` greedy continuations of held-out documents' beginnings."""
+def count_loops(run: Path) -> LoopStatistics:
+    """Of greedy continuations of the fixed prompts, the same text whatever the tokenizer.
+
+    A tiny context may be too short for some of them: they are cut to half of it.
+    """
     net, tokenizer = load_with_tokenizer(run)
-    shards = Shards.open(Path(read_json(run / "config.json")["train"]["data"]), "validation", verify=False)
     half = net.config.max_position_embeddings // 2
-    beginnings = [
-        tokenizer.decode(tokenizer.encode(text)[:half])
-        for text in document_beginnings(shards, tokenizer, prompts)
-    ]
-    texts = generate(net, tokenizer, beginnings, NEW_TOKENS, temperature=0)
-    return sum(find_loops(text).looping for text in texts), len(texts)
-
-
-def document_beginnings(shards: Shards, tokenizer: Tokenizer, count: int) -> list[str]:
-    """The first words of the first `count` documents: the same text whatever the tokenizer."""
-    beginnings: list[str] = []
-    document: list[int] = []
-    for token in shards.tokens[: shards.num_tokens].tolist():
-        if len(beginnings) == count:
-            break
-        if token != shards.eos_token_id:
-            document.append(token)
-            continue
-        words = tokenizer.decode(document[: 12 * PROMPT_WORDS]).split()
-        beginnings.append(" ".join(words[:PROMPT_WORDS]))
-        document = []
-    return beginnings
+    prompts = [tokenizer.decode(tokenizer.encode(prompt)[:half]) for prompt in PROMPTS]
+    return measure_loops(net, tokenizer, prompts, max_new_tokens=NEW_TOKENS)
 
 
 def report(
@@ -259,7 +239,8 @@ def report(
         )
     study = STUDIES[config.study] if config.study else None
     planned = {"runs": len(jobs), "steps": {job.arm: job.run.steps for job in jobs}}
-    write_report(config, study, arms, results, bigrams, planned, versions())
+    origin = {"text": materials.text, "versions": versions()}
+    write_report(config, study, arms, results, bigrams, planned, origin)
 
 
 def _arm(arms: list[Arm], name: str) -> Arm:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -41,6 +42,11 @@ class Materials:
                 tokenizer = Tokenizer.load(self.tokenizer(size))
                 pack(self.corpus, tokenizer, self.shards(size), self.validation_fraction, progress=progress)
 
+    @property
+    def text(self) -> list[list[Any]]:
+        """[name, bytes] of each source, whatever the path by which it was found."""
+        return [_identity(source.name, source.size) for source in self.corpus.sources]
+
     def tokenizer(self, vocab_size: int) -> Path:
         return self.folder / "tokenizers" / str(vocab_size)
 
@@ -66,8 +72,11 @@ class Materials:
         if not path.exists():
             return False
         meta = read_json(path)
-        now = [[source.name, source.size] for source in self.corpus.sources]
-        then = [[source["name"], source["size"]] for source in meta["sources"]]
-        if now != then or meta["options"]["validation_fraction"] != self.validation_fraction:
+        then = [_identity(source["name"], source["size"]) for source in meta["sources"]]
+        if self.text != then or meta["options"]["validation_fraction"] != self.validation_fraction:
             raise UserError(f"{path.parent} was packed from another text: choose another --cache or --out")
         return True
+
+
+def _identity(name: str, size: int) -> list[Any]:
+    return [name if name.startswith("hf:") else Path(name).name, size]

@@ -8,10 +8,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ant5m.eval.loops import PROMPTS, wilson
 from ant5m.files import write_file, write_json
 from ant5m.model.doctor import count_flops
 from ant5m.study.config import CompareConfig
-from ant5m.study.statistics import RULE, SMALLEST_EFFECT, Interval, interval, judge, paired, wilson
+from ant5m.study.statistics import RULE, SMALLEST_EFFECT, Interval, interval, judge, paired
 from ant5m.study.studies import CLAIMS, STUDIES, Arm, Study
 
 
@@ -58,7 +59,7 @@ def write_report(
     results: list[dict[str, Any]],
     bigrams: dict[str, float],
     planned: dict[str, Any],
-    versions: dict[str, str],
+    origin: dict[str, Any],
 ) -> None:
     """Write the three files into the study's folder.
 
@@ -66,6 +67,7 @@ def write_report(
         results: the result.json of each run that is done, with `bytes_seen`.
         bigrams: bits per byte of a bigram counted on what each arm trains on.
         planned: `runs` and, for each arm, `steps`.
+        origin: `text` and `versions`.
     """
     rows = summarise(config, arms, results, bigrams)
     verdicts = judge_claims(config.study, rows)
@@ -82,7 +84,7 @@ def write_report(
         "rows": [{**dataclasses.asdict(row), "loop_rate": row.loop_rate} for row in rows],
         "verdicts": verdicts,
         "runs": results,
-        "versions": versions,
+        **origin,
     }
     write_json(config.folder / "study.json", values)
     write_file(config.folder / "study.md", text(config, study, rows, verdicts, planned, len(results)))
@@ -148,8 +150,8 @@ def _row(
         training_tokens=round(total("training_tokens") / len(results)) if done else None,
         bytes_seen=round(total("bytes_seen") / len(results)) if done else None,
         tokens_per_second=total("training_tokens") / total("training_seconds") if done else None,
-        looping=int(total("looping")) if done else None,
-        texts=int(total("texts")) if done else None,
+        looping=sum(one["loops"]["looping"] for one in results) if done else None,
+        texts=sum(one["loops"]["texts"] for one in results) if done else None,
     )
 
 
@@ -229,7 +231,7 @@ def text(
         head=_HEAD.format(baseline=config.baseline),
         table="\n".join(_line(row, config.baseline) for row in rows),
         effect=SMALLEST_EFFECT,
-        prompts=config.prompts,
+        prompts=len(PROMPTS),
         rule=RULE,
         verdicts="\n".join(_verdict(one) for one in verdicts),
     )
@@ -334,10 +336,10 @@ the study varies it ({rates}). {grid}
 {table}
 
 Brackets: 95 % t-intervals over seeds; differences are paired by seed, which decides weights and order of the
-data. Loops: {prompts} greedy continuations a run of the beginnings of held-out documents; the interval is
-Wilson's and counts texts, not seeds. Tokens/s: as it ran, whatever else the machine did. Bigram: what
-counting pairs on the training tokens of one run achieves on the same held-out text; a model above it has not
-learnt to use its context yet.
+data. Loops: share of greedy continuations of {prompts} fixed prompts, over all runs of an arm, that fall into
+a loop; the interval is Wilson's and counts texts, not seeds. Tokens/s: as it ran, whatever else the machine
+did. Bigram: what counting pairs on the training tokens of one run achieves on the same held-out text; a model
+above it has not learnt to use its context yet.
 
 ## Verdicts
 {rule}

@@ -72,15 +72,6 @@ def paired(values: dict[int, float], baseline: dict[int, float]) -> Interval | N
     return interval([values[seed] - baseline[seed] for seed in shared]) if shared else None
 
 
-def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """95 % interval of a share, by Wilson's score: it holds near 0 and 1 too."""
-    z = 1.959964
-    share, square = successes / trials, z * z / trials
-    middle = (share + square / 2) / (1 + square)
-    half = z / (1 + square) * math.sqrt(share * (1 - share) / trials + square / (4 * trials))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def judge(difference: Interval | None, beats_bigram: bool) -> Verdict:
     """What `RULE` says of a difference."""
     if not beats_bigram or difference is None or difference.low is None or difference.high is None:
