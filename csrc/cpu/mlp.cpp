@@ -160,8 +160,10 @@ struct Chunk {
         float* panel_ups = grad_ups + panel * kLanes;
         float* panel_hidden = hidden + panel * kLanes;
         float* grad_x_panel = grad_x_lanes + panel * dim * kLanes;
-        multiply_panel<kVecs, false>(n, dim, {weights.down + start * padded, padded, 1}, grad_lanes + panel * dim * kLanes, kLanes,
-                                     panel_gates, kStride, [&](Vec g, int64_t i, int j) {
+        const float* grad_panel = grad_lanes + panel * dim * kLanes;
+        const int64_t row = start * padded;
+        multiply_panel<kVecs, false>(n, dim, {weights.down + row, padded, 1}, grad_panel, kLanes, panel_gates, kStride,
+                                     [&](Vec g, int64_t i, int j) {
                                          const int64_t from = i * kLanes + j * kWidth;
                                          const int64_t to = i * kStride + j * kWidth;
                                          const SiluGradient silu(load(gates + from));
@@ -170,8 +172,9 @@ struct Chunk {
                                          store(panel_ups + to, g * silu.value);
                                          return g * u * silu.slope;
                                      });
-        multiply_panel<kVecs, true>(dim, n, {weights.gate + start * padded, 1, padded}, panel_gates, kStride, grad_x_panel, kLanes);
-        multiply_panel<kVecs, true>(dim, n, {weights.up + start * padded, 1, padded}, panel_ups, kStride, grad_x_panel, kLanes);
+        multiply_panel<kVecs, true>(dim, n, {weights.gate + row, 1, padded}, panel_gates, kStride, grad_x_panel,
+                                    kLanes);
+        multiply_panel<kVecs, true>(dim, n, {weights.up + row, 1, padded}, panel_ups, kStride, grad_x_panel, kLanes);
     }
 };
 

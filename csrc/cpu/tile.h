@@ -22,7 +22,6 @@ struct Keep {
 struct Operand {
     const float* data;
     int64_t row, column;
-    Operand from(int64_t i, int64_t k = 0) const { return {data + i * row + k * column, row, column}; }
 };
 
 // Never inlined: inside a larger function the accumulators are the first to be spilled, and the product runs at half
