@@ -16,12 +16,18 @@ from typing import Any
 
 
 class Arm:
-    """The outside of such a process; `name`: transformers, transformers-compiled, or a kernel backend."""
+    """The outside of such a process.
+
+    Args:
+        name: transformers, transformers-compiled, a kernel backend in the same loop, or trainer: the step
+            of `ant5m train`.
+    """
 
     def __init__(self, name: str, preset: str, batch_size: int, sequence_length: int):
         self.name, self.tokens = name, batch_size * sequence_length
         self.seconds: list[float] = []
         self.peak_bytes = 0
+        self.micro_batch_size = batch_size
         settings = {
             "name": name,
             "preset": preset,
@@ -45,7 +51,7 @@ class Arm:
             raise RuntimeError(f"the benchmark arm '{self.name}' died: its message stands above")
         result = json.loads(answer)
         self.seconds.append(result["seconds"])
-        self.peak_bytes = result["peak_bytes"]
+        self.peak_bytes, self.micro_batch_size = result["peak_bytes"], result["micro_batch_size"]
         return result
 
     def close(self) -> None:
@@ -62,26 +68,88 @@ def _serve(settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = load_config(settings["preset"])
-    loss_of, parameters = _model(settings["name"], config, device)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
     shape = (settings["batch_size"], settings["sequence_length"] + 1)
     batch = torch.randint(config.vocab_size, shape, device=device)
-    inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+    batch = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+    take_step, rows = None, 0
     for _ in sys.stdin:
+        if take_step is None:
+            take_step, rows = _fitting(settings["name"], config, device, batch)
         start = time.perf_counter()
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-            loss = loss_of(inputs, targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss = loss.item()  # waits for the device
+        loss = take_step(*batch).item()  # waits for the device
         seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds, "peak_bytes": _peak(device), "loss": loss}), flush=True)
+        answer = {"seconds": seconds, "peak_bytes": _peak(device), "loss": loss, "micro_batch_size": rows}
+        print(json.dumps(answer), flush=True)
+
+
+def _fitting(name: str, config, device, batch):
+    """The step with the largest micro-batches that fit, and how many sequences these are."""
+    import torch
+
+    rows = len(batch[0])
+    while True:
+        try:
+            take_step = (
+                _trainer(config, device, rows) if name == "trainer" else _loop(name, config, device, rows)
+            )
+            take_step(*batch)
+            return take_step, rows
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                raise
+        # Outside the handler, which would keep the failed step's memory alive.
+        rows //= 2
+        take_step = None
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _trainer(config, device, rows: int):
+    """What `ant5m train` does: on a GPU one CUDA graph, the fastest kernels, Muon."""
+    from ant5m.model.ant import Ant
+    from ant5m.train.optimizer import Optimizer
+    from ant5m.train.precision import LossScaler, choose_precision
+    from ant5m.train.schedule import Schedule
+    from ant5m.train.step import Step, make_step
+
+    net, precision = Ant(config).to(device), choose_precision("auto", device)
+    scaler = LossScaler(device) if precision == "fp16" else None
+    step = make_step(Step(net, Optimizer(net, "muon"), Schedule(1_000), rows, 1.0, precision, scaler))
+    return lambda inputs, targets: step(inputs, targets)[0]
+
+
+def _loop(name: str, config, device, rows: int):
+    """The usual loop in PyTorch: autocast, clipping, AdamW in one launch, a loss scale where it is fp16."""
+    import torch
+
+    from ant5m.train.precision import FIRST_SCALE, autocast, choose_precision
+
+    precision = choose_precision("auto", device)
+    loss_of, parameters = _model(name, config, device)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+    scaler = torch.amp.GradScaler(device.type, FIRST_SCALE, enabled=precision == "fp16")
+
+    def take_step(inputs, targets):
+        total = torch.zeros((), device=device)
+        share = rows / len(inputs)
+        for part, part_targets in zip(inputs.split(rows), targets.split(rows), strict=True):
+            with autocast(precision, device):
+                loss = loss_of(part, part_targets)
+            scaler.scale(loss * share).backward()
+            total += loss.detach() * share
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return total
+
+    return take_step
 
 
 def _model(name: str, config, device):
     import torch
+    from peers import transformers_llama, transformers_loss
 
     if not name.startswith("transformers"):
         from ant5m import kernels
@@ -90,18 +158,10 @@ def _model(name: str, config, device):
         kernels.select(name)
         net = Ant(config).to(device)
         return net, list(net.parameters())
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    net = LlamaForCausalLM(LlamaConfig(**config.to_dict(), attn_implementation="sdpa", use_cache=False)).to(
-        device
-    )
+    turing = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    net = transformers_llama(config, expand_keys=turing).to(device)
     run = torch.compile(net) if name == "transformers-compiled" else net
-
-    def loss_of(inputs, targets):
-        # Our targets are shifted already, so transformers need not do it again.
-        return run(input_ids=inputs, labels=targets, shift_labels=targets).loss
-
-    return loss_of, list(net.parameters())
+    return lambda inputs, targets: transformers_loss(run, inputs, targets), list(net.parameters())
 
 
 def _peak(device) -> int:

@@ -1,20 +1,28 @@
 """Keeps what was measured: JSON in results/ with device, versions and commit, and a table on the terminal."""
 
-import datetime
-import os
-import platform
-import subprocess
-from importlib import metadata
 from pathlib import Path
 
+import pytest
 import torch
+from devices import Rates, measure
+from provenance import RESULTS, provenance
 from rich.console import Console
 from rich.table import Table
 
 from ant5m.files import write_json
 
-RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "numpy", "transformers", "tokenizers", "gigatoken")
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The first GPU, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def rates(request, device) -> Rates:
+    """What this machine does in a second, measured before the benchmarks that ask for it; kept with them."""
+    request.config._ant5m_rates = measure(device)
+    return request.config._ant5m_rates
 
 
 def pytest_sessionfinish(session):
@@ -25,7 +33,9 @@ def pytest_sessionfinish(session):
     where = provenance()
     name = f"{where['device']}-{where['date'][:10]}-{where['commit'][:9]}".replace(" ", "-").replace("/", "-")
     path = RESULTS / f"{_slug(name)}.json"
-    write_json(path, {"provenance": where, "benchmarks": rows})
+    rates = getattr(session.config, "_ant5m_rates", None)
+    measured_rates = {} if rates is None else {"rates": rates.to_dict()}
+    write_json(path, {"provenance": where, **measured_rates, "benchmarks": rows})
     session.config._ant5m_report = (path, rows)
 
 
@@ -54,21 +64,6 @@ def pytest_terminal_summary(terminalreporter, config):
     )
 
 
-def provenance() -> dict:
-    """Where, when and with what the figures of this run were measured."""
-    cuda = torch.cuda.is_available()
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD") or "unknown",
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "device": torch.cuda.get_device_name() if cuda else _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {package: _version(package) for package in PACKAGES},
-    }
-
-
 def _row(bench) -> dict:
     stats = bench.stats
     return {
@@ -80,25 +75,5 @@ def _row(bench) -> dict:
     }
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def _slug(text: str) -> str:
     return "".join(c if c.isalnum() or c in "-." else "" for c in text).lower()
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "absent"
-
-
-def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return done.stdout.strip()

@@ -1,44 +1,60 @@
-"""A whole training step (forward, backward, clipping, AdamW) beside transformers' Llama, in one run.
+"""A whole training step (forward, backward, clipping, optimizer) beside transformers' Llama, in one run.
 
 Every round lets each arm take one step in turn; the figures are medians over rounds, the ratios medians of
-the rounds' own ratios. Peak memory is that of the arm's whole process.
+the rounds' own ratios. Peak memory is that of the arm's whole process on a CPU, of its tensors on a GPU.
 """
 
 import statistics
 
 import pytest
+import torch
 from arm import Arm
 
 from ant5m import kernels
+from ant5m.model.config import PRESETS
+from ant5m.model.doctor import count_flops
+from ant5m.train.precision import choose_precision, peak_flops
 
 RUN_TOKENS = 655_360_000  # 10,000 steps of 64 x 1,024: the published run
 PEERS = ("transformers", "transformers-compiled")
 OURS = [b for b in kernels.BACKENDS if all(row[b] == "ready" for row in kernels.available().values())]
+GPU = torch.cuda.is_available()
+WARM_UP = 6 if GPU else 2  # compilation, and the capture of a CUDA graph
 
 
 @pytest.mark.parametrize("preset", ["ant-5m", "ant-5m-fit"])
-def test_training_step(benchmark, preset, batch_size=8, sequence_length=1_024, rounds=5):
-    arms = [Arm(name, preset, batch_size, sequence_length) for name in (*PEERS, *OURS)]
-    *others, ours = arms  # the timed one is the fastest backend; the others take their turns beside it
+def test_training_step(benchmark, device, rates, preset, sequence_length=1_024):
+    batch_size, rounds = (64, 20) if GPU else (8, 5)
+    arms = [Arm(name, preset, batch_size, sequence_length) for name in (*PEERS, *OURS, "trainer")]
+    *others, ours = arms  # the timed one is the trainer's step; the others take their turns beside it
     for arm in arms:
-        for _ in range(2):
+        for _ in range(WARM_UP):
             arm.step()
         arm.seconds.clear()
     benchmark.pedantic(ours.step, setup=lambda: [arm.step() for arm in others] and None, rounds=rounds)
-    benchmark.group = "training step"
-    benchmark.extra_info |= {"preset": preset, "batch": [batch_size, sequence_length], "dtype": "float32"}
-    benchmark.extra_info["arms"] = {arm.name: _figures(arm, arms[0]) for arm in arms}
     for arm in arms:
         arm.close()
+    precision = choose_precision("auto", device)
+    benchmark.group = "training step"
+    benchmark.extra_info |= {"preset": preset, "batch": [batch_size, sequence_length]}
+    benchmark.extra_info["dtype"] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
+    peak = peak_flops(device, precision) or rates.flops
+    flops = 3 * sum(count_flops(PRESETS[preset], sequence_length).values())
+    benchmark.extra_info["arms"] = {arm.name: _figures(arm, arms[0], flops, peak) for arm in arms}
 
 
-def _figures(arm: Arm, peer: Arm) -> dict[str, float]:
+def _figures(arm: Arm, peer: Arm, flops: int, peak: float) -> dict[str, float | str]:
+    """`flops`: of the model, per token; `peak`: the data sheet's on a known GPU, else the measured rate."""
     seconds = statistics.median(arm.seconds)
     return {
         "tokens_per_second": round(arm.tokens / seconds),
+        "seconds": statistics.quantiles(arm.seconds, n=10),
         "speed_over_transformers": round(statistics.median(map(_ratio, peer.seconds, arm.seconds)), 3),
+        "model_flops_utilization": round(arm.tokens / seconds * flops / peak, 4),
         "peak_bytes": arm.peak_bytes,
         "memory_over_transformers": round(arm.peak_bytes / peer.peak_bytes, 3),
+        "micro_batch_size": arm.micro_batch_size,
+        "optimizer": "muon" if arm.name == "trainer" else "adamw",
         "hours_for_655M_tokens": round(RUN_TOKENS * seconds / arm.tokens / 3_600, 2),
     }
 

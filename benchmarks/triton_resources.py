@@ -13,7 +13,7 @@ import sys
 
 import torch
 import triton
-from conftest import RESULTS, provenance
+from provenance import RESULTS, provenance
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
