@@ -27,7 +27,7 @@ SURFACE = {
     "grad-clip schedule warmup decay final-rate seed device precision kernels eval-every eval-tokens "
     "sample-every checkpoint-every keep-last",
     "generate": "MODEL device json max-new-tokens prompt repetition-penalty seed temperature top-k top-p",
-    "eval": "MODEL batch-size data device json text-column",
+    "eval": "MODEL batch-size data data-dir device json limit output tasks text-column",
     "doctor": "MODEL device-memory json max-params",
     "compare": "study arms data out cache tokens seeds sequence-length batch-size optimizer learning-rate "
     "muon-learning-rate rate-factors prompts validation-fraction workers device precision kernels",

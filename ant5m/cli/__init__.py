@@ -24,7 +24,10 @@ COMMANDS = {
     "tokenizer health": ("ant5m.cli.tokenizer:TokenizerHealth", "is this tokenizer fit for this text?"),
     "data pack": ("ant5m.cli.data:DataPack", "turn text into token shards"),
     "train": ("ant5m.cli.train:Train", "pre-train a model (with no flag: everything, on built-in text)"),
-    "eval": ("ant5m.cli.evaluate:Evaluate", "loss, perplexities and bits per byte of a model"),
+    "eval": (
+        "ant5m.cli.evaluate:Evaluate",
+        "loss, perplexities and bits per byte of a model; its 0-shot table",
+    ),
     "generate": ("ant5m.cli.generate:Generate", "let a model write"),
     "doctor": ("ant5m.cli.doctor:Doctor", "examine an architecture before training it"),
     "compare": ("ant5m.cli.compare:Compare", "a controlled experiment: models, seeds, intervals, verdicts"),

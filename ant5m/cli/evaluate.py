@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -13,21 +13,28 @@ from rich.table import Table
 from ant5m.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from ant5m.eval.perplexity import Evaluation
+    from ant5m.eval.results import TaskResult
 
 
 @dataclass
 class Evaluate:
-    """Measure how well a model predicts text: loss, token and word perplexity, bits per byte.
+    """Measure how well a model predicts text (loss, token and word perplexity, bits per byte), or, with
+    --tasks, the 0-shot table by lm-eval's definitions (needs the extra: pip install 'ant5m[eval]').
 
     Of a run, its newest good checkpoint is evaluated, on the run's own validation shards unless --data names
-    other text; the result is also written to the run's eval.json.
+    other text; results are kept in the run's eval.json, and the table in its report.md and model card. An
+    evaluation that was stopped goes on where it was.
 
     For example:
 
         ant5m eval runs/my-run
         ant5m eval runs/my-run --data book.txt more.jsonl.gz
         ant5m eval runs/my-run/hf --data data/books --json
+        ant5m eval runs/my-run --tasks all
+        ant5m eval runs/my-run --tasks blimp,arc_easy,piqa --data-dir benchmarks --limit 100
     """
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -36,43 +43,92 @@ class Evaluate:
     """folder of shards (its validation split is used), or texts as for `ant5m data pack`"""
     text_column: str = "text"
     """field of .jsonl, .parquet and hf: rows that holds the text"""
+    tasks: tuple[str, ...] = ()
+    """names of tasks, or all: 0-shot instead of perplexity"""
+    data_dir: Path | None = None
+    """folder of .jsonl or .parquet files with the tasks' items (default: the Hugging Face hub)"""
+    limit: int | None = None
+    """take only the first so many items of each task"""
+    output: Path | None = None
+    """JSON file that keeps the tasks' results, so that a stopped evaluation goes on (default: of the run)"""
     batch_size: int = 8
-    """sequences computed at once"""
+    """sequences computed at once for perplexity"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1"""
     json: bool = False
     """print JSON and nothing else"""
 
     def run(self) -> None:
-        from ant5m.eval import perplexity
-        from ant5m.model.checkpoint import find_run, load_with_tokenizer, resolve
         from ant5m.train.precision import choose_device
 
         device = choose_device(self.device)
+        if self.tasks:
+            self._run_tasks(device)
+        else:
+            self._run_perplexity(device)
+
+    def _run_perplexity(self, device: "torch.device") -> None:
+        from ant5m.eval import perplexity
+        from ant5m.model.checkpoint import find_run, load_with_tokenizer, resolve
+
+        if self.data_dir or self.limit is not None or self.output:
+            raise UserError("--data-dir, --limit and --output are for tasks: name some with --tasks")
         run, folder = find_run(self.model), resolve(self.model)
         net, tokenizer = load_with_tokenizer(folder)
         if not self.data and run is None:
             raise UserError(f"{self.model} is not of a run: say with --data on what text to evaluate it")
         names = self.data or (str(perplexity.run_data(run)),) if run else self.data
         shards, text = perplexity.open_data(names, tokenizer, self.text_column)
-        with _progress() as progress:
+        with _progress("tokens") as progress:
             evaluation = perplexity.evaluate(
                 net.to(device), shards, self.batch_size, text=text, progress=progress
             )
         if run:
             perplexity.record(run, folder.name, evaluation)
         if self.json:
-            print(json.dumps({**evaluation.to_dict(), "model": str(folder)}, indent=2, ensure_ascii=False))
+            _print_json({**evaluation.to_dict(), "model": str(folder)})
         else:
             Console().print(_table(evaluation, folder))
 
+    def _run_tasks(self, device: "torch.device") -> None:
+        from ant5m.eval import results, tasks
+        from ant5m.model.checkpoint import find_run, load_with_tokenizer, resolve
 
-def _progress() -> Progress:
+        if self.data:
+            raise UserError("--data is text for perplexity: leave it out, or --tasks")
+        names = tasks.known_tasks(self.tasks)
+        run, folder = find_run(self.model), resolve(self.model)
+        net, tokenizer = load_with_tokenizer(folder)
+        weights = results.weights_sha256(folder)
+        kept = self.output or (run / "eval.json" if run else None)
+        known = results.recorded(kept, weights) if kept else []
+
+        def keep(result: "TaskResult") -> None:
+            if kept and result not in known:
+                results.record(kept, weights, folder.name, result)
+
+        with _progress("requests") as progress:
+            found = tasks.evaluate_tasks(
+                net.to(device), tokenizer, names, self.data_dir, self.limit, known, keep, progress
+            )
+        if run:
+            results.publish(run, folder)
+        if self.json:
+            _print_json({"model": str(folder), "tasks": [result.to_dict() for result in found]})
+        else:
+            Console().print(_task_table(found, folder))
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    print(json.dumps(values, indent=2, ensure_ascii=False))
+
+
+def _progress(unit: str) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("tokens"),
+        TextColumn(unit),
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
@@ -100,3 +156,19 @@ def _table(evaluation: "Evaluation", folder: Path) -> Table:
 
 def _number(value: float | None, digits: int) -> str:
     return "unknown" if value is None else f"{value:,.{digits}f}"
+
+
+def _task_table(found: "list[TaskResult]", folder: Path) -> Table:
+    from ant5m.eval.results import HEADINGS, rows
+
+    table = Table(
+        title=f"{folder}, 0-shot",
+        caption="accuracies in percent ± standard error; at chance: within two standard errors of it",
+        title_justify="left",
+        caption_justify="left",
+    )
+    for name, heading in HEADINGS._asdict().items():
+        table.add_column(heading, justify="left" if name in ("task", "metric", "verdict") else "right")
+    for row in rows(found):
+        table.add_row(*row, style="dim" if row.verdict == "at chance" else None)
+    return table

@@ -48,6 +48,10 @@ class KVCache:
         self.values[layer, :, self.length : end] = v
         return self.keys[layer, :, :end], self.values[layer, :, :end]
 
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """`append` k and v, and let the queries q [B, T, H, D] of the same positions see all before them."""
+        return _attention_over_cache(q, *self.append(layer, k, v))
+
 
 class _Split(torch.autograd.Function):
     """x.split(sizes, -1), whose gradient is not copied together when it was made in one piece already.
@@ -111,11 +115,7 @@ class Attention(nn.Module):
         qkv = F.linear(x, torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)))
         q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in _split(qkv, self.sizes))
         q, k = kernels.rope(q, k, cos, sin)
-        if cache is None:
-            mixed = kernels.attention(q, k, v, starts)
-        else:
-            keys, values = cache.append(self.layer, k, v)
-            mixed = _attention_over_cache(q, keys, values)
+        mixed = kernels.attention(q, k, v, starts) if cache is None else cache.attend(self.layer, q, k, v)
         return self.o_proj(mixed.flatten(-2))
 
 
@@ -171,7 +171,10 @@ class Layer(nn.Module):
 
 
 class Body(nn.Module):
-    """Everything between token ids and the head."""
+    """Everything between token ids and the head.
+
+    Whoever gives a `cache` decides what sees what: its `attend(layer, q, k, v)` stands in for the attention.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()

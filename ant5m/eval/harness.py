@@ -1,0 +1,136 @@
+"""lm-eval's view of a model: `ant5m` beside `hf`, with the same tokens, windows and conventions, but fast.
+
+Importing this module registers the model, so that lm-eval itself can use it:
+
+    import ant5m.eval.harness
+    lm_eval.simple_evaluate(model="ant5m", model_args="pretrained=runs/my-run", tasks=["piqa"])
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tokenizers
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from ant5m.eval.scoring import Request, Score, score
+from ant5m.model.ant import Ant
+from ant5m.model.checkpoint import load_with_tokenizer
+
+if TYPE_CHECKING:
+    from ant5m.data.tokenizer import Tokenizer
+
+
+@register_model("ant5m")
+class AntLM(TemplateLM):
+    """A model for lm-eval's likelihood tasks.
+
+    Scores equal those of lm-eval's `hf` model on the exported folder: text is encoded as `transformers` does
+    it, the end-of-text token stands where there is no context, long contexts lose their beginning. It does
+    not generate.
+
+    Args:
+        pretrained: run folder, checkpoint or Hugging Face folder; or give `net` and `tokenizer`.
+        device: as torch names it; default: the GPU if there is one. A given `net` stays where it is.
+        batch_size, max_batch_size: lm-eval passes them; batches here are of so many tokens, not requests.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | Path | None = None,
+        net: Ant | None = None,
+        tokenizer: "Tokenizer | None" = None,
+        device: str | None = None,
+        batch_size: Any = None,
+        max_batch_size: Any = None,
+    ) -> None:
+        super().__init__()
+        if net is None or tokenizer is None:
+            assert pretrained is not None, "give pretrained, or net and tokenizer"
+            net, tokenizer = load_with_tokenizer(pretrained)
+            net = net.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.net = net
+        self.eos_token_id = tokenizer.eos_token_id
+        # `Tokenizer` takes text that spells a special token for text; transformers, and so lm-eval, does not.
+        self._encoder = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+        self._eos_token = tokenizer.eos_token
+        self.on_scored: Callable[[int], None] | None = None
+        """called with a number of requests that are done"""
+        self.rolling_tokens = 0
+        """tokens that `loglikelihood_rolling` scored so far"""
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.eos_token_id
+
+    @property
+    def max_length(self) -> int:
+        return self.net.config.max_position_embeddings
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        """Token ids as `transformers` makes them of an exported folder."""
+        return self._encode_all([string], add_special_tokens)[string]
+
+    def _encode_all(
+        self, texts: Iterable[str], add_special_tokens: bool | None = None
+    ) -> dict[str, list[int]]:
+        """The ids of every text. Without a say on special tokens, a text that brings its own gets no more."""
+        unique = list(dict.fromkeys(texts))
+        if add_special_tokens is None:
+            own = [text for text in unique if text.startswith(self._eos_token)]
+            if own:
+                rest = [text for text in unique if not text.startswith(self._eos_token)]
+                return self._encode_all(own, False) | self._encode_all(rest, True)
+            add_special_tokens = True
+        rows = self._encoder.encode_batch_fast(unique, add_special_tokens=add_special_tokens)
+        return {text: row.ids for text, row in zip(unique, rows, strict=True)}
+
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        pairs = [_spaces_moved(*request.args) for request in requests]
+        behind = [(context, continuation) for context, continuation in pairs if context]
+        texts = self._encode_all(text for context, rest in behind for text in (context, context + rest))
+        alone = self._encode_all((continuation for context, continuation in pairs if not context), False)
+        tokens = []
+        for context, continuation in pairs:
+            if context:
+                first, whole = texts[context], texts[context + continuation]
+                tokens.append(Request(first, whole[len(first) :]))
+            else:
+                ids = alone[continuation]
+                begins = ids[:1] == [self.eot_token_id]
+                tokens.append(Request([self.eot_token_id], ids[1:] if begins else ids))
+        return [(one.log_likelihood, one.greedy) for one in self._score(tokens)]
+
+    def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
+        scores = self._score([Request(context, continuation) for _, context, continuation in requests])
+        return [(one.log_likelihood, one.greedy) for one in scores]
+
+    def _score(self, requests: Sequence[Request]) -> list[Score]:
+        return score(self.net, requests, self.on_scored)
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """Each text in windows of the model's context that do not overlap, the first behind end-of-text."""
+        texts = [request.args[0] for request in requests]
+        ids = self._encode_all(texts)
+        windows, owners = list[Request](), list[int]()
+        for owner, text in enumerate(texts):
+            self.rolling_tokens += len(ids[text])
+            for window in get_rolling_token_windows(ids[text], self.eot_token_id, self.max_length, 1):
+                windows.append(Request(*make_disjoint_window(window)))
+                owners.append(owner)
+        totals = [0.0] * len(texts)
+        for owner, one in zip(owners, self._score(windows), strict=True):
+            totals[owner] += one.log_likelihood
+        return totals
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        raise NotImplementedError("ant5m does not write texts for lm-eval: none of its tasks asks for them")
+
+
+def _spaces_moved(context: str, continuation: str) -> tuple[str, str]:
+    """Spaces at the end of a context belong to the continuation, as in `TemplateLM._encode_pair`."""
+    kept = len(context.rstrip())
+    return context[:kept], context[kept:] + continuation

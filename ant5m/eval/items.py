@@ -1,0 +1,110 @@
+"""Items of a benchmark, read from files of somebody's own: `--data-dir`.
+
+The folder holds one folder (or file) for each task, whose name begins with the task's, in any depth; `-`
+counts as `_`, and capitals do not matter:
+
+    benchmarks/
+      piqa/piqa_validation.jsonl          .jsonl (also .gz, .xz, .zst) or .parquet, one item a row,
+      arc/arc_easy_test.jsonl             with the field names of the hub's data set
+      blimp/adjunct_island.jsonl.gz       BLiMP: one file for each of its 67 parts
+      mmlu/mmlu_test.jsonl                MMLU: one file, with the subject in the field `subject`
+
+Where a folder has several splits the one that lm-eval evaluates is taken; a training split never is.
+"""
+
+import gzip
+import io
+import json
+import lzma
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+from ant5m.errors import UserError
+
+OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstandard.open}
+SPLITS = ("train", "validation", "valid", "val", "dev", "test")
+
+
+def find_files(data_dir: Path) -> list[Path]:
+    """Every file below a folder that can hold items, sorted. Raises `UserError` when there is no folder."""
+    if not data_dir.is_dir():
+        raise UserError(f"{data_dir} is not a folder of benchmark files")
+    files = [path for path in sorted(data_dir.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    return [path for path in files if re.search(r"\.(jsonl(\.(gz|xz|zst))?|parquet)$", path.name)]
+
+
+def choose_files(
+    files: Iterable[Path], data_dir: Path, name: str, split: str, exact: bool = False
+) -> list[Path]:
+    """The files of task `name`, best split first: the one asked for, then files without a split in the name.
+
+    `exact`: a folder or file has that very name (a split may follow), as BLiMP's parts do.
+    """
+    named = [path for path in files if _belongs(path.relative_to(data_dir), name, exact)]
+    ranked = [(rank, path) for path in named if (rank := _rank(path, split)) is not None]
+    return [path for _, path in sorted(ranked)]
+
+
+def _belongs(path: Path, name: str, exact: bool) -> bool:
+    wanted = _plain(name)
+    parts = [_plain(part) for part in (*path.parts[:-1], path.name.partition(".")[0])]
+    if exact:
+        return any(re.fullmatch(rf"{wanted}(_({'|'.join(SPLITS)}).*)?", part) for part in parts)
+    return any(part.startswith(wanted) for part in parts)
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")
+
+
+def _rank(path: Path, split: str) -> int | None:
+    found = re.findall(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])", path.name.lower())
+    if split in found:
+        return 0
+    if not found:
+        return 1
+    return {"validation": 2, "valid": 2, "val": 2, "test": 3}.get(found[-1])
+
+
+def read_rows(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """The items of a file, each with at least `fields`. Raises `UserError` when it is broken or lacks one."""
+    rows = _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
+    if not rows:
+        raise UserError(f"{path} holds no items")
+    for number, row in enumerate(rows, 1):
+        if missing := [field for field in fields if field not in row]:
+            found = ", ".join(row) or "none"
+            raise UserError(f"{path}, row {number}: no field {', '.join(missing)} (found: {found})")
+    return rows
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a readable parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    opener = OPENERS.get(path.suffix, open)
+    rows = []
+    try:
+        with opener(path, "rb") as raw:
+            for number, line in enumerate(io.TextIOWrapper(raw, encoding="utf-8-sig"), 1):
+                if line.isspace():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise UserError(f"{path}, line {number}: not a JSON object")
+                rows.append(row)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zstandard.ZstdError) as error:
+        raise UserError(f"{path} is damaged or not what its name says ({error})") from None
+    return rows

@@ -1,0 +1,279 @@
+"""The 0-shot table: its rows, what a model reached in them, and where that is kept (the run's eval.json)."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ant5m.errors import UserError
+from ant5m.files import file_sha256, read_json, write_file, write_json
+from ant5m.model.checkpoint import latest_checkpoint
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One row of the published table."""
+
+    name: str
+    """lm-eval's name of the task"""
+    folder: str
+    """of the definition, below lm_eval/tasks"""
+    fields: tuple[str, ...]
+    """that an item must have"""
+    files: str = ""
+    """what the names of its files begin with; default: `name`"""
+    published: float | None = None
+    """percent, of the published Ant-5M"""
+
+
+BENCHMARKS = {
+    one.name: one
+    for one in (
+        Benchmark("boolq", "super_glue/boolq", ("question", "passage", "label")),
+        Benchmark("copa", "super_glue/copa", ("premise", "choice1", "choice2", "question", "label")),
+        Benchmark("blimp", "blimp", ("sentence_good", "sentence_bad"), published=50.8),
+        Benchmark("winogrande", "winogrande", ("sentence", "option1", "option2", "answer")),
+        Benchmark("truthfulqa_mc2", "truthfulqa", ("question", "mc2_targets"), "truthful"),
+        Benchmark("piqa", "piqa", ("goal", "sol1", "sol2", "label"), published=48.9),
+        Benchmark("openbookqa", "openbookqa", ("question_stem", "choices", "answerKey")),
+        Benchmark("arc_easy", "arc", ("question", "choices", "answerKey"), published=26.4),
+        Benchmark("arc_challenge", "arc", ("question", "choices", "answerKey")),
+        Benchmark("hellaswag", "hellaswag", ("activity_label", "ctx_a", "ctx_b", "endings", "label")),
+        Benchmark("swag", "swag", ("startphrase", "ending0", "ending1", "ending2", "ending3", "label")),
+        Benchmark("mmlu", "mmlu/default", ("question", "subject", "choices", "answer")),
+        Benchmark("race", "race", ("article", "problems")),
+        Benchmark(
+            "sciq",
+            "sciq",
+            ("support", "question", "correct_answer", "distractor1", "distractor2", "distractor3"),
+            published=20.7,
+        ),
+        Benchmark("commonsense_qa", "commonsense_qa", ("question", "choices", "answerKey")),
+        Benchmark("lambada_openai", "lambada", ("text",), published=0.0),
+        Benchmark("wikitext", "wikitext", ("page",)),
+        Benchmark("ArithMark-2.0", "", ("ctx", "endings", "label")),
+    )
+}
+
+GROUPS = {"blimp": "blimp_", "mmlu": "mmlu_"}
+"""tasks that consist of parts, and what the names of the parts begin with"""
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What a model reaches in a task, or in a part of one."""
+
+    task: str
+    metrics: dict[str, tuple[float, float | None]]
+    """name -> value and standard error (None: not known)"""
+    items: int
+    chance: float | None
+    """what guessing gives, for accuracies"""
+    settings: dict[str, Any]
+    """limit, data, sha256 of the data and lm_eval's version: a result is used again where they are equal"""
+    over: dict[str, int] = field(default_factory=dict)
+    """of a perplexity: tokens, words, bytes"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        metrics = {name: {"value": value, "stderr": error} for name, (value, error) in self.metrics.items()}
+        return {
+            "task": self.task,
+            "metrics": metrics,
+            "items": self.items,
+            "chance": self.chance,
+            **({"over": self.over} if self.over else {}),
+            "settings": self.settings,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TaskResult":
+        """The inverse of `to_dict`; other keys are passed over."""
+        metrics = {name: (one["value"], one["stderr"]) for name, one in values["metrics"].items()}
+        return cls(
+            values["task"],
+            metrics,
+            values["items"],
+            values["chance"],
+            values["settings"],
+            values.get("over", {}),
+        )
+
+
+def weights_sha256(model: Path) -> str:
+    """Of the weights in a checkpoint or Hugging Face folder: what a result belongs to."""
+    files = sorted(model.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{model} holds no weights")
+    return " ".join(file_sha256(file) for file in files)
+
+
+def recorded(path: Path, weights: str) -> list[TaskResult]:
+    """The results in an eval.json that these weights reached; none where there is no such file."""
+    return [TaskResult.from_dict(one) for one in _tasks(_read(path), path) if one.get("weights") == weights]
+
+
+def record(path: Path, weights: str, checkpoint: str, result: TaskResult) -> None:
+    """Put a result into an eval.json, in place of one of the same weights, task and limit; the rest stays."""
+    values = _read(path)
+    old = _tasks(values, path)
+    limit = result.settings["limit"]
+
+    def replaced(one: dict[str, Any]) -> bool:
+        same = one.get("weights") == weights and one.get("task") == result.task
+        return same and one["settings"]["limit"] == limit
+
+    new = {**result.to_dict(), "checkpoint": checkpoint, "weights": weights}
+    values["tasks"] = [*(one for one in old if not replaced(one)), new]
+    write_json(path, values)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    values = read_json(path) if path.exists() else {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not an eval.json of ant5m: move it away")
+    return values
+
+
+def _tasks(values: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    tasks = values.get("tasks", [])
+    if not isinstance(tasks, list) or not all(isinstance(one, dict) and "settings" in one for one in tasks):
+        raise UserError(f"{path} is not an eval.json of ant5m: move it away")
+    return tasks
+
+
+class Row(NamedTuple):
+    """One line of the table, as text."""
+
+    task: str
+    metric: str
+    value: str
+    chance: str
+    verdict: str
+    """at chance (within two standard errors of it), above or below; empty where there is none"""
+    over: str
+    published: str
+
+
+HEADINGS = Row("task", "metric", "value", "chance", "", "over", "published Ant-5M")
+
+_OVER = {
+    "token_perplexity": "tokens",
+    "word_perplexity": "words",
+    "byte_perplexity": "bytes",
+    "bits_per_byte": "bytes",
+}
+
+
+def rows(results: Sequence[TaskResult]) -> list[Row]:
+    """The table, without the parts of groups: accuracies in percent, +- standard error."""
+    found = {result.task: result for result in results}
+    return [row for name in BENCHMARKS if name in found for row in _rows(BENCHMARKS[name], found[name])]
+
+
+def parts(results: Sequence[TaskResult]) -> list[Row]:
+    """The same for the parts of BLiMP and MMLU."""
+    return [
+        row
+        for result in results
+        if result.task not in BENCHMARKS
+        for row in _rows(Benchmark(result.task, "", ()), result)
+    ]
+
+
+def _rows(benchmark: Benchmark, result: TaskResult) -> Iterator[Row]:
+    for metric, (value, error) in result.metrics.items():
+        unit = _OVER.get(metric, "items")
+        over = f"{result.over.get(unit, result.items):,} {unit}"
+        if not metric.startswith("acc"):
+            digits = 4 if metric == "bits_per_byte" else 2
+            yield Row(result.task, metric, _with_error(value, error, digits), "", "", over, "")
+            continue
+        published = (
+            f"{benchmark.published:.1f}" if metric == "acc" and benchmark.published is not None else ""
+        )
+        chance = "" if result.chance is None else f"{100 * result.chance:.1f}"
+        percent = _with_error(100 * value, None if error is None else 100 * error, 1)
+        yield Row(
+            result.task, metric, percent, chance, _verdict(value, error, result.chance), over, published
+        )
+
+
+def _with_error(value: float, error: float | None, digits: int) -> str:
+    return f"{value:,.{digits}f}" + ("" if error is None else f" ± {error:,.{digits}f}")
+
+
+def _verdict(value: float, error: float | None, chance: float | None) -> str:
+    if chance is None or error is None:
+        return ""
+    if abs(value - chance) <= 2 * error:
+        return "at chance"
+    return "above chance" if value > chance else "below chance"
+
+
+SECTION = "## 0-shot tasks"
+
+
+def markdown(results: Sequence[TaskResult]) -> str:
+    """The table as a section of a report or model card; empty without results."""
+    if not results:
+        return ""
+    limits = {result.settings["limit"] for result in results}
+    limited = "" if limits == {None} else " Only the first items of each task were taken."
+    versions = sorted({version for result in results if (version := result.settings["lm_eval"])})
+    by = f" of lm-eval {', '.join(versions)}" if versions else ""
+    lines = [
+        f"{SECTION}",
+        f"Definitions{by}; accuracies in percent ± standard error; at chance: within two of them.{limited} "
+        "The published table does not say which accuracy it gives: its figures stand beside `acc`.",
+        "",
+        *_markdown_table(rows(results)),
+    ]
+    if inner := parts(results):
+        summary = f"<details><summary>The {len(inner)} parts</summary>"
+        lines += ["", summary, "", *_markdown_table(inner), "", "</details>"]
+    return "\n".join(lines) + "\n\n"
+
+
+def _markdown_table(lines: Sequence[Row]) -> list[str]:
+    rule = Row("---", "---", "---:", "---:", "---", "---:", "---:")
+    return [f"| {' | '.join(line)} |" for line in (HEADINGS, rule, *lines)]
+
+
+def with_section(text: str, section: str, before: str) -> str:
+    """A report or card with its 0-shot section renewed, or put before the heading `before`."""
+    start = text.find(SECTION + "\n")
+    if start < 0:
+        start = end = text.index(before)
+    else:
+        following = text.find("\n## ", start)
+        end = len(text) if following < 0 else following + 1
+    return text[:start] + section + text[end:]
+
+
+def section_of(run: Path, model: Path) -> str:
+    """The section on what the weights in `model` reached, as the run's eval.json says; empty without one.
+
+    Of a task that was measured in several ways it shows the one with the most items.
+    """
+    if not (run / "eval.json").exists():
+        return ""
+    widest: dict[str, TaskResult] = {}
+    for result in recorded(run / "eval.json", weights_sha256(model)):
+        if result.task not in widest or result.items >= widest[result.task].items:
+            widest[result.task] = result
+    return markdown(list(widest.values()))
+
+
+def publish(run: Path, model: Path) -> None:
+    """Renew the section in a run's report and model card, where those are about the weights in `model`."""
+    section = section_of(run, model)
+    newest = latest_checkpoint(run)
+    if newest is None or newest.resolve() != model.resolve():
+        return
+    pages = [(run / "report.md", "## Samples")]
+    if (run / "hf").is_dir() and weights_sha256(run / "hf") == weights_sha256(model):
+        pages.append((run / "hf" / "README.md", "## Limits"))
+    for page, before in pages:
+        if page.exists():
+            write_file(page, with_section(page.read_text(encoding="utf-8"), section, before))

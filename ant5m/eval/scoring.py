@@ -1,0 +1,216 @@
+"""How likely a model finds many continuations, each behind its context: what they share is computed once.
+
+The token sequences of all requests, sorted, are a trie walked depth first. It is cut into packs; a position
+of a pack sees itself and its ancestors, so every branch computes what it would compute alone. All packs of a
+batch lie end to end, without padding, and only positions whose next token is asked for pass through the head.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ant5m import kernels
+from ant5m.errors import UserError
+from ant5m.model.ant import Ant
+
+PACK_TOKENS = 128
+"""a pack is closed behind so many, unless what would have to be computed again outweighs its mask"""
+BATCH_TOKENS = 2048
+HEAD_ROWS = 256
+"""logits [rows, vocabulary] alive at once"""
+
+
+class Request(NamedTuple):
+    """Token ids: how likely is `continuation` behind `context`, which may not be empty?"""
+
+    context: Sequence[int]
+    continuation: Sequence[int]
+
+
+class Score(NamedTuple):
+    """Of one request: log p(continuation | context) in nats, and whether greedy decoding writes it."""
+
+    log_likelihood: float
+    greedy: bool
+
+
+@dataclass
+class Pack:
+    """A piece of the trie, depth first: position t sees every s with s <= t < ends[s]."""
+
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    """of each token in its own sequence"""
+    ends: list[int] = field(default_factory=list)
+    """behind the last descendant"""
+    rows: list[int] = field(default_factory=list)
+    """positions whose next token is asked for; beside each that token, and the request that asks"""
+    targets: list[int] = field(default_factory=list)
+    owners: list[int] = field(default_factory=list)
+
+
+def score(
+    net: Ant, requests: Sequence[Request], on_scored: Callable[[int], None] | None = None
+) -> list[Score]:
+    """The scores of all requests, in their order.
+
+    A sequence that is longer than the model's context loses its beginning, as in lm-eval; an empty
+    continuation is certain. Computes in the net's dtype. `on_scored` is called now and then with a number of
+    requests that are done. Raises `UserError` when a continuation alone is longer than the context.
+    """
+    total = np.zeros(len(requests))
+    greedy = np.ones(len(requests), dtype=bool)
+    training = net.training
+    net.eval()
+    try:
+        with torch.inference_mode():
+            for packs in _batches(plant(requests, net.config.max_position_embeddings)):
+                owners, log_probs, likeliest = _score_packs(net, packs)
+                np.add.at(total, owners, log_probs)
+                np.logical_and.at(greedy, owners, likeliest)
+                if on_scored:
+                    on_scored(len(np.unique(owners)))
+    finally:
+        net.train(training)
+    return [Score(float(nats), bool(flag)) for nats, flag in zip(total, greedy, strict=True)]
+
+
+def plant(requests: Sequence[Request], context: int) -> Iterator[Pack]:
+    """The trie of all requests in packs. `context`: tokens that a sequence may have."""
+    sequences = [[*request.context, *request.continuation][-context - 1 :] for request in requests]
+    pack, path, last = Pack(), list[int](), list[int]()
+    # The last token is only predicted, never read.
+    asking = [index for index, request in enumerate(requests) if request.continuation]
+    for owner in sorted(asking, key=lambda index: sequences[index][:-1]):
+        *tokens, _ = sequence = sequences[owner]
+        asked = len(requests[owner].continuation)
+        if asked > len(tokens):
+            raise UserError(
+                f"an item's answer of {asked} tokens does not fit into the model's context of {context}"
+            )
+        shared = _shared(last, tokens)
+        if pack.ids and len(pack.ids) + len(tokens) - shared > max(PACK_TOKENS, 4 * shared):
+            _close(pack, path)
+            yield pack
+            pack, path, shared = Pack(), [], 0
+        _close(pack, path[shared:])
+        start, grown = len(pack.ids), len(tokens) - shared
+        path = path[:shared] + list(range(start, start + grown))
+        pack.ids += tokens[shared:]
+        pack.positions += range(shared, len(tokens))
+        pack.ends += [-1] * grown
+        pack.rows += path[-asked:]
+        pack.targets += sequence[-asked:]
+        pack.owners += [owner] * asked
+        last = tokens
+    if pack.ids:
+        _close(pack, path)
+        yield pack
+
+
+def _shared(left: list[int], right: list[int]) -> int:
+    """Length of the common beginning."""
+    for index, (a, b) in enumerate(zip(left, right)):  # noqa: B905  (of different lengths)
+        if a != b:
+            return index
+    return min(len(left), len(right))
+
+
+def _close(pack: Pack, positions: list[int]) -> None:
+    """Whatever comes now does not descend from these."""
+    for position in positions:
+        pack.ends[position] = len(pack.ids)
+
+
+def _batches(packs: Iterator[Pack]) -> Iterator[list[Pack]]:
+    batch, tokens = list[Pack](), 0
+    for pack in packs:
+        if batch and tokens + len(pack.ids) > BATCH_TOKENS:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(pack)
+        tokens += len(pack.ids)
+    if batch:
+        yield batch
+
+
+class _Forest:
+    """Stands in for the KV cache of `Body`: attention inside each pack, along its branches."""
+
+    def __init__(self, packs: list[Pack], group: int, like: Tensor) -> None:
+        self.sizes = [len(pack.ids) for pack in packs]
+        self.group = group
+        """query heads of a key/value head"""
+        self.masks = [_mask(pack, group, like) for pack in packs]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [1, N, H, D], k and v [1, N, KV, D] of all packs end to end -> [1, N, H, D]."""
+        pieces = zip(*(x.split(self.sizes, 1) for x in (q, k, v)), self.masks, strict=True)
+        return torch.cat([self._attend(*piece) for piece in pieces], 1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None:
+            return kernels.attention(q, k, v)
+        # The query heads of a group lie below one another, so that they share keys and mask without copies.
+        folded = q.unflatten(2, (-1, self.group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        out = F.scaled_dot_product_attention(folded, k.transpose(1, 2), v.transpose(1, 2), mask)
+        return out.unflatten(2, (self.group, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _mask(pack: Pack, group: int, like: Tensor) -> Tensor | None:
+    """What is added to the scores [group * T, T]: 0 or -inf; None when the pack is a single branch."""
+    size = len(pack.ids)
+    if min(pack.ends) == size:
+        return None
+    ends, position = np.array(pack.ends), np.arange(size)
+    seen = (position <= position[:, None]) & (position[:, None] < ends)
+    mask = torch.from_numpy(np.where(seen, np.float32(0), np.float32(-np.inf)))
+    return mask.to(like).repeat(group, 1)
+
+
+def _score_packs(net: Ant, packs: list[Pack]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(request, log-probability, whether it is the likeliest) for every token asked for."""
+    offsets = np.cumsum([0, *(len(pack.ids) for pack in packs)])
+    rows = np.concatenate([np.array(pack.rows) + offset for pack, offset in zip(packs, offsets)])  # noqa: B905
+    targets = np.array(list(itertools.chain.from_iterable(pack.targets for pack in packs)))
+    owners = np.array(list(itertools.chain.from_iterable(pack.owners for pack in packs)))
+    log_probs, likeliest = _log_probs(net, _hidden(net, packs), rows, targets)
+    return owners, log_probs, likeliest
+
+
+def _hidden(net: Ant, packs: list[Pack]) -> Tensor:
+    """What the head would take, [N, D]."""
+    table = net.model.embed_tokens.weight
+    ids = torch.tensor([list(itertools.chain.from_iterable(pack.ids for pack in packs))], device=net.device)
+    positions = list(itertools.chain.from_iterable(pack.positions for pack in packs))
+    place = torch.tensor(positions, device=net.device)
+    forest = _Forest(packs, net.config.num_attention_heads // net.config.num_key_value_heads, table)
+    return net.model(ids, net.cos[place], net.sin[place], forest)[0]
+
+
+def _log_probs(
+    net: Ant, hidden: Tensor, rows: np.ndarray, targets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """log p(targets[i] | hidden[rows[i]]), and whether it is the largest; a row passes the head once."""
+    unique, pointer = np.unique(rows, return_inverse=True)
+    needed = hidden[torch.from_numpy(unique).to(hidden.device)]
+    order = np.argsort(pointer, kind="stable")
+    log_probs, likeliest = np.empty(len(rows)), np.empty(len(rows), dtype=bool)
+    for start in range(0, len(unique), HEAD_ROWS):
+        first, last = np.searchsorted(pointer[order], (start, start + HEAD_ROWS))
+        asked = order[first:last]
+        logits = F.linear(needed[start : start + HEAD_ROWS], net.head_weight).float()
+        row = torch.from_numpy(pointer[asked] - start).to(logits.device)
+        target = torch.from_numpy(targets[asked]).to(logits.device)
+        chosen = logits[row, target]
+        best, guess = logits.max(-1)
+        total = logits.sub_(best[:, None]).exp_().sum(-1).log_().add_(best)
+        log_probs[asked] = (chosen - total[row]).cpu().numpy()
+        likeliest[asked] = (guess[row] == target).cpu().numpy()
+    return log_probs, likeliest
