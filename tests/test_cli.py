@@ -24,8 +24,8 @@ SURFACE = {
     "data pack": "out seed shard-tokens text-column tokenizer validation-fraction",
     "train": "model data tokenizer out resume steps tokens max-minutes batch-size micro-batch-size "
     "sequence-length document-mask optimizer learning-rate muon-learning-rate betas eps weight-decay "
-    "grad-clip schedule warmup decay final-rate seed device precision kernels eval-every eval-tokens "
-    "sample-every checkpoint-every keep-last",
+    "grad-clip schedule warmup decay final-rate loop-loss loop-loss-weight loop-loss-share seed device "
+    "precision kernels eval-every eval-tokens sample-every checkpoint-every keep-last",
     "generate": "MODEL device json max-new-tokens prompt repetition-penalty seed temperature top-k top-p",
     "eval": "MODEL batch-size data data-dir device json limit output tasks text-column",
     "doctor": "MODEL device-memory json max-params",

@@ -76,6 +76,7 @@ def test_published_sizes():
     total = {name: sum(doctor.count_parameters(config).values()) for name, config in PRESETS.items()}
     assert total["ant-5m"] == 4_730_240
     assert total["ant-5m-fit"] == 4_951_808
+    assert total["ant-5m-best"] == 4_937_280
     assert total["ant-5m-wide"] > 9_800_000
     assert round(total["archaea-74m"] / 1e6, 1) == 74.0
 
@@ -177,7 +178,7 @@ def test_what_is_weak_in_the_presets():
     }
     assert weak["ant-5m"] == {"embedding share", "vocabulary against width", "head size"}
     assert weak["ant-5m-wide"] == {"embedding share"}
-    assert weak["ant-5m-fit"] == set()
+    assert weak["ant-5m-fit"] == weak["ant-5m-best"] == set()
     assert weak["archaea-74m"] == {"embedding share"}
 
 

@@ -62,8 +62,8 @@ def noise(monkeypatch):
     """A loss that draws from torch's generator, as dropout would."""
     forward = Ant.forward
 
-    def noisy(self, input_ids, targets=None, cache=None):
-        out = forward(self, input_ids, targets, cache)
+    def noisy(self, input_ids, targets=None, cache=None, **more):
+        out = forward(self, input_ids, targets, cache, **more)
         return out if targets is None or not self.training else out * (1 + 0.1 * torch.rand(()))
 
     monkeypatch.setattr(Ant, "forward", noisy)
@@ -78,6 +78,8 @@ def noise(monkeypatch):
         {"optimizer": "muon", "micro_batch_size": 1, "schedule": "cosine"},
         {"optimizer": "adamw", "precision": "fp16"},
         {"optimizer": "muon", "precision": "bf16", "eval_every": 5},
+        {"loop_loss": "ditto", "loop_loss_share": 0.7},
+        {"loop_loss": "unlikelihood", "loop_loss_share": 0.4, "precision": "fp16"},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )

@@ -240,6 +240,9 @@ def test_measuring_the_speed_leaves_the_model_alone():
         ({"optimizer": "sgd"}, "--optimizer must be one of adamw, muon"),
         ({"max_minutes": 0}, "--max-minutes must be above 0"),
         ({"keep_last": 0}, "--keep-last"),
+        ({"loop_loss": "dito"}, "--loop-loss must be one of none, unlikelihood, ditto"),
+        ({"loop_loss_weight": -1.0}, "--loop-loss-weight must be at least 0"),
+        ({"loop_loss_share": 1.5}, "--loop-loss-share must be from 0 to 1"),
     ],
 )
 def test_impossible_settings(changes, message):

@@ -30,7 +30,8 @@ class Doctor:
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """a preset (ant-5m, ant-5m-wide, ant-5m-fit, archaea-74m), a config file or a folder with one"""
+    """a preset (ant-5m, ant-5m-wide, ant-5m-fit, ant-5m-best, archaea-74m), a config file or a folder
+    with one"""
     max_params: str | None = None
     """the envelope to keep, like 5M or 4_950_000"""
     device_memory: str = "detected"

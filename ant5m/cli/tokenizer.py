@@ -74,8 +74,8 @@ class TokenizerHealth:
     tokenizer: Path
     """tokenizer folder, or a tokenizer.json"""
     preset: str = "ant-5m"
-    """model whose table the vocabulary becomes: a preset (ant-5m, ant-5m-wide, ant-5m-fit, archaea-74m) or a
-    config file"""
+    """model whose table the vocabulary becomes: a preset (ant-5m, ant-5m-wide, ant-5m-fit, ant-5m-best,
+    archaea-74m) or a config file"""
     compare: tuple[int, ...] = (2_048, 4_096, 8_192, 16_384)
     """vocabulary sizes to learn from the same text, to see what each costs and brings"""
     sample_mb: int = 10

@@ -5,6 +5,8 @@ matrices stay separate (an optimizer such as Muon must see them one by one); the
 q, k, v together and by gate, up together, because at these sizes reading the activations once is what counts.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -202,6 +204,7 @@ class Ant(nn.Module):
     loss in nats over targets [B, T] (-100: not counted); `net(input_ids, cache=cache)` the logits of new
     positions, whose keys and values are added to the cache. With `starts` [B, T] int64 (without a cache)
     position t attends to positions starts[b, t]..t only, so that documents in one row do not see each other.
+    With `head` it gives head(hidden [B, T, D], head weight [V, D]), for other losses than the usual one.
     Raises `UserError` when T is above the context length.
     """
 
@@ -238,6 +241,7 @@ class Ant(nn.Module):
         targets: torch.Tensor | None = None,
         cache: KVCache | None = None,
         starts: torch.Tensor | None = None,
+        head: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         past = 0 if cache is None else cache.length
         end = past + input_ids.shape[1]
@@ -248,6 +252,8 @@ class Ant(nn.Module):
         hidden = self.model(input_ids, self.cos[past:end], self.sin[past:end], cache, starts)
         if cache is not None:
             cache.length = end
+        if head is not None:
+            return head(hidden, self.head_weight)
         if targets is None:
             return F.linear(hidden, self.head_weight)
         return kernels.linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten())

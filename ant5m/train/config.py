@@ -65,6 +65,14 @@ class TrainConfig:
     final_rate: float = 0.0
     """learning rate at the end, as a share of the peak"""
 
+    loop_loss: Literal["none", "unlikelihood", "ditto"] = "none"
+    """against loops, beside the cross-entropy at the end of the run: unlikelihood of tokens that came before,
+    or ditto, on phrases that are repeated on purpose (twice the time while it lasts)"""
+    loop_loss_weight: float = 1.0
+    """of it, the cross-entropy having 1"""
+    loop_loss_share: float = 0.1
+    """share of the steps, the last ones, in which it is added"""
+
     seed: int = 1
     """of weights and data order"""
     device: str = "auto"
@@ -94,9 +102,9 @@ class TrainConfig:
             _check_count(self, name, 0)
         for name in ("learning_rate", "muon_learning_rate", "eps", "max_minutes"):
             _check_range(self, name, above=0)
-        for name in ("weight_decay", "grad_clip"):
+        for name in ("weight_decay", "grad_clip", "loop_loss_weight"):
             _check_range(self, name, least=0)
-        for name in ("warmup", "decay", "final_rate"):
+        for name in ("warmup", "decay", "final_rate", "loop_loss_share"):
             _check_range(self, name, least=0, most=1)
         if len(self.betas) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in self.betas):
             raise UserError(f"{_flag('betas')} must be two numbers from 0 to below 1, not {self.betas}")

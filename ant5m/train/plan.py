@@ -66,7 +66,7 @@ def complete(
         learning_rate=config.learning_rate or _learning_rate(config),
         batch_size=batch,
         micro_batch_size=config.micro_batch_size
-        or _micro_batch(model, batch, length, device, config.precision, num_tokens),
+        or _micro_batch(model, batch, length, device, config.precision, num_tokens, config.loop_loss),
         sequence_length=length,
         eval_every=eval_every,
         eval_tokens=config.eval_tokens or max(length, round(0.015 * tokens)),
@@ -129,7 +129,13 @@ def _learning_rate(config: TrainConfig) -> float:
 
 
 def _micro_batch(
-    model: ModelConfig, batch: int, length: int, device: torch.device, precision: str, num_tokens: int = 0
+    model: ModelConfig,
+    batch: int,
+    length: int,
+    device: torch.device,
+    precision: str,
+    num_tokens: int = 0,
+    loop_loss: str = "none",
 ) -> int:
     """Sequences computed at once: the largest divisor of the batch that fits, beside the tokens if kept."""
     if device.type == "cpu":
@@ -137,6 +143,7 @@ def _micro_batch(
     else:
         kept = 2 * num_tokens if keeps_tokens(num_tokens, device) else 0
         fitting = fitting_tokens(model, _memory(device) - kept, half=precision != "fp32")
+        fitting //= 1 + (loop_loss == "ditto")  # a second forward pass before the backward pass
     most = max(1, fitting // length)
     return next(rows for rows in range(min(most, batch), 0, -1) if batch % rows == 0)
 

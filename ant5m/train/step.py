@@ -11,11 +11,13 @@ product. Autocast joins in fp32 and casts that, in each micro-batch: 8 + 6 bytes
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from ant5m.data.loader import document_starts
 from ant5m.model.ant import Ant
+from ant5m.train.losses import LoopLoss
 from ant5m.train.optimizer import Optimizer, clip, is_hidden
 from ant5m.train.precision import DTYPES, LossScaler, autocast
 from ant5m.train.schedule import Schedule
@@ -41,6 +43,7 @@ class Step:
         scaler: for fp16; then a step whose gradients overflow changes nothing but the scale.
         done: steps that counted before.
         eos_token_id: keeps attention inside the documents that end with it; None: inside the sequence.
+        loop_loss: adds to the gradient of the cross-entropy.
     """
 
     def __init__(
@@ -54,10 +57,11 @@ class Step:
         scaler: LossScaler | None = None,
         done: int = 0,
         eos_token_id: int | None = None,
+        loop_loss: LoopLoss | None = None,
     ):
         self.net, self.optimizer, self.scaler = net, optimizer, scaler
         self.micro_batch_size, self.grad_clip, self.precision = micro_batch_size, grad_clip, precision
-        self.eos_token_id = eos_token_id
+        self.eos_token_id, self.loop_loss = eos_token_id, loop_loss
         self._parameters = list(net.parameters())
         # A table, because only the device knows which step this is.
         factors = [schedule(step) for step in range(schedule.steps)]
@@ -93,11 +97,16 @@ class Step:
         self, copies: dict[str, torch.Tensor], input_ids: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
         """The mean loss over a micro-batch."""
-        options = {}
-        if self.eos_token_id is not None:
-            options["starts"] = document_starts(input_ids, self.eos_token_id)
+
+        def forward(ids: torch.Tensor, **head: Any) -> torch.Tensor:
+            if self.eos_token_id is not None:
+                head["starts"] = document_starts(ids, self.eos_token_id)
+            return torch.func.functional_call(self.net, copies, (ids,), head)
+
         with autocast(self.precision, self.net.device):
-            return torch.func.functional_call(self.net, copies, (input_ids, targets), options)
+            if self.loop_loss is None:
+                return forward(input_ids, targets=targets)
+            return self.loop_loss(forward, input_ids, targets)
 
     def _update(self, loss: torch.Tensor) -> Numbers:
         if self.scaler is not None:

@@ -21,6 +21,7 @@ from ant5m.train.checkpoint import (
     save_checkpoint,
     set_random_state,
 )
+from ant5m.train.losses import make_loop_loss
 from ant5m.train.metrics import Metrics
 from ant5m.train.optimizer import Optimizer
 from ant5m.train.plan import keeps_tokens
@@ -28,7 +29,7 @@ from ant5m.train.precision import LossScaler, autocast, choose_precision, peak_f
 from ant5m.train.progress import TrainingProgress
 from ant5m.train.run import Run
 from ant5m.train.schedule import Schedule
-from ant5m.train.step import Numbers, Step, make_step
+from ant5m.train.step import CapturedStep, Numbers, Step, make_step
 from ant5m.train.stop import Stop
 
 PROMPTS = ("The", "Returns a list of", "This is an example of how to", "The history of the")
@@ -88,18 +89,9 @@ class Trainer:
         self._pending: list[_Logged] = []
         self._resume()
         self._acted = self.step  # no validation, sample or checkpoint is due at it or before
-        step = Step(
-            net,
-            self.optimizer,
-            self.schedule,
-            config.micro_batch_size,
-            config.grad_clip,
-            self.precision,
-            self.scaler,
-            self.step,
-            train.eos_token_id if config.document_mask else None,
-        )
-        self.take_step = make_step(step)
+        self._eos_token_id = train.eos_token_id if config.document_mask else None
+        self._turn = self.steps - round(config.loop_loss_share * self.steps)  # where the loop loss sets in
+        self.take_step = self._make_step()
         self.metrics = Metrics(run.folder, self.step)
         flops = 3 * sum(count_flops(net.config, config.sequence_length).values())
         self.progress = TrainingProgress(self.steps, self.step, flops, peak_flops(net.device, self.precision))
@@ -141,15 +133,38 @@ class Trainer:
         self._pending.append(_Logged(numbers, self.tokens))
         return True
 
+    def _make_step(self) -> Step | CapturedStep:
+        """How the steps after `self.step` are taken."""
+        config = self.config
+        assert config.micro_batch_size
+        self._turned = config.loop_loss == "none" or self.step >= self._turn
+        late = config.loop_loss != "none" and self._turned
+        step = Step(
+            self.net,
+            self.optimizer,
+            self.schedule,
+            config.micro_batch_size,
+            config.grad_clip,
+            self.precision,
+            self.scaler,
+            self.step,
+            self._eos_token_id,
+            make_loop_loss(config.loop_loss, config.loop_loss_weight) if late else None,
+        )
+        return make_step(step)
+
     def _after_step(self) -> None:
         actions = (
             (self.config.eval_every, self._validate),
             (self.config.sample_every, self._sample),
             (self.config.checkpoint_every, self._save),
         )
+        turning = not self._turned and self.step >= self._turn
         due = self.step == self.steps or any(every and self.step % every == 0 for every, _ in actions)
-        if due or time.monotonic() - self._read_at >= READ_SECONDS:
+        if due or turning or time.monotonic() - self._read_at >= READ_SECONDS:
             self._read()
+        if turning and self.step >= self._turn:  # of steps that counted
+            self.take_step = self._make_step()
         if self.step == self._acted or self._pending:
             return
         self._acted = self.step
