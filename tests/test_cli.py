@@ -21,7 +21,7 @@ from ant5m.model.huggingface import ModelCard, export
 SURFACE = {
     "tokenizer train": "out vocab-size sample-mb max-documents text-column",
     "tokenizer health": "tokenizer preset compare sample-mb max-documents text-column picture json",
-    "data pack": "out seed shard-tokens text-column tokenizer validation-fraction",
+    "data pack": "filters out seed shard-tokens text-column tokenizer validation-fraction",
     "train": "model data tokenizer out resume steps tokens max-minutes batch-size micro-batch-size "
     "sequence-length document-mask optimizer learning-rate muon-learning-rate betas eps weight-decay "
     "grad-clip schedule warmup decay final-rate loop-loss loop-loss-weight loop-loss-share seed device "

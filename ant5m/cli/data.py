@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich import box
@@ -46,6 +46,9 @@ class DataPack:
     """tokens of a shard file"""
     seed: int = 0
     """of the split"""
+    filters: tuple[Literal["repeats", "boilerplate"], ...] = ()
+    """repeats: leave out lines that occurred before in their document, and documents that mostly repeat
+    themselves; boilerplate: URLs, e-mail addresses, lines about cookies, policies and copyright"""
 
     def run(self) -> None:
         from ant5m.data.corpus import Corpus
@@ -63,8 +66,9 @@ class DataPack:
                 seed=self.seed,
                 shard_tokens=self.shard_tokens,
                 progress=progress,
+                filters=self.filters,
             )
-        Console().print(_table(meta["splits"]), f"packed into {self.out}")
+        Console().print(_table(meta["splits"]), _removed(meta.get("removed", {})) + f"packed into {self.out}")
 
 
 def _progress() -> Progress:
@@ -89,3 +93,10 @@ def _table(splits: dict) -> Table:
             name, *counts, f"{split['bytes'] / 1e6:,.1f}", f"{split['bytes'] / split['tokens']:.2f}"
         )
     return table
+
+
+def _removed(counts: dict[str, int]) -> str:
+    if not counts:
+        return ""
+    listed = ", ".join(f"{count:,} {name.replace('_', ': ')}" for name, count in counts.items())
+    return f"left out by the filters: {listed}\n"

@@ -14,7 +14,8 @@ import io
 import os
 import random
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 import ant5m
 from ant5m.data.builtin import load_builtin
 from ant5m.data.corpus import Corpus, Cursor, Position
+from ant5m.data.filters import FILTERS, FilterName, clean
 from ant5m.data.shards import COUNTS, FORMAT, META, PROGRESS, TOKEN
 from ant5m.data.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 from ant5m.errors import UserError
@@ -54,7 +56,7 @@ WIDE_SPACES = (
     ),
 )
 """white space outside ASCII: bytes in UTF-8, range of the first byte, all bytes as one number"""
-OPTIONS = ("text_column", "validation_fraction", "seed", "shard_tokens")
+OPTIONS = ("text_column", "validation_fraction", "seed", "shard_tokens", "filters")
 
 
 def pack(
@@ -65,26 +67,32 @@ def pack(
     seed: int = 0,
     shard_tokens: int = SHARD_TOKENS,
     progress: "Progress | None" = None,
+    filters: Sequence[FilterName] = (),
 ) -> dict[str, Any]:
     """Write the folder that `Shards.open` reads, and return its `meta.json`.
 
     Every document is followed by the end-of-text id. A document is for validation when its seeded hash falls
     into the lowest `validation_fraction`: its neighbours do not matter, and equal documents stay together.
     Where that leaves validation empty, the document with the lowest hash goes there. Every shard file but the
-    last of its split holds `shard_tokens` tokens.
+    last of its split holds `shard_tokens` tokens. `filters` (see `ant5m.data.filters`) change the documents
+    of both splits, but not which document is in which.
 
     A folder with an unfinished packing of the same corpus, tokenizer and options is continued. Raises
-    `UserError` when the folder holds anything else, the ids do not fit uint16, the text cannot be split, or
-    the disk is full.
+    `UserError` when the folder holds anything else, the ids do not fit uint16, a filter is not known,
+    the text cannot be split, or the disk is full.
 
     `meta.json`: `format`, `vocab_size`, `eos_token_id`, `tokenizer_fingerprint`, `sources` (names, and bytes
     on the disk), `options`, `versions`, and `splits`: for train and validation the number of `documents`,
     `tokens` (end-of-text ids included), `bytes` of UTF-8 text and `words` (`str.split`), and the `shards`,
-    each with `name`, `tokens` and `sha256`. The folder also gets a copy of the tokenizer in `tokenizer/`.
+    each with `name`, `tokens` and `sha256`; with filters also `removed`, the counts of
+    `ant5m.data.filters.clean`. The folder also gets a copy of the tokenizer in `tokenizer/`.
     """
     out = Path(out)
-    options = dict(zip(OPTIONS, (corpus.text_column, validation_fraction, seed, shard_tokens), strict=True))
-    _check(tokenizer, validation_fraction, shard_tokens)
+    chosen = [name for name in FILTERS if name in filters]
+    options = dict(
+        zip(OPTIONS, (corpus.text_column, validation_fraction, seed, shard_tokens, chosen), strict=True)
+    )
+    _check(tokenizer, validation_fraction, shard_tokens, filters)
     with _full_disk_explained(out):
         journal = _begin(out, _plan(corpus, tokenizer, options, progress))
         while again := _pack(journal, corpus, tokenizer, out, progress):
@@ -113,12 +121,19 @@ class _Journal:
         }
     )
     """as in meta.json, so far"""
+    removed: dict[str, int] = field(default_factory=dict)
+    """by the filters"""
 
     def write(self, out: Path) -> None:
         write_json(out / PROGRESS, dataclasses.asdict(self))
 
 
-def _check(tokenizer: Tokenizer, validation_fraction: float, shard_tokens: int) -> None:
+def _check(
+    tokenizer: Tokenizer, validation_fraction: float, shard_tokens: int, filters: Sequence[str]
+) -> None:
+    for name in filters:
+        if name not in FILTERS:
+            raise UserError(f"there is no filter '{name}' (there are {', '.join(FILTERS)})")
     if not 0 < validation_fraction < 1:
         raise UserError(f"the validation fraction must lie between 0 and 1, not {validation_fraction}")
     if shard_tokens < 1:
@@ -196,7 +211,7 @@ def _pack(
             name: stack.enter_context(_Writer(out, name, split, journal.plan["shard_tokens"]))
             for name, split in journal.splits.items()
         }
-        for batch in _encoded(_batches(cursor, journal.plan["seed"]), tokenizer, journal.trusted):
+        for batch in _encoded(_batches(cursor, journal.plan), tokenizer, journal.trusted):
             if not batch.verified:
                 warnings.warn(
                     "gigatoken and tokenizers disagree on this text: packing with tokenizers", stacklevel=3
@@ -248,6 +263,8 @@ def _finish(journal: _Journal, corpus: Corpus, tokenizer: Tokenizer, out: Path) 
             **{name: importlib.metadata.version(name) for name in ("tokenizers", "gigatoken")},
         },
     }
+    if journal.plan["filters"]:
+        meta["removed"] = journal.removed
     write_json(out / META, meta)
     (out / PROGRESS).unlink()
     return meta
@@ -267,6 +284,9 @@ class _Batch:
     raw: list[bytes]
     """the texts in UTF-8"""
     hashes: NDArray[np.uint64]
+    """of the texts as they were before the filters"""
+    removed: Counter[str]
+    """by the filters, since the batch before"""
     end: Position
     """of the corpus, after the last document"""
     bytes_read: int
@@ -281,29 +301,39 @@ class _Encoded:
     counts: dict[str, NDArray[np.int64]]
     """`documents` (ones), `tokens`, `bytes` and `words` of each document"""
     hashes: NDArray[np.uint64]
+    removed: Counter[str]
     end: Position
     bytes_read: int
     verified: bool
 
 
-def _batches(cursor: Cursor, seed: int) -> Iterator[_Batch]:
-    salt = seed.to_bytes(hashlib.blake2b.SALT_SIZE, "little", signed=True)
+def _batches(cursor: Cursor, plan: dict[str, Any]) -> Iterator[_Batch]:
+    salt = plan["seed"].to_bytes(hashlib.blake2b.SALT_SIZE, "little", signed=True)
     texts: list[str] = []
     raw: list[bytes] = []
+    digests: list[bytes] = []
+    removed: Counter[str] = Counter()
     size = 0
 
     def batch() -> _Batch:
-        digests = b"".join(hashlib.blake2b(piece, digest_size=8, salt=salt).digest() for piece in raw)
-        return _Batch(texts, raw, np.frombuffer(digests, "<u8"), cursor.position, cursor.bytes_read)
+        hashes = np.frombuffer(b"".join(digests), "<u8")
+        return _Batch(texts, raw, hashes, removed, cursor.position, cursor.bytes_read)
 
     for text in cursor:
+        whole = text.encode()
+        if plan["filters"]:
+            text, counts = clean(text, plan["filters"])
+            removed += counts
+        if not text:
+            continue
         texts.append(text)
-        raw.append(text.encode())
+        raw.append(text.encode() if plan["filters"] else whole)
+        digests.append(hashlib.blake2b(whole, digest_size=8, salt=salt).digest())
         size += len(raw[-1])
         if size >= BATCH_BYTES:
             yield batch()
-            texts, raw, size = [], [], 0
-    if texts:
+            texts, raw, digests, removed, size = [], [], [], Counter(), 0
+    if texts or removed:
         yield batch()
 
 
@@ -344,11 +374,11 @@ def _encode(batch: _Batch, tokenizer: Tokenizer) -> _Encoded:
     counts = {
         "documents": np.ones_like(lengths),
         "tokens": lengths,
-        "bytes": np.array([len(piece) for piece in batch.raw]),
+        "bytes": np.array([len(piece) for piece in batch.raw], np.int64),
         "words": count_words(batch.raw),
     }
     verified = _verify(batch.texts, tokenizer)
-    return _Encoded(tokens, counts, batch.hashes, batch.end, batch.bytes_read, verified)
+    return _Encoded(tokens, counts, batch.hashes, batch.removed, batch.end, batch.bytes_read, verified)
 
 
 def count_words(raw: list[bytes]) -> NDArray[np.int64]:
@@ -386,7 +416,8 @@ def _write(batch: _Encoded, journal: _Journal, writers: dict[str, "_Writer"]) ->
             writers[name].write(batch.tokens[np.repeat(rows, batch.counts["tokens"])])
         for count in COUNTS:
             journal.splits[name][count] += int(batch.counts[count][rows].sum())
-    journal.lowest = min(journal.lowest, int(batch.hashes.min()))
+    journal.lowest = min(journal.lowest, *batch.hashes.tolist())
+    journal.removed = dict(Counter(journal.removed) + batch.removed)
     journal.position = batch.end
 
 
