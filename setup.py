@@ -1,4 +1,5 @@
-"""Builds `ant5m._cpu` from csrc/cpu with ninja; torch is not needed, and no torch header is included.
+"""Builds `ant5m._cpu` from csrc/cpu with ninja; torch is not needed, and no torch header is included. The
+CUDA sources, which are compiled where they run, go along as they are.
 
 `bindings.cpp`, `dispatch.cpp` and `parallel.cpp` are compiled once. Every other file is an op: it is
 compiled once for each instruction set below, and `dispatch.cpp` picks one at run time by what the processor
@@ -15,8 +16,9 @@ from ninja import BIN_DIR
 from ninja.ninja_syntax import Writer
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
-SOURCES = Path("csrc/cpu")
+SOURCES, CUDA_SOURCES = Path("csrc/cpu"), Path("csrc/cuda")
 ONCE = {"bindings", "dispatch", "parallel"}
 INSTRUCTION_SETS = {"portable": ""}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -65,4 +67,20 @@ def write_ninja(ninja: Writer, target: Path) -> None:
     ninja.build(str(target), "link", objects)
 
 
-setup(ext_modules=[Extension("ant5m._cpu", sources=[])], cmdclass={"build_ext": NinjaBuild})
+class WithSources(build_py):
+    """Puts csrc/cuda where ant5m.kernels.cuda.compiler finds it in an installed wheel."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        folder = Path(self.build_lib) / "ant5m" / "kernels" / "cuda" / "csrc"
+        folder.mkdir(parents=True, exist_ok=True)
+        for source in sorted(CUDA_SOURCES.glob("*.cu")) + sorted(CUDA_SOURCES.glob("*.h")):
+            self.copy_file(str(source), str(folder))
+
+
+setup(
+    ext_modules=[Extension("ant5m._cpu", sources=[])],
+    cmdclass={"build_ext": NinjaBuild, "build_py": WithSources},
+)

@@ -14,9 +14,28 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import (
+    DEVICE,
+    INTERPRETED,
+    bf16,
+    big,
+    check,
+    check_attention,
+    check_head,
+    check_rms_norm,
+    check_rope,
+    check_swiglu,
+    draw,
+    error,
+    fp16,
+    fp32,
+    heads_first,
+    results,
+    with_gaps,
+)
 
 from ant5m import kernels
-from ant5m.kernels import reference
+from ant5m.kernels import head, reference
 from ant5m.kernels import triton as ops
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
@@ -27,10 +46,6 @@ from ant5m.train.step import Step, make_step
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-big = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")]
-
 SMALL = ModelConfig(
     vocab_size=50,
     hidden_size=32,
@@ -40,15 +55,6 @@ SMALL = ModelConfig(
     num_key_value_heads=1,
     max_position_embeddings=16,
 )
-fp32, fp16, bf16 = torch.float32, torch.float16, torch.bfloat16
-# RMS error over RMS of the float64 result.
-TOLERANCES = {
-    "rms_norm": {fp32: 1e-5, fp16: 1e-3, bf16: 4e-3},
-    "rope": {fp32: 1e-5, fp16: 1e-3, bf16: 4e-3},
-    "swiglu": {fp32: 1e-5, fp16: 1e-3, bf16: 4e-3},
-    "attention": {fp32: 1e-5, fp16: 5e-3, bf16: 2e-2},
-    "linear_cross_entropy": {fp32: 1e-5, fp16: 5e-3, bf16: 2e-2},
-}
 
 
 def runs_here(test):
@@ -103,117 +109,6 @@ def interpreter_with_bf16(monkeypatch):
         "create_dot",
         lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest),
     )
-
-
-def draw(*shape, scale=1.0, seed=0):
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return (torch.randn(*shape, generator=generator) * scale).to(DEVICE)
-
-
-def results(op, inputs, dtype, layout=lambda x: x):
-    """Outputs and gradients of `op` in `dtype` at `inputs`, each laid out in memory by `layout`."""
-    leaves = [x.detach().clone().to(dtype).requires_grad_() for x in inputs]
-    outs = op(*(layout(x) for x in leaves))
-    outs = outs if isinstance(outs, tuple) else (outs,)
-    loss = sum(
-        (o * torch.linspace(-1, 1, o.numel(), device=DEVICE).view_as(o).to(o.dtype)).sum() for o in outs
-    )
-    return [*outs, *torch.autograd.grad(loss, leaves)]
-
-
-def error(got, truth):
-    assert got.shape == truth.shape
-    return (
-        (got.double() - truth).square().mean().sqrt() / truth.square().mean().sqrt().clamp(min=1e-9)
-    ).item()
-
-
-def check(name, op, truth, inputs, dtype, eager=None, layout=lambda x: x):
-    """No output or gradient is off by more than the tolerance, nor by much more than eager PyTorch's is."""
-    inputs = [x.to(dtype) for x in inputs]
-    tolerance = TOLERANCES[name][dtype]
-    exact = results(truth, inputs, torch.float64)
-    plain = results(eager or truth, inputs, dtype)
-    for i, (got, same, right) in enumerate(
-        zip(results(op, inputs, dtype, layout), plain, exact, strict=True)
-    ):
-        off, usual = error(got, right), error(same, right)
-        assert off <= tolerance and off <= usual + tolerance / 5, (name, i, off, usual)
-
-
-def check_rms_norm(op, shape, dtype, with_residual, layout=lambda x: x):
-    inputs = [draw(*shape), draw(shape[-1]), *([draw(*shape, seed=1)] if with_residual else [])]
-    check(
-        "rms_norm",
-        lambda x, weight, *residual: op(x, weight, 1e-5, *residual),
-        lambda x, weight, *residual: reference.rms_norm(x, weight, 1e-5, *residual),
-        inputs,
-        dtype,
-        layout=layout,
-    )
-
-
-def check_rope(op, shape, kv, dtype, layout=lambda x: x):
-    length, size = shape[1], shape[3]
-    angle = draw(length, size // 2).abs()
-    cos, sin = angle.cos(), angle.sin()
-    q, k = draw(*shape), draw(shape[0], length, kv, size)
-    check(
-        "rope",
-        lambda q, k: op(q, k, cos, sin),
-        lambda q, k: reference.rope(q, k, cos, sin),
-        [q, k],
-        dtype,
-        None,
-        layout,
-    )
-
-
-def check_swiglu(op, shape, dtype, layout=lambda x: x):
-    check("swiglu", op, reference.swiglu, [draw(*shape, scale=3), draw(*shape, seed=1)], dtype, None, layout)
-
-
-def check_attention(op, shape, kv, dtype, scale=1.0, layout=lambda x: x):
-    """One tensor holds q, k and v, as in the model: the op sees views with gaps."""
-    batch, length, heads, size = shape
-
-    def parts(qkv):
-        return (part.unflatten(-1, (-1, size)) for part in qkv.split([n * size for n in (heads, kv, kv)], -1))
-
-    qkv = draw(batch, length, (heads + 2 * kv) * size)
-    qkv[..., : heads * size] *= scale
-    check(
-        "attention",
-        lambda x: op(*(layout(part) for part in parts(x))),
-        lambda x: reference.attention(*parts(x)),
-        [qkv],
-        dtype,
-    )
-
-
-def check_head(op, rows, size, vocab, dtype, scale=1.0, layout=lambda x: x):
-    targets = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    targets[::5] = -100
-    targets[-1] = vocab - 1
-    check(
-        "linear_cross_entropy",
-        lambda hidden, weight: op(hidden, weight, targets),
-        lambda hidden, weight: F.cross_entropy(hidden.double() @ weight.double().T, targets),
-        [draw(rows, size, scale=scale), draw(vocab, size, scale=0.3)],
-        dtype,
-        lambda hidden, weight: reference.linear_cross_entropy(hidden, weight, targets),
-        layout,
-    )
-
-
-def with_gaps(x):
-    """x's values where no two of them are neighbours in the last dimension."""
-    return torch.stack((x, x), -1)[..., 0]
-
-
-def heads_first(x):
-    """x [B, T, H, D] in the memory order [B, H, T, D]."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @runs_here
@@ -407,7 +302,7 @@ def test_linear_cross_entropy(rows, size, vocab, scale, dtype):
 def test_linear_cross_entropy_in_chunks_and_loops(dtype, monkeypatch):
     """Several chunks with an odd last one; rows that no block has registers for, so they are read twice."""
     module = sys.modules["ant5m.kernels.triton.linear_cross_entropy"]
-    monkeypatch.setattr(module, "CHUNK_BYTES", 1_024 * dtype.itemsize * 10)
+    monkeypatch.setattr(head, "CHUNK_BYTES", 1_024 * dtype.itemsize * 10)
     monkeypatch.setattr(module, "_tile", lambda padded: {"WHOLE": False, "BLOCK": 256, "num_warps": 4})
     check_head(ops.linear_cross_entropy, 33, 16, 1_003, dtype, layout=with_gaps)
 
@@ -684,13 +579,13 @@ def test_why_not_below_compute_capability_8(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    monkeypatch.setattr(ops.check, "failure", lambda *_: None)
+    monkeypatch.setattr(ops.check, "failure", lambda *_, **__: None)
     refused = {op: ops.why_not(op) for op in kernels.OPS if ops.why_not(op)}
     assert list(refused) == ["attention"] and "(this device: 7.5)" in refused["attention"]
     on_device = torch.empty(0, dtype=bf16, device="meta")
     monkeypatch.setattr(ops, "_on_gpu", lambda x: True)
     assert "bf16 needs compute capability 8.0" in ops.why_not("swiglu", on_device, on_device)
-    monkeypatch.setattr(ops.check, "failure", lambda *_: "it failed")
+    monkeypatch.setattr(ops.check, "failure", lambda *_, **__: "it failed")
     assert ops.why_not("swiglu", on_device.half(), on_device.half()) == ops.why_not("swiglu") == "it failed"
     line = kernels.describe("cuda")
     assert "all on reference" in line and "it failed" in line and "this device: 7.5" in line

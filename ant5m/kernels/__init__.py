@@ -1,9 +1,10 @@
 """The five ops of a Llama training step, each with the same signature in every backend.
 
-`reference` (plain PyTorch) is their specification, `cpu` is C++, `triton` is for NVIDIA GPUs. A backend is a
-module of this package with a function for each op that it has, `mlp` where it has a faster one, and one
-`why_not(op, *tensors) -> str | None`: None when it can run the op (on these tensors), else the reason. A
-backend asked for by name that cannot run raises; `auto` takes the first of `_PREFERENCE` that can.
+`reference` (plain PyTorch) is their specification, `cpu` is C++, `triton` and `cuda` are for NVIDIA GPUs. A
+backend is a module of this package with a function for each op that it has, `mlp` where it has a faster
+one, and one `why_not(op, *tensors) -> str | None`: None when it can run the op (on these tensors), else the
+reason. A backend asked for by name that cannot run raises; `auto` takes the first of `_PREFERENCE` that
+can.
 """
 
 import importlib
@@ -15,9 +16,16 @@ import torch
 from ant5m.errors import UserError
 
 OPS = ("rms_norm", "rope", "attention", "swiglu", "linear_cross_entropy")
-BACKENDS = ("reference", "cpu", "triton")
-# Fastest first; elsewhere the reference.
-_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+# Fastest first, by kind of device and, for a GPU, by the compute capability from which on it holds;
+# elsewhere the reference. On 7.5 Triton has no tensor cores, and so no attention; the kernels of `cuda` are
+# written for it.
+_PREFERENCE = (
+    ("cpu", (0, 0), ("cpu", "reference")),
+    ("cuda", (8, 0), ("triton", "cuda", "reference")),
+    ("cuda", (7, 5), ("cuda", "triton", "reference")),
+    ("cuda", (0, 0), ("triton", "reference")),
+)
 
 _modules: dict[str, ModuleType] = {}
 _selected = os.environ.get("ANT5M_KERNELS", "auto")
@@ -81,7 +89,7 @@ def mlp(
     None where the backend has nothing faster than three products around `swiglu`: none has to have this op.
     """
     name = backend or _selected
-    module = _load(_PREFERENCE.get(x.device.type, ("reference",))[0] if name == "auto" else name)
+    module = _load(_order(x.device)[0] if name == "auto" else name)
     if not hasattr(module, "mlp") or module.why_not("mlp", x, gate, up, down) is not None:
         return None
     return module.mlp(x, gate, up, down)
@@ -126,7 +134,7 @@ def available() -> dict[str, dict[str, str]]:
 
 def describe(device: torch.device | str) -> str:
     """One line for people: which op runs where on this device, and why not elsewhere."""
-    names = {op: _first(op, torch.device(device).type) for op in OPS}
+    names = {op: _first(op, torch.device(device)) for op in OPS}
     chosen = sorted(set(names.values()))
     if len(chosen) == 1:
         where = f"all on {chosen[0]}"
@@ -142,17 +150,32 @@ def _pick(op: str, backend: str | None, *tensors: torch.Tensor) -> ModuleType:
         _check_name(name)
         _refuse(op, name, _why_not(op, name, *tensors))
         return _modules[name]
-    for name in _PREFERENCE.get(tensors[0].device.type, ("reference",)):
+    for name in _order(tensors[0].device):
         if _why_not(op, name, *tensors) is None:
             return _modules[name]
     raise AssertionError("the reference runs everywhere")
 
 
-def _first(op: str, device_type: str) -> str:
+def _first(op: str, device: torch.device) -> str:
     if _selected != "auto":
         return _selected
-    order = _PREFERENCE.get(device_type, ("reference",))
-    return next(name for name in order if _why_not(op, name) is None)
+    return next(name for name in _order(device) if _why_not(op, name) is None)
+
+
+def _order(device: torch.device) -> tuple[str, ...]:
+    capability = _capability(device)
+    for kind, oldest, names in _PREFERENCE:
+        if device.type == kind and capability >= oldest:
+            return names
+    return ("reference",)
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of an NVIDIA GPU; (0, 0) of anything else."""
+    if device.type != "cuda" or not (torch.cuda.is_available() and torch.version.cuda):
+        return (0, 0)
+    return torch.cuda.get_device_capability(device)
 
 
 def _why_not(op: str, backend: str, *tensors: torch.Tensor) -> str | None:

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ant5m.kernels import reference
 
@@ -30,20 +31,23 @@ _USUAL = {
     "attention": (8, 2, 16, False),
     "swiglu": (516,),
     "linear_cross_entropy": (16_384, 128),
+    "mlp": (516, 128),
 }
 
 _found: dict[tuple[Any, ...], str | None] = {}
 
 
-def failure(module: ModuleType, op: str, *tensors: torch.Tensor) -> str | None:
-    """Why `module`'s `op` must not be used on such tensors, or None. With none: on the current GPU, in the
-    dtype that it trains in, at usual sizes. Answers are kept.
+def failure(
+    module: ModuleType, op: str, *tensors: torch.Tensor, dtype: torch.dtype | None = None
+) -> str | None:
+    """Why `module`'s `op` must not be used on such tensors, or None. With none: on the current GPU, in
+    `dtype` (None: the one that it trains in), at usual sizes. Answers are kept.
     """
     if tensors:
         return _failure(module.__name__, op, tensors[0].device, tensors[0].dtype, _sizes(op, *tensors))
     device = torch.device("cuda", torch.cuda.current_device())
-    dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return _failure(module.__name__, op, device, dtype, _USUAL[op])
+    native = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return _failure(module.__name__, op, device, dtype or native, _USUAL[op])
 
 
 @torch.compiler.assume_constant_result  # it is found out while torch.compile traces, not in what it makes
@@ -62,12 +66,12 @@ def _failure(
 
 def _sizes(op: str, *tensors: torch.Tensor) -> tuple[int, ...]:
     """[D] of a norm and a SwiGLU, [H, KV, D] of RoPE, the same and whether there are documents of attention,
-    [V, D] of the head."""
+    [V, D] of the head, [W, D] of a SwiGLU block."""
     if op in ("rope", "attention"):
         q, k, *others = tensors
         sizes = q.shape[2], k.shape[2], q.shape[3]
         return sizes if op == "rope" else (*sizes, len(others) > 1)
-    return tuple(tensors[1].shape) if op == "linear_cross_entropy" else (tensors[0].shape[-1],)
+    return tuple(tensors[1].shape) if op in ("linear_cross_entropy", "mlp") else (tensors[0].shape[-1],)
 
 
 def _compare(module, op, device, dtype, sizes):
@@ -96,11 +100,17 @@ def _inputs(op: str, sizes: tuple[int, ...]) -> list[torch.Tensor]:
     if op == "linear_cross_entropy":
         vocab, size = sizes
         return [draw(_LENGTH, size), draw(vocab, size) * 0.3]
+    if op == "mlp":
+        width, size = sizes
+        shapes = (2, _LENGTH, size), (width, size), (width, size), (size, width)
+        return [draw(*shape) * scale for shape, scale in zip(shapes, (1, 0.1, 0.1, 0.1), strict=True)]
     heads, kv, size = sizes[:3]
     return [draw(2, _LENGTH, n, size) for n in ((heads, kv) if op == "rope" else (heads, kv, kv))]
 
 
 def _call(module: ModuleType, op: str, device: torch.device, sizes: tuple[int, ...]) -> Callable:
+    if op == "mlp" and module is reference:  # which has none of its own
+        return lambda x, gate, up, down: F.linear(reference.swiglu(F.linear(x, gate), F.linear(x, up)), down)
     function = getattr(module, op)
     if op == "rms_norm":
         return lambda x, weight, residual: function(x, weight, 1e-5, residual)

@@ -18,7 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ant5m.kernels.triton.layout import dense, shared_memory
+from ant5m.kernels.layout import dense
+from ant5m.kernels.triton.layout import shared_memory
 
 HEAD_SIZES = (16, 32, 64, 128)
 # Heads of a group in one tile; a larger group takes several tiles.

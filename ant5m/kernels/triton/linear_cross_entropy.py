@@ -1,22 +1,10 @@
-"""The head: logits = hidden weight^T, their cross-entropy and both gradients, a chunk of rows at a time.
-
-The products are cuBLAS's, which uses the tensor cores of every device; between them one kernel turns a chunk
-of logits in place into softmax - one-hot. So the gradients are computed beside the loss, from logits that are
-made once and never kept. They are divided by the number of targets only in the backward pass (softmax -
-one-hot is at most 1 in size), so fp16 needs no loss scale here; both are summed in fp32. Nothing is skipped,
-and nothing waits for the device.
-"""
+"""The head by chunks (`ant5m.kernels.head`) around one kernel, from logits to their gradient in place."""
 
 import torch
 import triton
 import triton.language as tl
 
-from ant5m.kernels.triton.layout import compute_dtype
-
-# Logits alive at once. Few large chunks: 4,096 rows of 16,384 entries in 16 bits.
-CHUNK_BYTES = 128 << 20
-# As it is, fp16 would lose probabilities below 2^-24. A power of two, so that it changes nothing else.
-_FP16_SCALE = 2.0**12
+from ant5m.kernels.head import make_linear_cross_entropy
 
 
 @triton.jit
@@ -89,85 +77,32 @@ def softmax_gradient_kernel(
             tl.store(p_row + target, delta.to(p_logits.dtype.element_ty), mask=known)
 
 
-@torch.library.custom_op("ant5m_triton::linear_cross_entropy", mutates_args=())
-def _forward(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
+def softmax_gradient(
+    logits: torch.Tensor,
     targets: torch.Tensor,
+    losses: torch.Tensor,
+    vocab: int,
     ignore_index: int,
-    dtype: torch.dtype,
-    need_hidden: bool,
-    need_weight: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> loss; fp32 gradients times count * _scale(dtype), empty where not needed; count of targets."""
-    loss, grad_hidden, grad_weight, count = _outputs(
-        hidden, weight, targets, ignore_index, dtype, need_hidden, need_weight
-    )
-    hidden, weight, targets = hidden.to(dtype), weight.to(dtype), targets.contiguous()
-    tokens, vocab = len(hidden), len(weight)
-    padded = triton.cdiv(vocab, 64) * 64
-    chunk = max(1, min(tokens, CHUNK_BYTES // (padded * dtype.itemsize)))
-    buffer = torch.empty(chunk, padded, dtype=dtype, device=hidden.device)
-    losses = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
-    if need_weight:
-        grad_weight.zero_()
-    tile = _tile(padded)
-    with torch.cuda.device_of(hidden):
-        for start in range(0, tokens, chunk):
-            x = hidden[start : start + chunk]
-            logits = torch.mm(x, weight.T, out=buffer[: len(x), :vocab])
-            softmax_gradient_kernel[(len(x),)](
-                logits,
-                targets[start:],
-                losses[start:],
-                vocab,
-                padded,
-                ignore_index,
-                _scale(dtype),
-                GRADIENT=need_hidden or need_weight,
-                **tile,
-            )
-            if need_hidden:
-                _product(logits, weight, grad_hidden[start : start + chunk])
-            if need_weight:
-                grad_weight += _product(logits.T, x)
-    torch.sum((targets != ignore_index).float(), 0, out=count).clamp_(min=1)
-    torch.div(losses.sum(), count, out=loss)
-    return loss, grad_hidden, grad_weight, count
+    scale: float,
+    gradient: bool,
+) -> None:
+    """See `ant5m.kernels.head.SoftmaxGradient`."""
+    rows, stride = logits.shape
+    with torch.cuda.device_of(logits):
+        softmax_gradient_kernel[(rows,)](
+            logits,
+            targets,
+            losses,
+            vocab,
+            stride,
+            ignore_index,
+            scale,
+            GRADIENT=gradient,
+            **_tile(stride),
+        )
 
 
-@_forward.register_fake
-def _outputs(hidden, weight, targets, ignore_index, dtype, need_hidden, need_weight):
-    loss, count = (torch.empty((), dtype=torch.float32, device=hidden.device) for _ in range(2))
-    grad_hidden = torch.empty(hidden.shape if need_hidden else 0, dtype=torch.float32, device=hidden.device)
-    grad_weight = torch.empty(weight.shape if need_weight else 0, dtype=torch.float32, device=hidden.device)
-    return loss, grad_hidden, grad_weight, count
-
-
-def _save(ctx, inputs, output):
-    hidden, weight, _, _, ctx.dtype, *ctx.needs = inputs
-    ctx.set_materialize_grads(False)
-    ctx.dtypes = hidden.dtype, weight.dtype
-    ctx.save_for_backward(*output[1:])
-
-
-def _differentiate(ctx, grad, *_):
-    *grads, count = ctx.saved_tensors
-    scale = grad / (count * _scale(ctx.dtype))
-    scaled = (
-        (x * scale).to(dtype) if need else None
-        for x, dtype, need in zip(grads, ctx.dtypes, ctx.needs, strict=True)
-    )
-    return *scaled, None, None, None, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-
-
-def linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
-    grad = torch.is_grad_enabled()
-    needs = grad and hidden.requires_grad, grad and weight.requires_grad
-    return _forward(hidden, weight, targets, ignore_index, compute_dtype(hidden), *needs)[0]
+linear_cross_entropy = make_linear_cross_entropy("ant5m_triton::linear_cross_entropy", softmax_gradient)
 
 
 def _tile(padded: int) -> dict[str, int | bool]:
@@ -176,19 +111,3 @@ def _tile(padded: int) -> dict[str, int | bool]:
         block = triton.next_power_of_2(padded)
         return {"WHOLE": True, "BLOCK": block, "num_warps": max(4, block // 1_024)}
     return {"WHOLE": False, "BLOCK": 8_192, "num_warps": 16}
-
-
-def _product(a, b, out=None):
-    """a b in fp32, written to `out` if given: tensor cores sum 16-bit products in fp32, and so it stays."""
-    if a.dtype == torch.float32:
-        return torch.mm(a, b, out=out)
-    if a.device.type == "cpu":
-        a, b = a.float(), b.float()
-        return torch.mm(a, b, out=out if out is not None else a.new_empty(a.shape[0], b.shape[1]))
-    if out is None:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a, b, out_dtype=torch.float32, out=out)
-
-
-def _scale(dtype):
-    return _FP16_SCALE if dtype == torch.float16 else 1.0

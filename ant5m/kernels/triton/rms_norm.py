@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ant5m.kernels.triton.layout import compute_dtype, rows
+from ant5m.kernels.layout import compute_dtype, rows
 
 MAX_SIZE = 65_536
 # Programs of the backward pass: each leaves one partial sum of the weight's gradient.

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ant5m.kernels.triton.layout import dense
+from ant5m.kernels.layout import dense
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ant5m.kernels.triton.layout import rows
+from ant5m.kernels.layout import rows
 
 _BLOCK = 1_024
 

@@ -1,0 +1,108 @@
+// Between the products of the head: a row of logits becomes its loss, and in its place factor * (softmax - one-hot).
+//
+// Compile with -DVOCAB=<entries> -DSTRIDE=<from row to row, a multiple of 8 (fp32: 4) and at least VOCAB>
+// -DTHREADS=<256, 512, 1024> -DX=<bits of logits> -DGRADIENT=<0: only the loss>.
+//
+//     softmax_gradient   THREADS threads, grid rows     logits targets losses  ignore_index factor
+// logits [rows, STRIDE] start at a multiple of 16 bytes; targets int64 [rows], losses fp32 [rows]. A target that is
+// ignore_index makes loss and row 0, one that is no entry makes the loss NaN. What lies behind entry VOCAB is not used
+// and may become anything.
+//
+// The row stays in registers, packed: it is read once and written once, which is all that this takes on a T4.
+#include "vector.h"
+
+constexpr int kWide = 128 / X;  // numbers in 16 bytes
+constexpr int kParts = (STRIDE + THREADS * kWide - 1) / (THREADS * kWide);
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f, kLowest = -3.0e38f;
+using In = Number<X>;
+
+DEVICE int first_entry(int part) { return (part * THREADS + static_cast<int>(threadIdx.x)) * kWide; }
+
+// 16 bytes as floats, and back.
+DEVICE void unpack(float (&x)[kWide], const uint4& part) {
+  const unsigned words[4] = {part.x, part.y, part.z, part.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (X == 16) x[2 * i] = low_half(words[i]), x[2 * i + 1] = high_half(words[i]);
+    else x[i] = float_from_bits(words[i]);
+  }
+}
+
+template <bool highest>
+DEVICE float block_reduce(float x, float* shared) {
+  x = highest ? warp_highest(x) : warp_sum(x);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+  sync_threads();
+  x = shared[threadIdx.x % (THREADS / 32)];
+#pragma unroll
+  for (int mask = THREADS / 64; mask; mask /= 2) {
+    const float other = shfl_xor(x, mask);
+    x = highest ? fmaxf(x, other) : x + other;
+  }
+  return x;
+}
+
+KERNEL(THREADS, 1024 / THREADS)
+softmax_gradient(In* logits, const long long* targets, float* losses, int ignore_index, float factor) {
+  SHARED(float, highest_of_warp, THREADS / 32);
+  SHARED(float, total_of_warp, THREADS / 32);
+  const long long row = blockIdx.x, target = targets[row];
+  logits += row * STRIDE;
+  if (target == ignore_index) {
+    if (threadIdx.x == 0) losses[row] = 0;
+    if (GRADIENT)
+      for (int p = 0; p < kParts; ++p)
+        if (first_entry(p) < STRIDE) *reinterpret_cast<uint4*>(logits + first_entry(p)) = make_uint4(0, 0, 0, 0);
+    return;
+  }
+  const bool known = target >= 0 && target < VOCAB;
+  // Read before the first barrier, written behind the last one.
+  float at_target[1];
+  load(at_target, logits + (known ? target : 0));
+
+  uint4 parts[kParts];
+  float highest = kLowest;
+#pragma unroll
+  for (int p = 0; p < kParts; ++p) {
+    if (first_entry(p) >= STRIDE) continue;
+    parts[p] = *reinterpret_cast<const uint4*>(logits + first_entry(p));
+    float x[kWide];
+    unpack(x, parts[p]);
+#pragma unroll
+    for (int i = 0; i < kWide; ++i)
+      if (first_entry(p) + i < VOCAB) highest = fmaxf(highest, x[i]);
+  }
+  highest = block_reduce<true>(highest, highest_of_warp);
+
+  float total = 0;
+#pragma unroll
+  for (int p = 0; p < kParts; ++p) {
+    if (first_entry(p) >= STRIDE) continue;
+    float x[kWide];
+    unpack(x, parts[p]);
+#pragma unroll
+    for (int i = 0; i < kWide; ++i)
+      if (first_entry(p) + i < VOCAB) total += ex2((x[i] - highest) * kLog2e);
+  }
+  total = block_reduce<false>(total, total_of_warp);
+
+  if (threadIdx.x == 0)
+    losses[row] = known ? highest - at_target[0] + lg2(total) * kLn2 : float_from_bits(0x7fffffff);
+  if (!GRADIENT) return;
+  const float scale = factor / total;
+#pragma unroll
+  for (int p = 0; p < kParts; ++p) {
+    if (first_entry(p) >= STRIDE) continue;
+    float x[kWide];
+    unpack(x, parts[p]);
+#pragma unroll
+    for (int i = 0; i < kWide; ++i) x[i] = ex2((x[i] - highest) * kLog2e) * scale;
+    store(x, logits + first_entry(p));
+  }
+  sync_threads();
+  if (threadIdx.x == 0 && known) {
+    const float delta[1] = {ex2((at_target[0] - highest) * kLog2e) * scale - factor};
+    store(delta, logits + target);
+  }
+}
+LAUNCHER(softmax_gradient)

@@ -1,0 +1,247 @@
+"""The CUDA ops against the reference in float64: small shapes on the emulated device of
+csrc/cuda/host_shim.h, or on a GPU, and there at full size too. tests/test_cuda_attention.py tries the kernels
+of attention alone.
+"""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import (
+    DEVICE,
+    big,
+    check,
+    check_attention,
+    check_head,
+    check_rms_norm,
+    check_rope,
+    check_swiglu,
+    draw,
+    error,
+    fp16,
+    fp32,
+    heads_first,
+    with_gaps,
+)
+from cuda_host import HostLibrary, compile_kernels, needs_compiler
+
+from ant5m.kernels import cuda as ops
+from ant5m.kernels import head, reference
+from ant5m.kernels.cuda import compiler, runtime
+
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else [needs_compiler]
+
+
+def emulate(source, kernel, defines, grid, threads, arguments, descending=False, edit=lambda text: text):
+    text = edit((compiler.SOURCES / source).read_text())
+    device = HostLibrary(compile_kernels(text, **defines), descending)
+    device.launch(kernel, grid, threads, *arguments)
+
+
+@pytest.fixture(autouse=True, params=["ascending", "descending"] if DEVICE == "cpu" else [""])
+def device(request):
+    """Where there is no GPU, the emulated one; warps run in either order."""
+    if DEVICE == "cuda":
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with runtime.launched_by(functools.partial(emulate, descending=request.param == "descending")):
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def nan_filled():
+    """Memory that an op asks for and does not write shows up as NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(4).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [fp32, fp16])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(1, 3), (3, 7, 128), (2, 9, 129), (17, 516), pytest.param((64, 1_024, 128), marks=big)]
+)
+def test_rms_norm(shape, with_residual, dtype):
+    check_rms_norm(ops.rms_norm, shape, dtype, with_residual)
+
+
+def test_rms_norm_of_mixed_dtypes():
+    """Half-precision activations on an fp32 residual stream, as under autocast; more rows than warps."""
+    x, residual, weight = draw(1_300, 40).to(fp16), draw(1_300, 40, seed=1), draw(40)
+    leaves = [t.requires_grad_() for t in (x, weight, residual)]
+    with torch.autocast(DEVICE, fp16):
+        y, total = ops.rms_norm(x, weight, 1e-5, residual)
+    assert (y.dtype, total.dtype) == (fp16, fp32)
+    ramp = torch.linspace(-1, 1, y.numel(), device=DEVICE).view_as(y)
+    ((y * ramp.half()).sum() + (total * ramp).sum()).backward()
+    truth = [t.detach().double().requires_grad_() for t in leaves]
+    exact, sums = reference.rms_norm(truth[0], truth[1], 1e-5, truth[2])
+    ((exact * ramp).sum() + (sums * ramp).sum()).backward()
+    assert error(y, exact) < 1e-3 and error(total, sums) < 1e-6
+    assert (x.grad.dtype, residual.grad.dtype) == (fp16, fp32)
+    assert all(error(mine.grad, right.grad) < 1e-3 for mine, right in zip(leaves, truth, strict=True))
+
+
+def test_rms_norm_when_only_the_sum_is_used():
+    x, residual, weight = (t.requires_grad_() for t in (draw(2, 8), draw(2, 8, seed=1), draw(8)))
+    ops.rms_norm(x, weight, 1e-5, residual)[1].sum().backward()
+    assert (x.grad == 1).all() and (residual.grad == 1).all() and not weight.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [fp32, fp16])
+@pytest.mark.parametrize(
+    "shape, kv",
+    [
+        ((2, 5, 8, 16), 2),
+        ((1, 15, 4, 64), 4),
+        ((2, 33, 3, 6), 1),
+        pytest.param((64, 1_024, 8, 16), 2, marks=big),
+    ],
+)
+def test_rope(shape, kv, dtype):
+    check_rope(ops.rope, shape, kv, dtype)
+
+
+@pytest.mark.parametrize("dtype", [fp32, fp16])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (3, 5, 516), (2, 3, 129), pytest.param((64, 1_024, 520), marks=big)]
+)
+def test_swiglu(shape, dtype):
+    check_swiglu(ops.swiglu, shape, dtype)
+
+
+def test_swiglu_of_halves_gives_one_gradient():
+    """The gradients of gate and up lie side by side, so what made both gets its own without a copy."""
+    both = draw(3, 2 * 516).half().requires_grad_()
+    gate, up = both.chunk(2, -1)
+    truth = reference.swiglu(gate.double(), up.double())
+    y = ops.swiglu(gate, up)
+    assert error(y, truth) < 1e-3
+    first, second = torch.autograd.grad(y.sum(), (gate, up))
+    assert second.data_ptr() == first.data_ptr() + 516 * 2 and first.stride() == (1_032, 1)
+
+
+@pytest.mark.parametrize(
+    "shape, kv",
+    [
+        ((2, 33, 8, 16), 2),
+        ((1, 70, 2, 64), 2),
+        pytest.param((4, 1_023, 8, 16), 2, marks=big),
+        pytest.param((64, 1_024, 8, 16), 2, marks=big),
+        pytest.param((4, 1_025, 4, 64), 4, marks=big),
+        pytest.param((2, 4_096, 8, 32), 2, marks=big),
+        pytest.param((2, 1_024, 8, 64), 2, marks=big),
+    ],
+)
+def test_attention(shape, kv):
+    check_attention(ops.attention, shape, kv, fp16)
+
+
+@pytest.mark.parametrize("layout", [with_gaps, heads_first])
+def test_attention_layouts(layout):
+    check_attention(ops.attention, (2, 33, 8, 16), 2, fp16, layout=layout)
+
+
+@pytest.mark.parametrize("length, lengths", [(70, [[70], [1, 68, 1]])])
+def test_attention_inside_documents(length, lengths):
+    starts = torch.zeros(2, length, dtype=torch.long)
+    for row, documents in zip(starts, lengths, strict=True):
+        ends = torch.tensor(documents).cumsum(0)
+        for first, end in zip([0, *ends[:-1]], ends, strict=True):
+            row[first:end] = first
+    starts = starts.to(DEVICE)
+    inputs = [draw(2, length, 8, 16), draw(2, length, 2, 16), draw(2, length, 2, 16, seed=1)]
+    check(
+        "attention",
+        lambda *x: ops.attention(*x, starts),
+        lambda *x: reference.attention(*x, starts),
+        inputs,
+        fp16,
+    )
+
+
+@pytest.mark.parametrize("dtype", [fp32, fp16])
+@pytest.mark.parametrize("scale", [0.1, 30.0])
+@pytest.mark.parametrize(
+    "rows, size, vocab",
+    [
+        (1, 8, 5),
+        (37, 16, 1_003),
+        pytest.param(8_192, 128, 16_384, marks=big),
+        pytest.param(4_097, 256, 4_096, marks=big),
+    ],
+)
+def test_linear_cross_entropy(rows, size, vocab, scale, dtype):
+    check_head(ops.linear_cross_entropy, rows, size, vocab, dtype, scale)
+
+
+@pytest.mark.parametrize("scale", [0.1, pytest.param(30.0, marks=big)])
+def test_linear_cross_entropy_of_a_large_vocabulary(scale):
+    """GPT-2's: a block of 1,024 threads has a row."""
+    check_head(ops.linear_cross_entropy, 3 if DEVICE == "cpu" else 4_097, 8, 50_257, fp16, scale)
+
+
+def test_linear_cross_entropy_in_chunks(monkeypatch):
+    monkeypatch.setattr(head, "CHUNK_BYTES", 1_024 * 2 * 10)
+    check_head(ops.linear_cross_entropy, 33, 16, 1_003, fp16, layout=with_gaps)
+
+
+def test_linear_cross_entropy_at_the_edges():
+    hidden, weight = draw(4, 8).requires_grad_(), draw(5, 8).requires_grad_()
+    nothing = torch.full((4,), -100, device=DEVICE)
+    loss = ops.linear_cross_entropy(hidden, weight, nothing)
+    loss.backward()
+    assert loss == 0 and not hidden.grad.any() and not weight.grad.any()
+    targets = torch.arange(4, device=DEVICE)
+    with torch.no_grad():
+        alone = ops.linear_cross_entropy(hidden, weight, targets)
+    assert alone == ops.linear_cross_entropy(hidden, weight, targets)
+    assert ops.linear_cross_entropy(hidden, weight, targets + 2).isnan(), "5 is no entry of a vocabulary of 5"
+    frozen = ops.linear_cross_entropy(hidden.detach(), weight, targets, ignore_index=2)
+    (gradient,) = torch.autograd.grad(frozen, weight)
+    truth = weight.detach().double().requires_grad_()
+    F.cross_entropy(hidden.detach().double() @ truth.T, targets, ignore_index=2).backward()
+    assert error(gradient, truth.grad) < 1e-5
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_linear_cross_entropy_of_what_is_not_finite(bad):
+    """An overflow in fp16 is seen, in the loss and in the gradient of its row alone."""
+    hidden, weight = (draw(n, 8).half().requires_grad_() for n in (4, 40))
+    with torch.no_grad():
+        hidden[1, 2] = bad
+    loss = ops.linear_cross_entropy(hidden, weight, torch.arange(4, device=DEVICE))
+    loss.backward()
+    assert loss.isnan() and hidden.grad[1].isnan().all() and hidden.grad[[0, 2, 3]].isfinite().all()
+
+
+def plain_mlp(x, gate, up, down):
+    return F.linear(reference.swiglu(F.linear(x, gate), F.linear(x, up)), down)
+
+
+def check_mlp(op, tokens, size, width, layout=lambda x: x):
+    weights = draw(width, size), draw(width, size, seed=1), draw(size, width, seed=2)
+    inputs = [draw(*tokens, size), *(w * size**-0.5 for w in weights)]
+    check("mlp", op, plain_mlp, inputs, fp16, layout=layout)
+
+
+@pytest.mark.parametrize(
+    "tokens, size, width",
+    [
+        ((2, 17), 64, 36),
+        ((1, 1), 128, 8),
+        pytest.param((64, 1_024), 128, 516, marks=big),
+        pytest.param((257,), 64, 176, marks=big),
+    ],
+)
+def test_mlp(tokens, size, width):
+    check_mlp(ops.mlp, tokens, size, width)
+
+
+def test_mlp_of_more_than_a_block():
+    check_mlp(ops.mlp, (257,), 64, 36, layout=with_gaps)
