@@ -177,7 +177,7 @@ def test_a_broken_training_stops_and_names_the_last_good_checkpoint(config, monk
     ("rows", "remedy"), [(2, "--micro-batch-size 1$"), (1, "a shorter --sequence-length$")]
 )
 def test_too_little_memory_says_what_to_do(config, rows, remedy, monkeypatch):
-    def fail(self, *args):
+    def fail(self, *args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     monkeypatch.setattr(Ant, "forward", fail)

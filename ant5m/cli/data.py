@@ -28,6 +28,7 @@ class DataPack:
     Examples:
       ant5m data pack books/ more.jsonl.zst --tokenizer my-tokenizer --out data/books
       ant5m data pack hf:roneneldan/TinyStories --tokenizer my-tokenizer --out data/stories
+      ant5m data pack web.jsonl.zst --tokenizer my-tokenizer --out data/web --filters repeats boilerplate
       ant5m data pack builtin --tokenizer my-tokenizer --out data/builtin --validation-fraction 0.02
     """
 
@@ -98,5 +99,5 @@ def _table(splits: dict) -> Table:
 def _removed(counts: dict[str, int]) -> str:
     if not counts:
         return ""
-    listed = ", ".join(f"{count:,} {name.replace('_', ': ')}" for name, count in counts.items())
+    listed = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items())
     return f"left out by the filters: {listed}\n"
