@@ -1,5 +1,6 @@
 """`ant5m export`."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -29,13 +30,16 @@ class Export:
     """of the model in its card; default: the folder's name"""
 
     def run(self) -> None:
+        from ant5m.eval.results import section_of
         from ant5m.model.checkpoint import find_run, load_with_tokenizer, resolve
         from ant5m.model.huggingface import ModelCard, card_of_run, export
 
         run, folder = find_run(self.model), resolve(self.model)
         net, tokenizer = load_with_tokenizer(folder)
         name = self.name or self.out.name
-        export(net, tokenizer, self.out, card_of_run(name, run, folder) if run else ModelCard(name))
+        card = card_of_run(name, run, folder) if run else ModelCard(name)
+        tasks = section_of(run, folder) if run else ""
+        export(net, tokenizer, self.out, dataclasses.replace(card, tasks=tasks))
         console = Console(highlight=False, soft_wrap=True)
         console.print(
             f"wrote {self.out}: open it with AutoModelForCausalLM.from_pretrained({str(self.out)!r})"

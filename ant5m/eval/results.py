@@ -102,7 +102,7 @@ class TaskResult:
 
 def weights_sha256(model: Path) -> str:
     """Of the weights in a checkpoint or Hugging Face folder: what a result belongs to."""
-    files = sorted(model.glob("*.safetensors"))
+    files = sorted(model.glob("model*.safetensors"))
     if not files:
         raise UserError(f"{model} holds no weights")
     return " ".join(file_sha256(file) for file in files)

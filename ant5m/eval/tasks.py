@@ -23,6 +23,7 @@ import numpy as np
 from ant5m.errors import UserError
 from ant5m.eval import arithmark, items
 from ant5m.eval.results import BENCHMARKS, GROUPS, Benchmark, TaskResult
+from ant5m.model.huggingface import check_tokenizer
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -62,11 +63,13 @@ def evaluate_tasks(
         known: results of the same weights; those with the same settings are not computed again.
         on_result: called with every result as it comes.
 
-    Raises `UserError` on an unknown task, a broken file or wrong fields, or when no task has items.
+    Raises `UserError` on an unknown task, a broken file or wrong fields, a tokenizer of another model, or
+    when no task has items.
     """
     names = known_tasks(tasks)
     if limit is not None and limit < 1:
         raise UserError(f"the limit must be at least 1 item, not {limit}")
+    check_tokenizer(tokenizer, net.config)
     suite = _Suite(net, tokenizer, Path(data_dir) if data_dir else None, limit, known, progress)
     results = []
     with _quiet():
@@ -79,8 +82,75 @@ def evaluate_tasks(
     return results
 
 
+def lm_eval_tasks(names: Sequence[str], data_dir: Path | str | None = None) -> dict[str, Any]:
+    """lm-eval's own tasks of those names, parts instead of groups, with the same items as `evaluate_tasks`.
+
+    For `lm_eval.evaluate` with any of its models. Raises `UserError` where the items are not there.
+    """
+    source = _Source(Path(data_dir) if data_dir else None)
+    loaded = {}
+    for benchmark in (BENCHMARKS[name] for name in known_tasks(names) if name != arithmark.NAME):
+        for name in _parts(benchmark):
+            try:
+                loaded[name] = _load_task(benchmark.folder, name, source.rows(benchmark, name)[0])
+            except _Missing as reason:
+                raise UserError(f"{benchmark.name}: {reason}") from None
+    return loaded
+
+
 class _Missing(Exception):
     """The items of a task are not there."""
+
+
+class _Source:
+    """Where items come from: files of somebody's own, or the hub."""
+
+    def __init__(self, data_dir: Path | None) -> None:
+        self.data_dir = data_dir
+        self.files = items.find_files(data_dir) if data_dir else []
+
+    def rows(self, benchmark: Benchmark, name: str) -> tuple[list[dict[str, Any]] | None, dict[str, Any]]:
+        """The items (None: lm-eval gets them from the hub), and what to call them in the settings."""
+        cfg = _manager(benchmark.folder).task_index[name].cfg
+        split = cfg.get("test_split") or cfg["validation_split"]
+        if self.data_dir is None:
+            where = [str(cfg[key]) for key in ("dataset_path", "dataset_name") if cfg.get(key)]
+            return None, {"data": f"{' '.join(where)}, {split} split", "sha256": None}
+        part = name.removeprefix("blimp_") if benchmark.name == "blimp" else ""
+        path, rows = self._read(benchmark, split, part)
+        if benchmark.name == "mmlu":
+            rows = [row for row in rows if row["subject"] == name.removeprefix("mmlu_")]
+            if not rows:
+                raise _Missing(f"{path} has no items of {name}")
+        return rows, self._named(path, rows)
+
+    def arithmark_rows(self, benchmark: Benchmark) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """The same for ArithMark-2.0, which lm-eval does not have."""
+        if self.data_dir is None:
+            rows = _hub_rows(arithmark.HUB, "train")
+            return rows, {"data": f"{arithmark.HUB}, train split", "sha256": _digest(rows)}
+        path, rows = self._read(benchmark, "train")
+        return rows, self._named(path, rows)
+
+    def _named(self, path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        assert self.data_dir is not None
+        return {"data": path.relative_to(self.data_dir).as_posix(), "sha256": _digest(rows)}
+
+    def _read(self, benchmark: Benchmark, split: str, part: str = "") -> tuple[Path, list[dict[str, Any]]]:
+        """The first file of a task that has the fields, and its rows."""
+        assert self.data_dir is not None
+        named = items.choose_files(self.files, self.data_dir, benchmark.files or benchmark.name, split)
+        if part:
+            named = items.choose_files(named, self.data_dir, part, split, exact=True)
+        if not named:
+            raise _Missing(f"{self.data_dir} has no file for {part or benchmark.name}")
+        reasons = []
+        for path in named:
+            try:
+                return path, _read_rows(path, benchmark.fields)
+            except UserError as error:
+                reasons.append(error)
+        raise reasons[0]
 
 
 class _Suite:
@@ -88,8 +158,7 @@ class _Suite:
 
     def __init__(self, net, tokenizer, data_dir, limit, known, progress) -> None:
         self.net, self.tokenizer = net, tokenizer
-        self.data_dir: Path | None = data_dir
-        self.files = items.find_files(data_dir) if data_dir else []
+        self.source = _Source(data_dir)
         self.limit: int | None = limit
         self.known = {result.task: result for result in known}
         self.progress: Progress | None = progress
@@ -108,53 +177,19 @@ class _Suite:
             warnings.warn(f"{benchmark.name} is left out: {reason}", stacklevel=2)
 
     def _group(self, benchmark: Benchmark) -> Iterator[TaskResult]:
-        prefix = GROUPS[benchmark.name]
-        names = [name for name in _manager(benchmark.folder).all_subtasks if name.startswith(prefix)]
         parts = []
-        for name in names:
+        for name in _parts(benchmark):
             parts.append(self._task(benchmark, name))
             yield parts[-1]
         yield _mean(benchmark.name, parts)
 
     def _task(self, benchmark: Benchmark, name: str) -> TaskResult:
-        rows, settings = self._rows(benchmark, name)
+        rows, data = self.source.rows(benchmark, name)
+        settings = {"limit": self.limit, "lm_eval": version("lm_eval"), **data}
         if (known := self.known.get(name)) and known.settings == settings:
             return known
-        task = _load_task(benchmark.folder, name, rows)
+        task = _load_task(benchmark.folder, name, rows and rows[: self.limit])
         return self._measure(task, name, settings)
-
-    def _rows(self, benchmark: Benchmark, name: str) -> tuple[list[dict[str, Any]] | None, dict[str, Any]]:
-        """The items (None: lm-eval gets them from the hub), and the settings of the result."""
-        cfg = _manager(benchmark.folder).task_index[name].cfg
-        split = cfg.get("test_split") or cfg["validation_split"]
-        settings = {"limit": self.limit, "lm_eval": version("lm_eval")}
-        if self.data_dir is None:
-            where = [str(cfg[key]) for key in ("dataset_path", "dataset_name") if cfg.get(key)]
-            return None, {**settings, "data": f"{' '.join(where)}, {split} split", "sha256": None}
-        part = name.removeprefix("blimp_") if benchmark.name == "blimp" else ""
-        path, rows = self._read(benchmark, split, part)
-        if benchmark.name == "mmlu":
-            rows = [row for row in rows if row["subject"] == name.removeprefix("mmlu_")]
-            if not rows:
-                raise _Missing(f"{path} has no items of {name}")
-        data = {"data": path.relative_to(self.data_dir).as_posix(), "sha256": _digest(rows)}
-        return rows, {**settings, **data}
-
-    def _read(self, benchmark: Benchmark, split: str, part: str = "") -> tuple[Path, list[dict[str, Any]]]:
-        """The first file of a task that has the fields, and its rows."""
-        assert self.data_dir is not None
-        named = items.choose_files(self.files, self.data_dir, benchmark.files or benchmark.name, split)
-        if part:
-            named = items.choose_files(named, self.data_dir, part, split, exact=True)
-        if not named:
-            raise _Missing(f"{self.data_dir} has no file for {part or benchmark.name}")
-        reasons = []
-        for path in named:
-            try:
-                return path, _read_rows(path, benchmark.fields)
-            except UserError as error:
-                reasons.append(error)
-        raise reasons[0]
 
     def _measure(self, task: Any, name: str, settings: dict[str, Any]) -> TaskResult:
         """The loop of `lm_eval.evaluate` for one task: 0-shot, in one process, without logs."""
@@ -190,13 +225,8 @@ class _Suite:
         return TaskResult(name, metrics, len(docs), _chance(name, docs, asked), settings, over)
 
     def _arithmark(self, benchmark: Benchmark) -> TaskResult:
-        settings: dict[str, Any] = {"limit": self.limit, "lm_eval": None}
-        if self.data_dir is None:
-            rows, settings["data"] = _hub_rows(arithmark.HUB, "train"), f"{arithmark.HUB}, train split"
-        else:
-            path, rows = self._read(benchmark, "train")
-            settings["data"] = path.relative_to(self.data_dir).as_posix()
-        settings["sha256"] = _digest(rows)
+        rows, data = self.source.arithmark_rows(benchmark)
+        settings = {"limit": self.limit, "lm_eval": None, **data}
         if (known := self.known.get(benchmark.name)) and known.settings == settings:
             return known
         rows = rows[: self.limit]
@@ -264,6 +294,14 @@ def _manager(folder: str) -> Any:
         ) from None
     path = Path(lm_eval.tasks.__file__).parent / folder
     return lm_eval.tasks.TaskManager(include_path=str(path), include_defaults=False)
+
+
+def _parts(benchmark: Benchmark) -> list[str]:
+    """lm-eval's names of what a row of the table consists of."""
+    if benchmark.name not in GROUPS:
+        return [benchmark.name]
+    names = _manager(benchmark.folder).all_subtasks
+    return [name for name in names if name.startswith(GROUPS[benchmark.name])]
 
 
 def _load_task(folder: str, name: str, rows: list[dict[str, Any]] | None) -> Any:

@@ -206,6 +206,8 @@ class ModelCard:
     """some of loss (nats per token), bits_per_byte, text (what they were measured on), as in eval.json"""
     samples: list[tuple[str, str]] = field(default_factory=list)
     """(prompt, continuation), unselected"""
+    tasks: str = ""
+    """section on 0-shot tasks in Markdown, ending with an empty line"""
 
     def text(self, config: ModelConfig, num_parameters: int) -> str:
         """The card in Markdown, with the metadata block that the Hugging Face hub reads."""
@@ -215,6 +217,7 @@ class ModelCard:
             shape=_shape(config),
             training=self._training(),
             validation=self._validation(),
+            tasks=self.tasks,
             samples=self._samples(),
             context=f"{config.max_position_embeddings:,}",
         )
@@ -295,7 +298,7 @@ A language model of {parameters} parameters in the Llama architecture: {shape}.
 ## Evaluation
 {validation}
 
-{samples}## Limits
+{tasks}{samples}## Limits
 - A model of this size writes locally plausible text. It does not know facts, follow instructions or reason.
 - It knows only the kind of text it was trained on, with that text's errors and biases; nothing was filtered
   for safety.

@@ -10,6 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 from ant5m.eval.perplexity import Evaluation, record
+from ant5m.eval.results import section_of
 from ant5m.files import write_file
 from ant5m.model.generation import find_loops, generate
 from ant5m.model.huggingface import card_of_run, export
@@ -37,8 +38,9 @@ def finish(run: Run, trainer: Trainer) -> Evaluation:
     samples = write_samples(trainer)
     lines = read_metrics(run.folder / "metrics.jsonl")
     plot_loss(lines, (trainer.step, evaluation.loss), run.folder / "loss.png")
-    _export(run, trainer, checkpoint, samples)
-    write_file(run.folder / "report.md", report(run, trainer, lines, evaluation, samples))
+    tasks = section_of(run.folder, checkpoint)
+    _export(run, trainer, checkpoint, samples, tasks)
+    write_file(run.folder / "report.md", report(run, trainer, lines, evaluation, samples, tasks))
     return evaluation
 
 
@@ -70,9 +72,14 @@ def plot_loss(lines: list[dict[str, Any]], final: tuple[int, float], path: Path)
 
 
 def report(
-    run: Run, trainer: Trainer, lines: list[dict[str, Any]], evaluation: Evaluation, samples: list[Sample]
+    run: Run,
+    trainer: Trainer,
+    lines: list[dict[str, Any]],
+    evaluation: Evaluation,
+    samples: list[Sample],
+    tasks: str,
 ) -> str:
-    """The text of report.md."""
+    """The text of report.md. `tasks`: its section on 0-shot tasks, or nothing."""
     model, config, data = run.model, run.config, run.data
     parameters = sum(p.numel() for p in trainer.net.parameters())
     seconds = max((line["seconds"] for line in lines if line["kind"] == "train"), default=0.0)
@@ -99,6 +106,7 @@ def report(
         speed=f"{trainer.tokens / seconds:,.0f}" if seconds else "?",
         versions=", ".join(f"{name} {version}" for name, version in versions().items()),
         results=_results(evaluation),
+        tasks=tasks,
         samples="\n\n".join(_quoted(sample) for sample in samples),
         loops=_remark(samples),
         folder=run.folder,
@@ -133,13 +141,13 @@ def _remark(samples: list[Sample]) -> str:
     )
 
 
-def _export(run: Run, trainer: Trainer, checkpoint: Path, samples: list[Sample]) -> None:
+def _export(run: Run, trainer: Trainer, checkpoint: Path, samples: list[Sample], tasks: str) -> None:
     folder = run.folder / "hf"
     if folder.exists():
         shutil.rmtree(folder)  # of this same run, finished before
     card = card_of_run(run.folder.name, run.folder, checkpoint)
     shown = [(sample.prompt, sample.text) for sample in samples]
-    export(trainer.net, trainer.tokenizer, folder, dataclasses.replace(card, samples=shown))
+    export(trainer.net, trainer.tokenizer, folder, dataclasses.replace(card, samples=shown, tasks=tasks))
 
 
 def _running_mean(values: tuple[float, ...], width: int) -> list[float]:
@@ -190,7 +198,7 @@ On the validation split, documents that training never saw:
 Token perplexity is exp(loss); word perplexity is exp(total nats / words), another number; bits per byte
 compares models with different tokenizers.
 
-## Samples
+{tasks}## Samples
 {samples}
 
 {loops}

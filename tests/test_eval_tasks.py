@@ -1,0 +1,341 @@
+"""The 0-shot table: lm-eval's own figures, kept, shown and continued."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from ant5m.cli import call
+from ant5m.data.tokenizer import Tokenizer, train_tokenizer
+from ant5m.errors import UserError
+from ant5m.eval import results, tasks
+from ant5m.eval.results import TaskResult, parts, rows
+from ant5m.eval.tasks import evaluate_tasks, known_tasks, lm_eval_tasks
+from ant5m.files import file_sha256, read_json, write_json
+from ant5m.model.ant import Ant
+from ant5m.model.checkpoint import FORMAT, VERSION
+from ant5m.model.config import ModelConfig
+from ant5m.model.huggingface import ModelCard, export, save_model
+
+lm_eval = pytest.importorskip("lm_eval")
+
+SENTENCE = "the ant carries a leaf along the path and the other ants follow it to the nest by the old tree"
+WORDS = SENTENCE.split()
+CONTEXT = 64
+CONFIG = ModelConfig(
+    vocab_size=300,
+    hidden_size=32,
+    intermediate_size=52,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=CONTEXT,
+    initializer_range=0.3,
+)
+TASKS = ("blimp", "piqa", "arc_easy", "hellaswag", "lambada_openai", "wikitext")
+"""what the fast path is compared with lm-eval in"""
+SETTINGS = {"limit": None, "data": "x", "sha256": None, "lm_eval": "1"}
+
+
+def said(seed: int, low: int = 3, high: int = 12) -> str:
+    """A text of words, the same for a seed."""
+    random = np.random.default_rng(seed)
+    return " ".join(random.choice(WORDS, random.integers(low, high)))
+
+
+def write(path, rows) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer([" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))] * 20, vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def net(tokenizer) -> Ant:
+    torch.manual_seed(0)
+    return Ant(CONFIG).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(net, tokenizer, tmp_path_factory):
+    """The model as a Hugging Face folder."""
+    path = tmp_path_factory.mktemp("tasks") / "hf"
+    export(net, tokenizer, path, ModelCard("tiny"))
+    return path
+
+
+@pytest.fixture
+def run(net, tokenizer, folder, tmp_path):
+    """The model as a finished run."""
+    path = tmp_path / "run"
+    checkpoint = path / "checkpoints" / "step-00000007"
+    checkpoint.mkdir(parents=True)
+    save_model(net, checkpoint)
+    state = {"format": FORMAT, "version": VERSION, "step": 7, "tokens": 900, "model": CONFIG.to_dict()}
+    state["files"] = {"model.safetensors": file_sha256(checkpoint / "model.safetensors")}
+    write_json(checkpoint / "state.json", state)
+    write_json(path / "config.json", {"train": {}})
+    tokenizer.save(path / "tokenizer")
+    shutil.copytree(folder, path / "hf")
+    (path / "report.md").write_text("# run\n\n## Result\nnone\n\n## Samples\nnone\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Items of our own for the six tasks and ArithMark-2.0, in the fields and layouts of the hub."""
+    path = tmp_path_factory.mktemp("benchmarks")
+    for number, part in enumerate(tasks._parts(results.BENCHMARKS["blimp"])):
+        pairs = [(said(10 * number + i), said(10 * number + i + 5)) for i in range(2)]
+        pairs.append((SENTENCE, SENTENCE[:-4] + "ants"))
+        fields = [{"sentence_good": good, "sentence_bad": bad} for good, bad in pairs]
+        write(path / "blimp" / f"{part.removeprefix('blimp_')}.jsonl", fields)
+    piqa = [{"goal": said(i), "sol1": said(i + 50), "sol2": said(i + 90), "label": i % 2} for i in range(9)]
+    piqa[0]["goal"] += "  "  # spaces that belong to the answer
+    piqa[1]["goal"] = said(1, 90, 99)  # longer than the context
+    write(path / "piqa" / "piqa_validation.jsonl", piqa)
+    arc = [
+        {
+            "question": f"Which of the ants {said(i)}?",
+            "choices": {"text": [said(i + 30 * j, 1, 5) for j in range(4)], "label": list("ABCD")},
+            "answerKey": "ABCD"[i % 4],
+        }
+        for i in range(9)
+    ]
+    write(path / "arc" / "arc_easy_test.jsonl", arc)
+    hellaswag = [
+        {
+            "activity_label": "Ants",
+            "ctx_a": said(i),
+            "ctx_b": said(i + 1),
+            "endings": [said(i + 7 * j) for j in range(4)],
+            "label": str(i % 4),
+        }
+        for i in range(9)
+    ]
+    write(path / "hellaswag_validation.jsonl", hellaswag)
+    lambada = [{"text": said(i, 12, 40)} for i in range(9)] + [{"text": said(5, 80, 99)}]
+    write(path / "lambada-openai" / "test.jsonl", lambada)
+    pages = [{"page": f" = Ants =\n \n {said(i, 100, 300)} , and @-@ {said(i)} .\n"} for i in range(3)]
+    pages.append({"page": f"<|endoftext|>{said(4)} ;"})  # a text that spells the special token
+    write(path / "wikitext2.jsonl", pages)
+    sums = [{"ctx": f"{i} + 1 =", "endings": [f" {i + j}" for j in range(4)], "label": 1} for i in range(9)]
+    write(path / "ArithMark-2.0" / "train.jsonl", sums)
+    return path
+
+
+def by_task(found: list[TaskResult]) -> dict[str, TaskResult]:
+    return {result.task: result for result in found}
+
+
+@pytest.fixture(scope="module")
+def compared(net, tokenizer, folder, data_dir):
+    """(lm-eval's evaluation with its `hf` model, the same with `ant5m`, ours) of the six tasks."""
+    from lm_eval.models.huggingface import HFLM
+
+    from ant5m.eval.harness import AntLM
+
+    def evaluate(lm):
+        loaded = {"tasks": lm_eval_tasks(TASKS, data_dir), "groups": {}, "group_map": {}}
+        return lm_eval.evaluate(lm, loaded, bootstrap_iters=0)
+
+    hf = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=3)
+    return evaluate(hf), evaluate(AntLM(folder)), by_task(evaluate_tasks(net, tokenizer, TASKS, data_dir))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_item_scores_as_in_lm_eval(compared, name):
+    hf, ant, _ = compared
+    named = [task for task in hf["samples"] if task.startswith(name)]
+    assert len(named) == (67 if name == "blimp" else 1)
+    for task in named:
+        for expected, found in zip(hf["samples"][task], ant["samples"][task], strict=True):
+            assert expected["arguments"] == found["arguments"]
+            pairs = zip(expected["filtered_resps"], found["filtered_resps"], strict=True)
+            for one, other in pairs:
+                assert np.shape(one) == np.shape(other)
+                assert np.allclose(one, other, rtol=0, atol=1e-3)  # and greedy or not, 1 or 0
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_figure_is_that_of_lm_eval(compared, name):
+    from lm_eval.api.metrics import mean_stderr
+
+    hf, _, ours = compared
+    for task in (task for task in hf["results"] if task.startswith(name)):
+        known = hf["results"][task]
+        for metric, (value, error) in ours[task].metrics.items():
+            if metric.startswith("acc"):
+                assert value == known[f"{metric},none"]
+                assert error == pytest.approx(mean_stderr([item[metric] for item in hf["samples"][task]]))
+            elif metric != "token_perplexity":  # which lm-eval has not
+                assert value == pytest.approx(known[f"{metric},none"], rel=1e-4)
+        assert ours[task].items == len(hf["samples"][task])
+
+
+def test_blimp_is_the_mean_of_its_parts(compared):
+    ours = compared[2]
+    inner = [ours[name].metrics["acc"] for name in ours if name.startswith("blimp_")]
+    assert len(inner) == 67
+    value, error = ours["blimp"].metrics["acc"]
+    assert value == pytest.approx(np.mean([part for part, _ in inner]))
+    assert error == pytest.approx(np.sqrt(np.sum([part**2 for _, part in inner])) / 67)
+    assert ours["blimp"].items == 67 * 3 and ours["blimp"].chance == 0.5
+
+
+def test_the_perplexities_say_over_what(compared, tokenizer, data_dir):
+    wikitext = compared[2]["wikitext"]
+    pages = [json.loads(line)["page"] for line in (data_dir / "wikitext2.jsonl").read_text().splitlines()]
+    assert wikitext.over["bytes"] == sum(len(page.encode()) for page in pages)
+    assert wikitext.over["tokens"] > wikitext.over["words"] > 300
+    nats = np.log(wikitext.metrics["token_perplexity"][0]) * wikitext.over["tokens"]
+    assert np.exp(nats / wikitext.over["words"]) == pytest.approx(wikitext.metrics["word_perplexity"][0])
+    assert nats / np.log(2) / wikitext.over["bytes"] == pytest.approx(wikitext.metrics["bits_per_byte"][0])
+
+
+def test_arithmark_sums_the_tokens_of_endings_that_are_tokenised_apart(net, tokenizer, data_dir):
+    items = [
+        json.loads(line) for line in (data_dir / "ArithMark-2.0" / "train.jsonl").read_text().splitlines()
+    ]
+    right = 0
+    for item in items:
+        sums = []
+        for ending in item["endings"]:
+            context, answer = tokenizer.encode(item["ctx"]), tokenizer.encode(ending)
+            with torch.inference_mode():
+                rows = net(torch.tensor([context + answer]))[0, len(context) - 1 : -1].log_softmax(-1)
+            sums.append(rows.gather(1, torch.tensor(answer)[:, None]).sum().item())
+        right += int(np.argmax(sums) == item["label"])
+    (found,) = evaluate_tasks(net, tokenizer, ["ArithMark-2.0"], data_dir)
+    assert found.metrics["acc"][0] == right / 9 and found.chance == 0.25 and found.items == 9
+
+
+def test_the_table_reaches_terminal_run_report_and_card(run, data_dir, tmp_path, capsys):
+    words = ["eval", str(run), "--tasks", "piqa,arc_easy", "--data-dir", str(data_dir)]
+    assert call(words) == 0
+    page = capsys.readouterr().out
+    for text in (page, (run / "report.md").read_text(), (run / "hf" / "README.md").read_text()):
+        assert "piqa" in text and "48.9" in text and "26.4" in text and "9 items" in text and "±" in text
+    kept = read_json(run / "eval.json")["tasks"]
+    assert [one["task"] for one in kept] == ["piqa", "arc_easy"]
+    assert (
+        call(["eval", str(run), "--tasks", "ArithMark-2.0", "--data-dir", str(data_dir), "--limit", "4"]) == 0
+    )
+    text = (run / "report.md").read_text()
+    assert text.count(results.SECTION) == 1 and "ArithMark-2.0" in text and "piqa" in text
+    assert text.index("## Result") < text.index(results.SECTION) < text.index("## Samples")
+    assert call(["export", str(run), str(tmp_path / "out")]) == 0
+    assert "ArithMark-2.0" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_stopped_evaluation_goes_on(run, data_dir, monkeypatch, capsys):
+    whole = tasks._Suite._measure
+    measured = []
+
+    def stopped(self, task, name, settings):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(name)
+        return whole(self, task, name, settings)
+
+    words = ["eval", str(run), "--tasks", "piqa,arc_easy,hellaswag", "--data-dir", str(data_dir), "--json"]
+    monkeypatch.setattr(tasks._Suite, "_measure", stopped)
+    assert call(words) == 130
+    capsys.readouterr()
+    assert len(read_json(run / "eval.json")["tasks"]) == 2
+    measured.clear()
+    assert call(words) == 0
+    assert measured == ["hellaswag"]
+    found = json.loads(capsys.readouterr().out)["tasks"]
+    assert [one["task"] for one in found] == ["piqa", "arc_easy", "hellaswag"]
+
+
+def test_other_weights_do_not_inherit_results(run, data_dir):
+    result = TaskResult("piqa", {"acc": (0.5, 0.1)}, 9, 0.5, SETTINGS)
+    results.record(run / "eval.json", "old", "step-1", result)
+    assert results.recorded(run / "eval.json", "new") == []
+    assert results.recorded(run / "eval.json", "old") == [result]
+    write_json(run / "eval.json", {"perplexity": [1], "tasks": read_json(run / "eval.json")["tasks"]})
+    results.record(run / "eval.json", "new", "step-2", result)
+    assert read_json(run / "eval.json")["perplexity"] == [1]
+    assert len(read_json(run / "eval.json")["tasks"]) == 2
+
+
+def test_a_task_without_data_is_named_and_the_rest_goes_on(net, tokenizer, data_dir):
+    with pytest.warns(UserWarning, match=r"boolq is left out: .* has no file for boolq"):
+        found = evaluate_tasks(net, tokenizer, ["boolq", "piqa"], data_dir)
+    assert [result.task for result in found] == ["piqa"]
+
+
+def test_figures_near_chance_are_marked():
+    def row(value, error):
+        (made,) = rows(
+            [TaskResult("piqa", {"acc": (value, error)}, 100, 0.5, {"limit": None, "lm_eval": "1"})]
+        )
+        return made
+
+    assert row(0.59, 0.05).verdict == "at chance" and row(0.41, 0.05).verdict == "at chance"
+    assert row(0.61, 0.05).verdict == "above chance" and row(0.39, 0.05).verdict == "below chance"
+    assert row(0.61, 0.05)[:4] == ("piqa", "acc", "61.0 ± 5.0", "50.0")
+    assert row(0.61, None).verdict == ""
+    (inner,) = parts([TaskResult("blimp_x", {"acc": (0.5, 0.1)}, 10, 0.5, SETTINGS)])
+    assert inner.task == "blimp_x" and inner.published == ""
+
+
+def test_names_stand_for_tasks_in_the_tables_order():
+    assert known_tasks(["piqa,copa", "blimp"]) == ["copa", "blimp", "piqa"]
+    assert len(known_tasks(["all"])) == 18
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--tasks", "nope"], "there is no task 'nope'"),
+        (["--tasks", "piqa", "--limit", "0"], "at least 1 item"),
+        (["--tasks", "piqa", "--data", "x"], "--data is text for perplexity"),
+        (["--limit", "3"], "are for tasks"),
+        (["--tasks", "piqa", "--data-dir", "nowhere"], "is not a folder of benchmark files"),
+        (["--tasks", "boolq", "--data-dir", "{data}"], "no task has items here"),
+        (["--tasks", "piqa", "--data-dir", "{bad}"], "row 2: no field sol2 (found: goal, sol1, label)"),
+        (["--tasks", "arc_easy", "--data-dir", "{bad}"], "cannot use"),
+        (["--tasks", "hellaswag", "--data-dir", "{bad}"], "line 1: not valid JSON"),
+    ],
+)
+def test_mistakes_get_one_line(folder, data_dir, tmp_path, capsys, words, said):
+    bad = tmp_path / "bad"
+    item = {"goal": "a", "sol1": "b", "sol2": "c", "label": 0}
+    write(bad / "piqa.jsonl", [item, {key: item[key] for key in ("goal", "sol1", "label")}])
+    write(bad / "arc_easy.jsonl", [{"question": "why?", "choices": "because", "answerKey": "A"}])
+    (bad / "hellaswag.jsonl").write_text("{oops\n")
+    places = {"data": data_dir, "bad": bad}
+    assert call(["eval", str(folder), *(word.format(**places) for word in words)]) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("error:")]
+    assert captured.out == "" and len(lines) == 1 and said in lines[0]
+    assert "Traceback" not in captured.err
+
+
+def test_a_run_without_a_model_is_named(tmp_path, capsys):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert call(["eval", str(tmp_path / "run"), "--tasks", "piqa"]) == 2
+    assert "has no good checkpoint yet" in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_another_model_is_refused(net, data_dir):
+    other = train_tokenizer([said(seed) + chr(300 + seed) * 9 for seed in range(400)], vocab_size=400)
+    with pytest.raises(UserError, match="do not belong together"):
+        evaluate_tasks(net, other, ["piqa"], data_dir)
+
+
+def test_without_lm_eval_it_says_what_to_install(folder, data_dir, monkeypatch, capsys):
+    tasks._manager.cache_clear()
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    assert call(["eval", str(folder), "--tasks", "piqa", "--data-dir", str(data_dir)]) == 2
+    assert "pip install 'ant5m[eval]'" in capsys.readouterr().err
+    assert call(["eval", str(folder), "--tasks", "ArithMark-2.0", "--data-dir", str(data_dir)]) == 0
