@@ -19,6 +19,7 @@ from ant5m.model.checkpoint import latest_checkpoint
 from ant5m.model.config import PRESETS
 from ant5m.model.doctor import fitting_tokens
 from ant5m.train import TrainConfig, pretrain
+from ant5m.train.losses import make_loop_loss
 from ant5m.train.metrics import read_metrics
 from ant5m.train.optimizer import Optimizer
 from ant5m.train.precision import LossScaler, choose_precision
@@ -39,14 +40,18 @@ def native_half():
     return {"bf16": torch.bfloat16, "fp16": torch.float16}[choose_precision("auto", torch.device("cuda"))]
 
 
-def make(preset="ant-5m", layers=None, precision="auto", kind="muon", steps=40, rows=4, scale=2.0**13):
+def make(
+    preset="ant-5m", layers=None, precision="auto", kind="muon", steps=40, rows=4, scale=2.0**13, loop=None
+):
     shape = PRESETS[preset]
     shape = dataclasses.replace(shape, num_hidden_layers=layers or shape.num_hidden_layers)
     torch.manual_seed(0)
     net = Ant(shape).to("cuda")
     precision = choose_precision(precision, net.device)
     scaler = LossScaler("cuda", scale) if precision == "fp16" else None
-    return Step(net, Optimizer(net, kind), Schedule(steps), rows, 1.0, precision, scaler)
+    loop_loss = make_loop_loss(loop, 1.0) if loop else None
+    schedule = Schedule(steps)
+    return Step(net, Optimizer(net, kind), schedule, rows, 1.0, precision, scaler, loop_loss=loop_loss)
 
 
 def batches(count, rows, vocab, length=LENGTH):
@@ -94,10 +99,13 @@ def check_backends(op, sizes, device, dtype):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "auto"])
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_the_captured_step_is_the_step_and_never_waits(kind, precision):
+@pytest.mark.parametrize(
+    "kind, loop", [("adamw", None), ("muon", None), ("muon", "unlikelihood"), ("muon", "ditto")]
+)
+def test_the_captured_step_is_the_step_and_never_waits(kind, loop, precision):
     """With overflows on the way, where there is a loss scale: 2^28 overflows at first."""
-    plain, step = (make(layers=2, precision=precision, kind=kind, scale=2.0**28) for _ in range(2))
+    asked = {"layers": 2, "precision": precision, "kind": kind, "scale": 2.0**28, "loop": loop}
+    plain, step = make(**asked), make(**asked)
     captured, pairs = CapturedStep(step), []
     given = batches(30, 8, 16_384, 256)
     for batch in given[: WARM_UP + 2]:  # compilation and capture may wait
@@ -131,7 +139,7 @@ def test_a_skipped_step_changes_nothing_in_a_graph():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("preset", ["ant-5m", "ant-5m-fit"])
+@pytest.mark.parametrize("preset", ["ant-5m", "ant-5m-fit", "ant-5m-best"])
 def test_a_step_of_65536_tokens_fits_and_learns(preset, masked):
     """Captured, in as few micro-batches as the planner would take, within the memory that it counts."""
     shape, memory = PRESETS[preset], torch.cuda.get_device_properties(0).total_memory

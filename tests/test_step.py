@@ -252,19 +252,28 @@ def test_the_captured_step_is_the_step(monkeypatch):
     assert same(state(plain), state(captured.step))
 
 
-def test_a_run_on_a_device_that_captures_is_the_run(config, tmp_path, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("loop_loss, captures", [("none", 1), ("unlikelihood", 2)])
+def test_a_run_on_a_device_that_captures_is_the_run(
+    loop_loss,
+    captures,
+    config,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
     """Tokens on the device, a captured step, and steps that are read long after they were taken."""
     high = {"scale": 2.0**24}
     monkeypatch.setattr(trainer, "LossScaler", lambda device, **state: LossScaler(device, **(state or high)))
     every = {"eval_every": 3, "checkpoint_every": 5, "sample_every": 0}
-    chosen = dataclasses.replace(config, steps=12, precision="fp16", **every)
+    late = {"loop_loss": loop_loss, "loop_loss_share": 0.5}  # a step of its own, captured anew
+    chosen = dataclasses.replace(config, steps=12, precision="fp16", **every, **late)
     plain = pretrain(dataclasses.replace(chosen, out=tmp_path / "plain")).run
     device = Device(monkeypatch)
     monkeypatch.setattr(trainer, "make_step", CapturedStep)
     monkeypatch.setattr(trainer, "keeps_tokens", lambda *_: True)
     monkeypatch.setattr(trainer, "READ_SECONDS", 1e9)
     captured = pretrain(dataclasses.replace(chosen, out=tmp_path / "captured")).run
-    assert device.log.count("replay") > 8
+    assert device.log.count("replay") > 12 - captures * WARM_UP - 1
+    assert device.log.count("capture") == captures
     assert fingerprint(plain) == fingerprint(captured)
     assert fingerprint(plain)[0]["skipped"] > 0
 
