@@ -8,8 +8,19 @@ from devices import Rates, measure
 from provenance import RESULTS, provenance
 from rich.console import Console
 from rich.table import Table
+from telemetry import Telemetry
 
 from ant5m.files import write_json
+
+
+def pytest_addoption(parser):
+    parser.addoption("--results", type=Path, default=RESULTS, help="folder for what is measured")
+
+
+@pytest.fixture(scope="session")
+def results(request) -> Path:
+    """The folder for what is measured."""
+    return request.config.getoption("--results")
 
 
 @pytest.fixture(scope="session")
@@ -25,17 +36,23 @@ def rates(request, device) -> Rates:
     return request.config._ant5m_rates
 
 
+def pytest_sessionstart(session):
+    session.config._ant5m_telemetry = Telemetry()
+
+
 def pytest_sessionfinish(session):
+    telemetry = session.config._ant5m_telemetry.stop()
     measured = getattr(getattr(session.config, "_benchmarksession", None), "benchmarks", [])
     rows = [_row(bench) for bench in measured if bench.stats.rounds]
     if not rows:
         return
     where = provenance()
     name = f"{where['device']}-{where['date'][:10]}-{where['commit'][:9]}".replace(" ", "-").replace("/", "-")
-    path = RESULTS / f"{_slug(name)}.json"
+    path = session.config.getoption("--results") / f"{_slug(name)}.json"
     rates = getattr(session.config, "_ant5m_rates", None)
     measured_rates = {} if rates is None else {"rates": rates.to_dict()}
-    write_json(path, {"provenance": where, **measured_rates, "benchmarks": rows})
+    logged = {"telemetry": telemetry} if telemetry else {}
+    write_json(path, {"provenance": where, **logged, **measured_rates, "benchmarks": rows})
     session.config._ant5m_report = (path, rows)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "numpy", "transformers", "tokenizers", "gigatoken")
+PACKAGES = ("torch", "triton", "numpy", "transformers", "tokenizers", "gigatoken", "liger-kernel")
 
 
 def provenance() -> dict:

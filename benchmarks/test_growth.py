@@ -10,7 +10,6 @@ import statistics
 
 import pytest
 from arm import Arm
-from conftest import RESULTS
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -28,14 +27,14 @@ AXES = {
 
 
 @pytest.mark.parametrize("axis", AXES)
-def test_growth(benchmark, capsys, tmp_path, axis, rounds=3):
+def test_growth(benchmark, capsys, tmp_path, results, axis, rounds=3):
     rows = []
     for size, shape in AXES[axis].items():
         rows += [{axis: size, **row} for row in _measure(tmp_path / "model.json", *shape, rounds)]
     benchmark.pedantic(lambda: None, rounds=1)  # the figures are in extra_info
     benchmark.group = "growth"
     benchmark.extra_info |= {"axis": axis, "rows": rows}
-    _draw(axis, rows)
+    _draw(axis, rows, results / f"growth-by-{axis}.png")
     table = Table(
         axis, "arm", "s a step", "tokens/s", "peak MB", title=f"a training step of ant-5m by {axis}"
     )
@@ -70,7 +69,7 @@ def _measure(path, batch_size, context, vocabulary, rounds):
     ]
 
 
-def _draw(axis, rows):
+def _draw(axis, rows, path):
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     for place, (key, scale, label) in enumerate(
         (("seconds", 1, "s a step"), ("peak_bytes", 1e-6, "peak MB")), 1
@@ -85,4 +84,4 @@ def _draw(axis, rows):
         axes.grid(alpha=0.3)
         axes.legend()
     figure.suptitle(f"a training step of ant-5m by {axis}")
-    figure.savefig(RESULTS / f"growth-by-{axis}.png", dpi=120)
+    figure.savefig(path, dpi=120)

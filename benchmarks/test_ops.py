@@ -1,0 +1,272 @@
+"""Each op of a training step beside its peers: PyTorch's own, the same compiled, Liger-Kernel's.
+
+Runs on the first GPU in its training precision, else on the CPU in fp32. Every round lets each arm run once,
+forward and backward, on inputs that rotate through more memory than a cache holds; ratios are medians of the
+rounds' own ratios. An arm is compared with the reference before it is timed. GFLOP/s count what
+causality asks for; GB/s count each input read once and each output written once.
+"""
+
+import gc
+import importlib.util
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import peers
+import pytest
+import torch
+from devices import Rates, Stopwatch
+from rich.console import Console
+from rich.table import Table
+
+from ant5m import kernels
+from ant5m.kernels import reference
+from ant5m.model.config import PRESETS
+from ant5m.train.precision import DTYPES, FIRST_SCALE, choose_precision
+
+GPU = torch.cuda.is_available()
+BATCH, LENGTH, ROUNDS = (64, 1_024, 30) if GPU else (8, 1_024, 7)
+LIGER = GPU and importlib.util.find_spec("liger_kernel") is not None
+OURS = [b for b in kernels.BACKENDS if any(row[b] == "ready" for row in kernels.available().values())]
+CACHE = 128 << 20
+"""bytes of inputs to rotate through: more than an H100's 50 MB of L2 or a CPU's L3 keep"""
+MOST_ERROR = 0.03
+"""RMS error over RMS against the reference, in bf16 at most 0.01 where all is well"""
+
+
+@dataclass
+class Case:
+    """An op with its inputs' shapes, and what it has to do in each direction."""
+
+    op: str
+    make: Callable[[torch.device, torch.dtype], list]
+    work: dict[str, tuple[str, float]]
+    """{direction: ("GFLOP/s" or "GB/s", FLOPs or numbers that are read and written)}"""
+
+
+def _cases(preset: str) -> dict[str, Case]:
+    config, tokens = PRESETS[preset], BATCH * LENGTH
+    heads, keys, size = config.num_attention_heads, config.num_key_value_heads, config.head_size
+    width, wide, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    flops = BATCH * heads * size * LENGTH * (LENGTH + 1) * 2
+    turned = 2 * tokens * size * (heads + keys)
+
+    def drawn(device, dtype, *shape, scale=1.0):
+        return (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_()
+
+    def attention(device, dtype):
+        return [drawn(device, dtype, BATCH, LENGTH, n, size) for n in (heads, keys, keys)]
+
+    def head(device, dtype):
+        targets = torch.randint(vocab, (tokens,), device=device)
+        return [
+            drawn(device, dtype, tokens, width),
+            drawn(device, dtype, vocab, width, scale=0.02),
+            targets,
+        ]
+
+    def rms_norm(device, dtype):
+        x, residual = (drawn(device, dtype, BATCH, LENGTH, width) for _ in range(2))
+        return [x, torch.ones(width, device=device, dtype=dtype, requires_grad=True), 1e-5, residual]
+
+    def rope(device, dtype):
+        angle = torch.rand(LENGTH, size // 2, device=device)
+        q, k = (drawn(device, dtype, BATCH, LENGTH, n, size) for n in (heads, keys))
+        return [q, k, angle.cos(), angle.sin()]
+
+    def swiglu(device, dtype):
+        # Halves of one product, as in the model.
+        return list(drawn(device, dtype, BATCH, LENGTH, 2 * wide).split(wide, -1))
+
+    def moved(forward, backward):
+        return {"forward": ("GB/s", forward), "backward": ("GB/s", backward)}
+
+    return {
+        f"{preset} {case.op}": case
+        for case in (
+            Case("rms_norm", rms_norm, moved(4 * tokens * width, 4 * tokens * width)),
+            Case("rope", rope, moved(turned, turned)),
+            Case(
+                "attention",
+                attention,
+                {"forward": ("GFLOP/s", flops), "backward": ("GFLOP/s", 2.5 * flops)},
+            ),
+            Case("swiglu", swiglu, moved(3 * tokens * wide, 5 * tokens * wide)),
+            # All gradients are made in the forward pass, or in the backward pass: together counts.
+            Case("linear_cross_entropy", head, {"both": ("GFLOP/s", 6 * tokens * width * vocab)}),
+        )
+    }
+
+
+CASES = _cases("ant-5m") | _cases("ant-5m-fit")
+
+
+def _arms(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, Callable]:
+    plain = getattr(peers, op)
+    arms = {"pytorch": plain, "compiled": torch.compile(plain, dynamic=False)}
+    if LIGER and op in peers.LIGER:
+        arms["liger"] = peers.LIGER[op]
+    for name in OURS:
+        if kernels.available()[op][name] == "ready":
+            arms[name] = lambda *inputs, name=name: getattr(kernels, op)(*inputs, backend=name)
+    return arms
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_op(benchmark, capsys, device, rates, name):
+    case, dtype = CASES[name], DTYPES[choose_precision("auto", device)]
+    torch.manual_seed(0)
+    sets = [case.make(device, dtype)]
+    copies = math.ceil(CACHE / _bytes(sets[0]))
+    sets += [case.make(device, dtype) for _ in range(min(16, max(2, copies)) - 1)]
+    arms, failed = {}, {}
+    for arm, call in _arms(case.op, device, dtype).items():
+        reason = _why_wrong(call, case.op, sets[0])
+        if reason is None:
+            arms[arm] = Timed(call, sets, device)
+        elif arm in OURS:
+            pytest.fail(f"{arm} {reason}: no timing of wrong results")
+        else:
+            failed[arm] = reason
+    *others, last = arms.values()
+    benchmark.pedantic(last.run, setup=lambda: [arm.run() for arm in others] and None, rounds=ROUNDS)
+    benchmark.group = "ops"
+    benchmark.extra_info |= {"op": case.op, "batch": [BATCH, LENGTH], "dtype": str(dtype).split(".")[1]}
+    figures = {arm: _figures(timed, arms["pytorch"], case, dtype, rates) for arm, timed in arms.items()}
+    benchmark.extra_info |= {"peers": figures, "failed": failed}
+    with capsys.disabled():
+        Console(width=130).print(_table(f"{name} {benchmark.extra_info['dtype']}", figures, failed))
+
+
+class Timed:
+    """An arm with its seconds in each direction and the most memory that it took beyond its inputs."""
+
+    def __init__(self, call: Callable, sets: list[list], device: torch.device):
+        self.seconds: dict[str, list[float]] = {"forward": [], "backward": [], "both": []}
+        self.peak_bytes: int | None = None
+        self._call, self._sets, self._device = call, sets, device
+        self._watch = Stopwatch(device)
+        self._turn = 0
+        self._grads = [_grad(x) for x in _tuple(call(*sets[0]))]
+        for _ in range(3):
+            self._once()
+        for taken in self.seconds.values():
+            taken.clear()
+
+    def run(self) -> None:
+        self._once()
+
+    def _once(self) -> None:
+        inputs = self._sets[self._turn % len(self._sets)]
+        self._turn += 1
+        wanted = _wanted(inputs)
+        before = torch.cuda.memory_allocated() if self._device.type == "cuda" else 0
+        if before:
+            torch.cuda.reset_peak_memory_stats()
+        self._watch.start()
+        outs = _tuple(self._call(*inputs))
+        self._watch.split()
+        torch.autograd.grad(outs, wanted, self._grads)
+        self._watch.split()
+        forward, backward = self._watch.read()
+        for direction, value in (("forward", forward), ("backward", backward), ("both", forward + backward)):
+            self.seconds[direction].append(value)
+        if before:
+            self.peak_bytes = torch.cuda.max_memory_allocated() - before
+
+
+def _why_wrong(call: Callable, op: str, inputs: list) -> str | None:
+    """None, or in what the outputs or gradients are off, or why the arm cannot run at all."""
+    try:
+        truth = _all_of(getattr(reference, op), [_wide(x) for x in inputs])
+        made = _all_of(call, inputs)
+        for place, (expected, found) in enumerate(zip(truth, made, strict=True)):
+            error = (found.float() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+            if not error < MOST_ERROR:
+                return f"is off by {error:.1e} in result {place}"
+        return None
+    except Exception as error:  # a peer may fail in any way
+        return f"cannot run: {(str(error).strip() or type(error).__name__).splitlines()[0][:120]}"
+    finally:
+        gc.collect()
+        if GPU:
+            torch.cuda.empty_cache()
+
+
+def _all_of(call: Callable, inputs: list) -> list[torch.Tensor]:
+    outs = _tuple(call(*inputs))
+    return [*outs, *torch.autograd.grad(outs, _wanted(inputs), [_grad(x) for x in outs])]
+
+
+def _wide(x):
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        return x
+    return x.detach().float().requires_grad_(x.requires_grad)
+
+
+def _wanted(inputs: list) -> list[torch.Tensor]:
+    return [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+
+
+def _tuple(out) -> tuple[torch.Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def _grad(x: torch.Tensor) -> torch.Tensor:
+    # A loss is scaled, as in a training step: else its gradients are too small for fp16.
+    return torch.full_like(x, 1 if x.ndim else FIRST_SCALE)
+
+
+def _bytes(inputs: list) -> int:
+    return sum(x.numel() * x.itemsize for x in inputs if isinstance(x, torch.Tensor))
+
+
+def _figures(timed: Timed, plain: Timed, case: Case, dtype: torch.dtype, rates: Rates) -> dict:
+    """What is kept of an arm; `share_of_device`: of what the device was measured to copy or multiply."""
+    found: dict = {"peak_bytes": timed.peak_bytes}
+    for direction, seconds in timed.seconds.items():
+        ratio = statistics.median(map(_ratio, plain.seconds[direction], seconds))
+        found[direction] = {
+            "seconds": dict(zip(("q10", "median", "q90"), _quantiles(seconds), strict=True)),
+            "speed_over_pytorch": round(ratio, 3),
+        }
+    for direction, (unit, amount) in case.work.items():
+        amount *= dtype.itemsize if unit == "GB/s" else 1
+        rate = amount / statistics.median(timed.seconds[direction])
+        most = rates.bytes if unit == "GB/s" else rates.flops
+        found[direction] |= {unit: round(rate / 1e9, 1), "share_of_device": round(rate / most, 3)}
+    return found
+
+
+def _quantiles(seconds: list[float]) -> list[float]:
+    tenths = statistics.quantiles(seconds, n=10, method="inclusive")
+    return [float(f"{tenths[place]:.4g}") for place in (0, 4, 8)]
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b
+
+
+def _table(title: str, figures: dict, failed: dict) -> Table:
+    table = Table("arm", "direction", "q10 ms", "median", "q90", "x pytorch", "rate", "of device", "peak MB")
+    table.title = title
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for arm, values in figures.items():
+        peak = "" if values["peak_bytes"] is None else f"{values['peak_bytes'] / 1e6:,.0f}"
+        for direction in ("forward", "backward", "both"):
+            row = values[direction]
+            unit = next((key for key in row if key.endswith("/s")), None)
+            table.add_row(
+                arm if direction == "forward" else "",
+                direction,
+                *(f"{row['seconds'][key] * 1e3:.3f}" for key in ("q10", "median", "q90")),
+                f"{row['speed_over_pytorch']:.2f}",
+                f"{row[unit]:,.1f} {unit}" if unit else "",
+                f"{row['share_of_device']:.0%}" if unit else "",
+                peak if direction == "both" else "",
+            )
+    for arm, reason in failed.items():
+        table.add_row(arm, reason)
+    return table

@@ -1,0 +1,85 @@
+"""What the benchmarks rest on: no wrong result is timed, clocks are read, seconds are those of the marks."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import peers
+import test_ops as ops
+from devices import Stopwatch
+from telemetry import QUERY, Telemetry
+
+from ant5m import kernels
+
+
+@pytest.fixture
+def cases(monkeypatch):
+    monkeypatch.setattr(ops, "BATCH", 2)
+    monkeypatch.setattr(ops, "LENGTH", 12)
+    return ops._cases("ant-5m")
+
+
+@pytest.mark.parametrize("op", kernels.OPS)
+def test_peers_compute_our_ops_and_a_wrong_one_is_not_timed(cases, op):
+    case, peer = cases[f"ant-5m {op}"], getattr(peers, op)
+    inputs = case.make(torch.device("cpu"), torch.float32)
+    assert ops._why_wrong(peer, op, inputs) is None
+
+    def wrong(*given):
+        out = peer(*given)
+        return tuple(1.1 * x for x in out) if isinstance(out, tuple) else 1.1 * out
+
+    assert ops._why_wrong(wrong, op, inputs).startswith("is off by 1.0e-01 in result 0")
+
+    def broken(*given):
+        raise RuntimeError("no such device\nsomewhere")
+
+    assert ops._why_wrong(broken, op, inputs) == "cannot run: no such device"
+
+
+def test_an_arm_is_timed_in_both_directions(cases):
+    case = cases["ant-5m swiglu"]
+    timed = ops.Timed(
+        peers.swiglu, [case.make(torch.device("cpu"), torch.float32) for _ in range(2)], torch.device("cpu")
+    )
+    for _ in range(3):
+        timed.run()
+    assert [len(taken) for taken in timed.seconds.values()] == [3, 3, 3]
+    for forward, backward, both in zip(*timed.seconds.values(), strict=True):
+        assert forward > 0 and backward > 0 and both == forward + backward
+
+
+def test_a_stopwatch_gives_the_time_between_marks():
+    watch = Stopwatch(torch.device("cpu"))
+    watch.start()
+    time.sleep(0.02)
+    watch.split()
+    watch.split()
+    first, second = watch.read()
+    assert first >= 0.02 and second >= 0
+
+
+def test_telemetry_of_a_gpu(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    lines = "".join(f"echo '{1000 + 100 * n}, 5000, {60 + n}.5, [N/A], 97'\n" for n in range(5))
+    program.write_text(f"#!/bin/sh\n{lines}echo '1100, 50'\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    telemetry = Telemetry()
+    while telemetry._log.seek(0, 2) < 100:
+        time.sleep(0.01)
+    found = telemetry.stop()
+    assert set(found) == set(QUERY) - {"temperature_c"}
+    assert found["sm_clock_mhz"] == {"q10": 1040, "median": 1200, "q90": 1360}
+    assert found["power_w"]["median"] == 62.5
+
+
+def test_without_nvidia_smi_there_is_no_telemetry(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert Telemetry().stop() == {}
