@@ -4,6 +4,9 @@ import dataclasses
 import json
 import math
 import random
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -157,13 +160,24 @@ def test_the_bigram_against_counting_by_hand():
     # Single tokens: 4, 3, 1, 0 of 8, and three kinds; then each pair, Witten and Bell's way.
     lower = [(count + 3 / 4) / 11 for count in (4, 3, 1, 0)]
     pairs = [(3 + 2 * lower[1]) / 6, (0 + 1 * lower[2]) / 2, (1 + 1 * lower[0]) / 2, 2 * lower[3] / 6]
-    assert bigram_nats(sequences, text, 4) == pytest.approx(-sum(map(math.log, pairs)))
+    assert bigram_nats([sequences], text, 4) == pytest.approx(-sum(map(math.log, pairs)))
     # Token 3 was never a context: the chances of single tokens, which add up to 1.
-    assert bigram_nats(sequences, np.array([3, 1]), 4) == pytest.approx(-math.log(lower[1]))
-    assert bigram_bits_per_byte(sequences, np.array([3, 1]), 4, 2) == pytest.approx(-math.log2(lower[1]) / 2)
+    assert bigram_nats([sequences], np.array([3, 1]), 4) == pytest.approx(-math.log(lower[1]))
+    assert bigram_bits_per_byte([sequences], np.array([3, 1]), 4, 2) == pytest.approx(
+        -math.log2(lower[1]) / 2
+    )
     for context in range(4):
-        chances = [math.exp(-bigram_nats(sequences, np.array([context, token]), 4)) for token in range(4)]
+        chances = [math.exp(-bigram_nats([sequences], np.array([context, token]), 4)) for token in range(4)]
         assert sum(chances) == pytest.approx(1)
+
+
+def test_the_bigram_counts_block_by_block(monkeypatch):
+    draw = np.random.default_rng(0)
+    batches = draw.integers(0, 9, (5, 3, 8))
+    text = draw.integers(0, 9, 40)
+    whole = bigram_nats([batches.reshape(15, 8)], text, 9)
+    monkeypatch.setattr("ant5m.study.bigram.BLOCK", 2 * batches[0].size)
+    assert bigram_nats(iter(batches), text, 9) == pytest.approx(whole, rel=1e-12)
 
 
 def result(arm, seed, bits, factor=1.0):
@@ -357,3 +371,23 @@ def test_materials_of_another_text_are_refused(config, tmp_path, other):
     names = [text] if "text" in other else config.data
     with pytest.raises(UserError, match="another text"):
         Materials(config.cache, Corpus.open(names), other.get("validation_fraction", 0.1)).prepare({300})
+
+
+def test_sigterm_saves_every_worker_and_the_study_goes_on(material, tmp_path):
+    """A job scheduler tells the main process alone."""
+    out = tmp_path / "study"
+    flags = ["compare", str(material / "one.json"), str(material / "two.json"), "--seeds", "1"]
+    flags += ["--data", str(material / "text.jsonl"), "--validation-fraction", "0.1", "--device", "cpu"]
+    flags += ["--cache", str(material / "cache"), "--out", str(out), "--workers", "2", "--batch-size", "2"]
+    flags += ["--tokens", "640000"]
+    command = [sys.executable, "-c", "import ant5m.cli; raise SystemExit(ant5m.cli.main())", *flags]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while (
+        process.poll() is None
+        and sum(path.stat().st_size > 0 for path in out.glob("arms/*/metrics.jsonl")) < 2
+    ):
+        time.sleep(0.1)
+    process.terminate()
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 143 and "Repeat the command" in error
+    assert len(list(out.glob("arms/*/checkpoints/*"))) == 2 and not list(out.glob("arms/*/result.json"))

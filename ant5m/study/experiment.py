@@ -5,6 +5,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,11 @@ from ant5m.train.metrics import read_metrics
 from ant5m.train.plan import batch_for_tokens
 from ant5m.train.pretraining import pretrain
 from ant5m.train.run import versions
+from ant5m.train.stop import Stop
 
-PLAN, RESULT = "plan.json", "result.json"
+PLAN, BIGRAMS, RESULT = "plan.json", "bigrams.json", "result.json"
+SIGNAL_SECONDS = 1.0
+"""until a signal is noticed that came while runs went on in other processes"""
 NEW_TOKENS = 128
 """of a text in which loops are counted"""
 
@@ -69,8 +73,7 @@ def compare(config: CompareConfig) -> str | None:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     waiting = [job for job in jobs if not job.result.exists()]
     console.print(f"{config.folder}: {len(jobs)} runs, {len(jobs) - len(waiting)} of them done")
-    first = {job.arm: job for job in reversed(jobs)}
-    bigrams = {arm.name: count_bigram(first[arm.name].run, arm) for arm in arms}
+    bigrams = count_bigrams(config, arms, jobs)
     report(config, arms, materials, jobs, bigrams)
     for stopped in _run_all(waiting, config):
         if stopped:
@@ -79,14 +82,30 @@ def compare(config: CompareConfig) -> str | None:
     return None
 
 
+def count_bigrams(config: CompareConfig, arms: list[Arm], jobs: list[Job]) -> dict[str, float]:
+    """Bits per byte of each arm's bigram, counted once and kept; arms with the same tokens share it."""
+    path = config.folder / BIGRAMS
+    if path.exists():
+        return dict(read_json(path))
+    first = {job.arm: job.run for job in reversed(jobs)}
+    text = {arm.name: (arm.model.vocab_size, arm.model.max_position_embeddings) for arm in arms}
+    found: dict[tuple[int, int], float] = {}
+    for arm in arms:
+        if text[arm.name] not in found:
+            found[text[arm.name]] = count_bigram(first[arm.name], arm)
+    bigrams = {arm.name: found[text[arm.name]] for arm in arms}
+    write_json(path, bigrams)
+    return bigrams
+
+
 def count_bigram(run: TrainConfig, arm: Arm) -> float:
     """Bits per byte, on the validation split, of a bigram counted on the very sequences of a run."""
     assert run.data and run.steps and run.batch_size
     train, validation = (Shards.open(run.data, split, verify=False) for split in ("train", "validation"))
     loader = Loader(train, run.batch_size, arm.model.max_position_embeddings, run.seed)
-    sequences = np.concatenate([loader.next()[0].numpy() for _ in range(run.steps)])
+    batches = (loader.next()[0].numpy() for _ in range(run.steps))
     text = validation.tokens[: validation.num_tokens].astype(np.int64)
-    return bigram_bits_per_byte(sequences, text, arm.model.vocab_size, validation.counts["bytes"])
+    return bigram_bits_per_byte(batches, text, arm.model.vocab_size, validation.counts["bytes"])
 
 
 def plan_jobs(config: CompareConfig, arms: list[Arm], materials: Materials) -> list[Job]:
@@ -172,20 +191,40 @@ def _run_all(jobs: list[Job], config: CompareConfig) -> Iterator[str | None]:
     threads = 0 if gpus else max(1, (os.cpu_count() or 1) // config.workers)
     free, waiting, running = list(range(config.workers)), list(jobs), dict[Future[str | None], int]()
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(config.workers, context) as pool:
-        while waiting or running:
+    with Stop() as stop, ProcessPoolExecutor(config.workers, context) as pool:
+        while running or (waiting and not stop.reason):
             # No more than can run: a stopped experiment must not begin what stands in a queue.
-            while waiting and free:
+            while waiting and free and not stop.reason:
                 place, job = free.pop(), waiting.pop(0)
                 device = f"cuda:{place % gpus}" if gpus else config.device
                 job = dataclasses.replace(job, run=dataclasses.replace(job.run, device=device))
                 running[pool.submit(run_job, job, threads)] = place
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
+            for future in wait(running, SIGNAL_SECONDS, FIRST_COMPLETED).done:
                 free.append(running.pop(future))
-                stopped = future.result()
+                stopped = _outcome(future, stop)
                 if stopped:
                     waiting.clear()
                 yield stopped
+            if stop.reason == "terminated":
+                _pass_on()
+        if stop.reason:
+            yield stop.reason
+
+
+def _outcome(future: Future[str | None], stop: Stop) -> str | None:
+    """Of a run; one that had nothing to save when the signal came breaks the pool, and begins anew."""
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        if stop.reason:
+            return stop.reason
+        raise
+
+
+def _pass_on() -> None:
+    """SIGTERM reaches this process alone, Ctrl-C in a terminal all of them."""
+    for child in multiprocessing.active_children():
+        child.terminate()
 
 
 def run_job(job: Job, threads: int = 0) -> str | None:

@@ -88,7 +88,8 @@ def write_report(
     }
     write_json(config.folder / "study.json", values)
     write_file(config.folder / "study.md", text(config, study, rows, verdicts, planned, len(results)))
-    draw(rows, config.baseline, factor, config.folder / "study.png")
+    title = f"{config.name}: {config.tokens:,} tokens a run, {len(results)} of {planned['runs']} runs"
+    draw(rows, config.baseline, factor, title, config.folder / "study.png")
 
 
 def summarise(
@@ -281,9 +282,10 @@ def _verdict(one: dict[str, Any]) -> str:
     return f"| {one['claim']} | **{verdict}** | {one['difference']} | {signed(found)} |"
 
 
-def draw(rows: list[Row], baseline: str, factor: str, path: Path) -> None:
+def draw(rows: list[Row], baseline: str, factor: str, title: str, path: Path) -> None:
     """Bits per byte with every seed, the paired differences with the smallest effect, and the loop rates."""
-    figure = Figure(figsize=(11, 1.6 + 0.5 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(11, 2 + 0.5 * len(rows)), layout="constrained")
+    figure.suptitle(title, fontsize="medium")
     scores, differences, loops = figure.subplots(1, 3, sharey=True)
     places = range(len(rows))
     for place, row in zip(places, rows, strict=True):
@@ -298,15 +300,15 @@ def draw(rows: list[Row], baseline: str, factor: str, path: Path) -> None:
             _whisker(loops, Interval(row.looping / row.texts, low, high, row.texts), place)
     differences.axvspan(-SMALLEST_EFFECT, SMALLEST_EFFECT, color="0.9", label="too small to matter")
     differences.axvline(0, color="0.5", linewidth=0.8)
-    differences.legend(loc="upper right", fontsize="small")
+    differences.legend(loc="best", fontsize="small")
     scores.set(xlabel="bits per byte, held-out text (red: bigram)", ylabel=factor, yticks=places)
     scores.set_yticklabels([row.arm for row in rows])
     scores.set_ylim(len(rows) - 0.5, -0.5)
     differences.set(xlabel=f"difference to {baseline} (left: better)")
-    loops.set(xlabel="greedy texts that loop", xlim=(-0.05, 1.05))
+    loops.set(xlabel="share of greedy texts that loop", xlim=(-0.05, 1.05))
     for axes in (scores, differences, loops):
         axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
 
 
 def _whisker(axes: Any, value: Interval, place: int) -> None:
