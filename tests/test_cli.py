@@ -28,6 +28,7 @@ SURFACE = {
     "precision kernels eval-every eval-tokens sample-every checkpoint-every keep-last",
     "generate": "MODEL device json max-new-tokens prompt repetition-penalty seed temperature top-k top-p",
     "eval": "MODEL batch-size data data-dir device json limit output tasks text-column",
+    "autopsy": "RUN data device json out prompts text-column tokens",
     "doctor": "MODEL device-memory json max-params",
     "compare": "study arms data out cache tokens seeds sequence-length batch-size optimizer learning-rate "
     "muon-learning-rate rate-factors prompts validation-fraction workers device precision kernels",
@@ -99,7 +100,7 @@ def test_help_shows_examples(command, capsys, monkeypatch):
 
 def test_help_needs_no_torch():
     code = "import sys; from ant5m.cli import call\ntry: call(['%s', '--help'])\nexcept SystemExit: pass\n"
-    for command in ("doctor", "generate", "eval", "export", "compare"):
+    for command in ("doctor", "generate", "eval", "autopsy", "export", "compare"):
         program = code % command + "assert 'torch' not in sys.modules"
         subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 

@@ -28,6 +28,7 @@ COMMANDS = {
         "ant5m.cli.evaluate:Evaluate",
         "loss, perplexities and bits per byte of a model; its 0-shot table",
     ),
+    "autopsy": ("ant5m.cli.autopsy:AutopsyCommand", "examine a trained model: table, heads, groups, loops"),
     "generate": ("ant5m.cli.generate:Generate", "let a model write"),
     "doctor": ("ant5m.cli.doctor:Doctor", "examine an architecture before training it"),
     "compare": ("ant5m.cli.compare:Compare", "a controlled experiment: models, seeds, intervals, verdicts"),

@@ -1,0 +1,81 @@
+"""The folder that an autopsy leaves: autopsy.json, autopsy.md and its pictures."""
+
+import io
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from ant5m.eval.autopsy import Autopsy, Finding, Organ
+from ant5m.files import write_file, write_json
+
+
+def write(autopsy: Autopsy, folder: Path) -> None:
+    """Write everything; what an earlier autopsy left under these names is replaced."""
+    for organ in autopsy.organs:
+        for name, figure in organ.figures.items():
+            write_file(folder / f"{name}.png", _png(figure))
+    write_file(folder / "autopsy.md", markdown(autopsy))
+    write_json(folder / "autopsy.json", autopsy.to_dict())
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def markdown(autopsy: Autopsy) -> str:
+    """The text of autopsy.md."""
+    return _REPORT.format(
+        name=autopsy.name,
+        text=autopsy.text,
+        tokens=f"{autopsy.tokens:,}",
+        windows=autopsy.tokens // autopsy.window,
+        window=f"{autopsy.window:,}",
+        loss=f"{autopsy.loss.mean:.3f} ± {autopsy.loss.half:.3f}",
+        organs="\n\n".join(_organ(organ) for organ in autopsy.organs),
+    )
+
+
+def _organ(organ: Organ) -> str:
+    pictures = "\n\n".join(f"![{name}]({name}.png)" for name in organ.figures)
+    findings = "\n\n".join(_finding(finding) for finding in organ.findings)
+    parts = [f"## {TITLES[organ.name]}", pictures, findings]
+    if longest := organ.data.get("longest"):
+        parts.append(_longest(longest))
+    return "\n\n".join(parts)
+
+
+def _finding(finding: Finding) -> str:
+    return (
+        f"### {finding.topic[0].upper()}{finding.topic[1:]}\n"
+        f"**{finding.number}**\n\n"
+        f"- Beside: {finding.comparison}\n"
+        f"- Means: {finding.meaning}\n"
+        f"- Does not show: {finding.limits}"
+    )
+
+
+def _longest(loop: dict) -> str:
+    quoted = (loop["prompt"] + loop["text"]).replace("\n", "\n> ")
+    return f"### The longest loop\n{loop['times']} times in a row, {loop['words']} words:\n\n> {quoted}"
+
+
+TITLES = {
+    "embedding": "Token table",
+    "heads": "Heads and RoPE",
+    "groups": "Grouped queries",
+    "loops": "Loops",
+}
+
+_REPORT = """\
+# Autopsy of {name}
+
+Evidence, not verdicts: every number stands beside a null, and says what it does not show. Whether another
+architecture would do better takes a controlled run of both.
+
+Looked at {tokens} tokens ({windows} windows of {window}) of the {text}; loss {loss} nats per token. "±" and
+intervals are 95 %, from blocks of 64 tokens, so they hold for this text, not for another training seed.
+
+{organs}
+"""
