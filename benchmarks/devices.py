@@ -26,6 +26,8 @@ class Rates:
     """seconds that the smallest kernel takes of a running queue"""
     units: bool
     """a GPU has separate units for these, which work side by side; a CPU's cores do all but the bytes"""
+    backend: str
+    """of `ant5m.kernels`, that `auto` takes there"""
     source: str
 
     def to_dict(self) -> dict[str, float | str | bool]:
@@ -44,6 +46,7 @@ def _gpu(
         gigabytes * 1e9,
         LAUNCH,
         units=True,
+        backend="cuda" if name == "T4" else "triton",
         source=source,
     )
 
@@ -82,6 +85,7 @@ def measure(device: torch.device | str = "cpu") -> Rates:
         bytes=measure_bytes(device),
         launch=_measure_launch(),
         units=False,
+        backend="cpu",
         source=f"measured, {torch.get_num_threads()} threads",
     )
 
@@ -90,7 +94,8 @@ def _measure_gpu(device: torch.device) -> Rates:
     from spin import measure_spin
 
     properties = torch.cuda.get_device_properties(device)
-    dtype = torch.bfloat16 if (properties.major, properties.minor) >= (8, 0) else torch.float16
+    native = (properties.major, properties.minor) >= (8, 0)
+    dtype = torch.bfloat16 if native else torch.float16
     ops, exps = measure_spin(device)
     return Rates(
         name=properties.name,
@@ -100,6 +105,7 @@ def _measure_gpu(device: torch.device) -> Rates:
         bytes=measure_bytes(device),
         launch=LAUNCH,
         units=True,
+        backend="triton" if native else "cuda",
         source="measured",
     )
 

@@ -67,13 +67,13 @@ class Prediction:
 
 
 def predict(arm: str, step: Step, rates: Rates) -> Prediction:
-    """`arm`: transformers, reference, cpu, or any other name for the fused ops on a GPU."""
-    return _predict(arm, step, rates, count(arm, step))
+    """`arm`: transformers, a backend of ours, or ours: the one that `auto` takes on the device."""
+    return _predict(arm, step, rates, count(rates.backend if arm == "ours" else arm, step))
 
 
 def count(arm: str, step: Step) -> list[Kernel]:
-    """The kernels of a step of `arm`."""
-    return traced(arm, step) if arm in ("transformers", "reference") else ours(step, cpu=arm == "cpu")
+    """The kernels of a step of `arm`: transformers, or a backend of ours."""
+    return traced(arm, step) if arm in ("transformers", "reference") else ours(step, arm)
 
 
 def _predict(arm: str, step: Step, rates: Rates, kernels: list[Kernel]) -> Prediction:
@@ -128,7 +128,7 @@ def _check(where: dict[str, Any], rates: Rates, info: dict[str, Any]) -> list[di
         if arm == "transformers-compiled":
             continue  # what the compiler fuses is not counted
         taken = dataclasses.replace(step, optimizer=figures.get("optimizer", "adamw"))
-        predicted = predict("cpu" if arm == "trainer" and not rates.units else arm, taken, rates)
+        predicted = predict("ours" if arm == "trainer" else arm, taken, rates)
         measured = figures["tokens_per_second"]
         rows.append(
             {
@@ -155,11 +155,15 @@ def main() -> None:
     config = load_config(arguments.model)
     length = arguments.sequence_length or config.max_position_embeddings
     step = Step(config, arguments.batch_size, length, half=True, optimizer="muon")
-    counted = {arm: count(arm, step) for arm in ARMS}
     devices = [DEVICES[arguments.device]] if arguments.device else list(DEVICES.values())
-    predictions = [_predict(arm, step, rates, counted[arm]) for rates in devices for arm in ARMS]
+    counted = {arm: count(arm, step) for arm in ("transformers", *{rates.backend for rates in devices})}
+    predictions = [
+        _predict(arm, step, rates, counted[rates.backend if arm == "ours" else arm])
+        for rates in devices
+        for arm in ARMS
+    ]
     console = Console(width=120)
-    console.print(_work_table(step, counted))
+    console.print(_work_table(step, counted["transformers"], counted[devices[0].backend]))
     for rates in devices[:1] if arguments.device is None else devices:
         console.print(_op_table([p for p in predictions if p.rates is rates], arguments.model))
     console.print(_summary(predictions))
@@ -172,14 +176,14 @@ def main() -> None:
         write_json(RESULTS / "roofline.json", _to_dict(step, predictions, checked))
 
 
-def _work_table(step: Step, counted: dict[str, list[Kernel]]) -> Table:
+def _work_table(step: Step, *counted: list[Kernel]) -> Table:
     work = ("MFLOP", "exps", "other ops", "KB", "launches")
     table = Table("op", *work * 2, title="a training step, for each token")
     table.caption = "left: transformers, eager; right: ant5m, all ops fused (launches: of the whole step)"
     for op in OPS:
-        table.add_row(op, *(cell for kernels in counted.values() for cell in _work(step, kernels, op)))
+        table.add_row(op, *(cell for kernels in counted for cell in _work(step, kernels, op)))
     table.add_section()
-    table.add_row("all", *(cell for kernels in counted.values() for cell in _work(step, kernels)))
+    table.add_row("all", *(cell for kernels in counted for cell in _work(step, kernels)))
     return _right(table)
 
 

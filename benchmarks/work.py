@@ -34,6 +34,9 @@ OPS = ("embedding", "rms_norm", "linears", "rope", "attention", "swiglu", "head"
 _ATTENTION_OPS = {"forward": 5, "backward": 9}
 
 
+_CUDA_MLP_SIZES = (64, 128)  # ant5m.kernels.cuda.mlp
+
+
 @dataclass(frozen=True)
 class Kernel:
     """What one launch asks for, or `launches` alike all together."""
@@ -92,13 +95,13 @@ class Step:
         return 2 if self.half else 4
 
 
-def ours(step: Step, cpu: bool = False) -> list[Kernel]:
-    """The five fused ops between products, as the `triton` and `cuda` backends have them, or the `cpu` one.
+def ours(step: Step, backend: str = "triton") -> list[Kernel]:
+    """The five fused ops between products, as the `triton`, `cuda` or `cpu` backend has them.
 
     On a GPU attention's backward pass is two kernels, so that no sum depends on an order, and the head's
     products are a library's, so that chunks of logits are written and read. The `cpu` backend makes each
-    score and each logit once for both directions, and uses them up where they are; its MLP is one op, which
-    counts as linears.
+    score and each logit once for both directions, and uses them up where they are. The MLP of `cpu`, and
+    that of `cuda` for its sizes, is one op, which counts as linears.
     """
     config, layers = step.config, step.config.num_hidden_layers
     width = config.hidden_size
@@ -106,17 +109,17 @@ def ours(step: Step, cpu: bool = False) -> list[Kernel]:
         *_norm(step),
         *_product(step, width, step.queries + 2 * step.keys),
         *_rope(step),
-        *_attention(step, cpu),
+        *_attention(step, cpu=backend == "cpu"),
         *_product(step, step.queries, width),
         *_norm(step),
-        *(_fused_mlp(step) if cpu else _mlp(step)),
+        *_mlp(step, backend),
     ]
     # The first norm has nothing to add, the last one stands behind the layers: together as many bytes.
     return [
         *_embedding(step),
         *(kernel.times(layers) for kernel in layer),
         *_norm(step),
-        *_head(step, cpu),
+        *_head(step, cpu=backend == "cpu"),
         *update(step),
     ]
 
@@ -191,12 +194,30 @@ def _swiglu(step: Step) -> list[Kernel]:
     ]
 
 
-def _mlp(step: Step) -> list[Kernel]:
+def _mlp(step: Step, backend: str) -> list[Kernel]:
     width, wide = step.config.hidden_size, step.config.intermediate_size
+    if backend == "cpu":
+        return _cpu_mlp(step)
+    if backend == "cuda" and step.half and width in _CUDA_MLP_SIZES:
+        return _cuda_mlp(step)
     return [*_product(step, width, 2 * wide), *_swiglu(step), *_product(step, wide, width)]
 
 
-def _fused_mlp(step: Step) -> list[Kernel]:
+def _cuda_mlp(step: Step) -> list[Kernel]:
+    """Keeps nothing but its input: the backward pass makes gate and up again, and leaves what the products
+    for the gradients of the weights take."""
+    width, wide, c = step.config.hidden_size, step.config.intermediate_size, step.itemsize
+    product, n = 2 * step.tokens * width * wide, step.tokens * wide
+    x, weights = step.tokens * width * c, 3 * width * wide * c
+    return [
+        Kernel("linears", "forward", 3 * product, 4 * n, n, 2 * x + weights),
+        Kernel("linears", "backward", 5 * product, 9 * n, n, 3 * x + 3 * n * c + weights),
+        Kernel("linears", "backward", 2 * product, bytes=x + 2 * n * c + 8 * width * wide),
+        Kernel("linears", "backward", product, bytes=x + n * c + 4 * width * wide),
+    ]
+
+
+def _cpu_mlp(step: Step) -> list[Kernel]:
     """Keeps gate and up; what else lies between the three products stays in a cache."""
     width, wide = step.config.hidden_size, step.config.intermediate_size
     flops, n = 6 * step.tokens * width * wide, step.tokens * wide

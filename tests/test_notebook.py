@@ -55,7 +55,7 @@ def test_the_notebook_runs_and_goes_on_after_the_time_limit(tmp_path, monkeypatc
         "DATA": str(tmp_path / "text.txt"),
         "INSTALL": False,
         "GPU_TESTS": ["tests/test_schedule.py", "-m", "gpu"],
-        "BENCHMARKS": ["--collect-only", "benchmarks/test_training.py"],
+        "BENCHMARKS": ["--collect-only", "benchmarks/test_data.py"],
     }
     namespace = {}
     for cell in cells:

@@ -30,7 +30,17 @@ TINY = ModelConfig(
     max_position_embeddings=16,
 )
 STEP = Step(TINY, batch_size=16, sequence_length=16, half=False)
-SOME = Rates(name="some", flops=100, ops=50, exps=10, bytes=20, launch=0.25, units=True, source="made up")
+SOME = Rates(
+    name="some",
+    flops=100,
+    ops=50,
+    exps=10,
+    bytes=20,
+    launch=0.25,
+    units=True,
+    backend="triton",
+    source="made up",
+)
 
 
 def total(counted, name, *ops, direction=None):
@@ -50,21 +60,27 @@ def traces():
 def test_products_are_the_doctors(preset):
     step = Step(PRESETS[preset], batch_size=4, sequence_length=1_024, half=True)
     flops = {part: count * step.tokens for part, count in count_flops(step.config).items()}
-    for counted in (ours(step), ours(step, cpu=True)):
+    for counted in (ours(step), ours(step, "cpu")):
         assert total(counted, "flops", "linears") == 3 * flops["linears"]
         assert total(counted, "flops", "linears", direction="forward") == flops["linears"]
         assert total(counted, "flops", "head") == 3 * flops["head"]
         assert total(counted, "flops", "attention", direction="forward") == flops["attention"]
         silus = step.tokens * step.config.num_hidden_layers * step.config.intermediate_size
         assert total(counted, "exps", "linears", "swiglu") == 2 * silus
+    # The fused block makes gate and up once more, and keeps neither.
+    plain, fused = (total(ours(step, name), "flops", "linears") for name in ("triton", "cuda"))
+    again = 4 * silus * step.config.hidden_size if step.config.hidden_size == 128 else 0
+    assert fused - plain == again
+    moved = [total(ours(step, name), "bytes", "linears", "swiglu") for name in ("triton", "cuda")]
+    assert (moved[1] < 0.6 * moved[0]) == (again > 0)
     assert total(ours(step), "flops", "attention") == 4.5 * flops["attention"]
-    assert total(ours(step, cpu=True), "flops", "attention") == 3.5 * flops["attention"]
+    assert total(ours(step, "cpu"), "flops", "attention") == 3.5 * flops["attention"]
 
 
 @pytest.mark.parametrize("arm", ["transformers", "reference"])
 def test_traced_products_are_those_of_the_formulas(traces, arm):
     for op in ("linears", "head", "attention"):
-        assert total(traces[arm], "flops", op) == total(ours(STEP, cpu=True), "flops", op), op
+        assert total(traces[arm], "flops", op) == total(ours(STEP, "cpu"), "flops", op), op
 
 
 def test_traced_products_are_those_that_torch_counts(traces, monkeypatch):
@@ -99,7 +115,7 @@ def test_fused_ops_move_less_and_half_precision_moves_less(traces):
     for op in ("rms_norm", "rope", "swiglu", "head"):
         moved = [total(counted, "bytes", op) for counted in (ours(STEP), *traces.values())]
         assert moved[0] < min(moved[1:]), op
-    assert total(ours(STEP, cpu=True), "bytes") < total(ours(STEP), "bytes")
+    assert total(ours(STEP, "cpu"), "bytes") < total(ours(STEP), "bytes")
     half = dataclasses.replace(STEP, half=True)
     assert total(ours(half), "bytes") < total(ours(STEP), "bytes")
 
@@ -135,7 +151,7 @@ def test_predictions_for_the_published_recipe():
 
 
 def test_what_was_measured_stands_beside_its_prediction(tmp_path):
-    cpu = dataclasses.replace(SOME, units=False)
+    cpu = dataclasses.replace(SOME, units=False, backend="cpu")
     info = {"preset": "ant-5m", "batch": [2, 64], "dtype": "float32"}
     info["arms"] = {
         "trainer": {"tokens_per_second": 1_000},
