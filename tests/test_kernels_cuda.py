@@ -61,10 +61,20 @@ def nan_filled():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("dtype", [fp32, fp16])
-@pytest.mark.parametrize("with_residual", [False, True])
-@pytest.mark.parametrize(
-    "shape", [(1, 3), (3, 7, 128), (2, 9, 129), (17, 516), pytest.param((64, 1_024, 128), marks=big)]
+@pytest.mark.parametrize(  # few on the host: each combination is compiled
+    "shape, with_residual, dtype",
+    [
+        ((1, 3), True, fp16),
+        ((3, 7, 128), False, fp16),
+        ((3, 7, 128), True, fp32),
+        ((2, 9, 129), True, fp16),
+        ((17, 516), False, fp32),
+        *(
+            pytest.param((64, 1_024, 128), with_residual, dtype, marks=big)
+            for with_residual in (False, True)
+            for dtype in (fp32, fp16)
+        ),
+    ],
 )
 def test_rms_norm(shape, with_residual, dtype):
     check_rms_norm(ops.rms_norm, shape, dtype, with_residual)
@@ -93,23 +103,29 @@ def test_rms_norm_when_only_the_sum_is_used():
     assert (x.grad == 1).all() and (residual.grad == 1).all() and not weight.grad.any()
 
 
-@pytest.mark.parametrize("dtype", [fp32, fp16])
 @pytest.mark.parametrize(
-    "shape, kv",
+    "shape, kv, dtype",
     [
-        ((2, 5, 8, 16), 2),
-        ((1, 15, 4, 64), 4),
-        ((2, 33, 3, 6), 1),
-        pytest.param((64, 1_024, 8, 16), 2, marks=big),
+        ((2, 5, 8, 16), 2, fp32),
+        ((1, 15, 4, 64), 4, fp16),
+        ((2, 33, 3, 6), 1, fp16),
+        pytest.param((64, 1_024, 8, 16), 2, fp32, marks=big),
+        pytest.param((64, 1_024, 8, 16), 2, fp16, marks=big),
     ],
 )
 def test_rope(shape, kv, dtype):
     check_rope(ops.rope, shape, kv, dtype)
 
 
-@pytest.mark.parametrize("dtype", [fp32, fp16])
 @pytest.mark.parametrize(
-    "shape", [(1, 1), (3, 5, 516), (2, 3, 129), pytest.param((64, 1_024, 520), marks=big)]
+    "shape, dtype",
+    [
+        ((1, 1), fp16),
+        ((3, 5, 516), fp32),
+        ((2, 3, 129), fp16),
+        pytest.param((64, 1_024, 520), fp32, marks=big),
+        pytest.param((64, 1_024, 520), fp16, marks=big),
+    ],
 )
 def test_swiglu(shape, dtype):
     check_swiglu(ops.swiglu, shape, dtype)
@@ -245,3 +261,41 @@ def test_mlp(tokens, size, width):
 
 def test_mlp_of_more_than_a_block():
     check_mlp(ops.mlp, (257,), 64, 36, layout=with_gaps)
+
+
+MUTATIONS = {
+    "rms_norm.cu": {
+        "unit[p][i] * along": "unit[p][i]",
+    },
+    "rope.cu": {"s[j] *= sign;": ""},
+    "swiglu.cu": {"silu * (1 - a)": "silu * (1 + a)"},
+    "linear_cross_entropy.cu": {
+        "if (first_entry(p) + i < VOCAB) total": "total",
+        "  sync_threads();\n  x = shared": "  x = shared",
+        "* scale - factor}": "* scale}",
+    },
+    "mlp.cu": {"    sync_threads();\n": "", "(s + silu * (1 - s))": "s"},
+}
+CHECKS = {
+    "rms_norm.cu": lambda: check_rms_norm(ops.rms_norm, (3, 7, 128), fp32, True),
+    "rope.cu": lambda: check_rope(ops.rope, (2, 5, 8, 16), 2, fp32),
+    "swiglu.cu": lambda: check_swiglu(ops.swiglu, (3, 5, 516), fp32),
+    "linear_cross_entropy.cu": lambda: check_head(ops.linear_cross_entropy, 37, 16, 1_003, fp16),
+    "mlp.cu": lambda: check_mlp(ops.mlp, (2, 17), 64, 36),
+}
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="changes what the host compiles")
+@pytest.mark.parametrize("device", ["ascending"], indirect=True)
+@pytest.mark.parametrize(
+    "source, line", [(source, line) for source, lines in MUTATIONS.items() for line in lines]
+)
+def test_the_tests_can_fail(source, line):
+    """A wrong formula, a missing barrier: the checks above see it."""
+    assert line in (compiler.SOURCES / source).read_text()
+
+    def broken(text):
+        return text.replace(line, MUTATIONS[source][line])
+
+    with runtime.launched_by(functools.partial(emulate, edit=broken)), pytest.raises(AssertionError):
+        CHECKS[source]()

@@ -5,7 +5,7 @@ it. Where there is none, a toolkit's nvcc does. Neither needs a GPU, a driver or
 
 The cache is a folder of plain binaries: $XDG_CACHE_HOME/ant5m/cuda, or ~/.cache/ant5m/cuda. A file's name
 is the hash of all that its content depends on: sources, options, architecture, and the compiler's name and
-version. What nvcc made ahead of time (`python -m ant5m.kernels.cuda`) is taken before anything is compiled.
+version. What nvcc made ahead of time (benchmarks/cuda_resources.py) is taken before anything is compiled.
 """
 
 import contextlib

@@ -6,25 +6,23 @@ launch on such a device, with the same arguments, and launches none. What the op
 """
 
 import contextlib
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
+from ant5m.kernels import machine_code
 from ant5m.kernels import triton as ops
 
 # Most shared memory of a block, by compute capability. 8.0 stands for its whole family, of which the consumer
 # devices (8.6, 8.9) have least. Source: CUDA C++ Programming Guide, technical specifications per capability.
 SHARED_MEMORY = {75: 64 << 10, 80: 99 << 10, 90: 227 << 10}
+_READ = "registers", "spill_bytes", "instructions", "tensor_instructions", "narrow_accesses"
 
 
 @dataclass(frozen=True)
@@ -125,6 +123,7 @@ class _CompileOnly(DriverBase):
 
     def _load_binary(self, name, binary, shared, device):
         metadata, constants = self._launched
+        (need,) = machine_code.read(binary).values()
         found = Resources(
             kernel=name,
             capability=self._capability,
@@ -132,7 +131,7 @@ class _CompileOnly(DriverBase):
             warps=metadata.num_warps,
             stages=metadata.num_stages,
             shared_bytes=shared,
-            **_read(binary),
+            **{field: need[field] for field in _READ},
         )
         self._found.append(found)
         return None, None, found.registers, found.spill_bytes, 1_024
@@ -158,26 +157,3 @@ class _CompileOnly(DriverBase):
 
     def get_benchmarker(self):
         raise NotImplementedError
-
-
-def _read(binary: bytes) -> dict[str, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
-        file.flush()
-        usage = _cuobjdump("--dump-resource-usage", file.name)
-        code = _cuobjdump("--dump-sass", file.name)
-    # STACK holds spilled registers, and arrays with computed indices, which these kernels do not have.
-    ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
-    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9.]+)", code)
-    return {
-        "registers": int(registers),
-        "spill_bytes": int(stack),
-        "instructions": sum(name != "NOP" for name in instructions),
-        "tensor_instructions": sum(name.startswith(("HMMA", "HGMMA")) for name in instructions),
-        "narrow_accesses": sum(bool(re.match(r"(LDG|STG)\..*[US](8|16)\b", name)) for name in instructions),
-    }
-
-
-def _cuobjdump(*arguments: str) -> str:
-    command = [triton.knobs.nvidia.cuobjdump.path, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
