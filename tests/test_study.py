@@ -364,6 +364,14 @@ def test_a_folder_with_other_content_is_refused(config):
         experiment.compare(config)
 
 
+def test_the_same_text_by_another_path(config, material, monkeypatch):
+    monkeypatch.chdir(material)
+    monkeypatch.setattr("ant5m.study.materials.pack", pytest.fail)
+    relative = dataclasses.replace(config, data=("text.jsonl",), models=("one.json", "two.json"))
+    assert relative.identity() == config.identity()
+    Materials(config.cache, Corpus.open(relative.data), 0.1).prepare({280, 300})
+
+
 @pytest.mark.parametrize("other", [{"validation_fraction": 0.2}, {"text": "an ant"}])
 def test_materials_of_another_text_are_refused(config, tmp_path, other):
     text = tmp_path / "text.jsonl"

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.progress import track
 
 from ant5m.data.corpus import Corpus
 from ant5m.data.loader import Loader
@@ -103,7 +104,9 @@ def count_bigram(run: TrainConfig, arm: Arm) -> float:
     assert run.data and run.steps and run.batch_size
     train, validation = (Shards.open(run.data, split, verify=False) for split in ("train", "validation"))
     loader = Loader(train, run.batch_size, arm.model.max_position_embeddings, run.seed)
-    batches = (loader.next()[0].numpy() for _ in range(run.steps))
+    what = f"a bigram, {arm.model.vocab_size:,} entries"
+    steps = track(range(run.steps), what, console=Console(stderr=True))
+    batches = (loader.next()[0].numpy() for _ in steps)
     text = validation.tokens[: validation.num_tokens].astype(np.int64)
     return bigram_bits_per_byte(batches, text, arm.model.vocab_size, validation.counts["bytes"])
 
