@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_loops import WORDS, successor_net
 
 from ant5m.cli import call
 from ant5m.data.shards import Shards, Tokens
@@ -18,7 +19,6 @@ from ant5m.eval.autopsy.evidence import Estimate, estimate
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
 from ant5m.model.huggingface import ModelCard, export
-from tests.test_loops import WORDS, successor_net
 
 SYMBOLS, SIZE = 31, 32
 LENGTH = 64
