@@ -15,12 +15,27 @@ from pathlib import Path
 from typing import Any
 
 
+def backends() -> list[str]:
+    """Of `ant5m.kernels`, those that can take a whole step on this machine's device in its precision."""
+    import torch
+
+    from ant5m import kernels
+    from ant5m.train.precision import choose_precision
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    others = {"cpu"} if device.type == "cuda" else {"triton", "cuda"}
+    if choose_precision("auto", device) != "fp16":
+        others.add("cuda")  # its attention takes nothing else
+    ready = kernels.available().values()
+    return [b for b in kernels.BACKENDS if b not in others and all(row[b] == "ready" for row in ready)]
+
+
 class Arm:
     """The outside of such a process.
 
     Args:
-        name: transformers, transformers-compiled, a kernel backend in the same loop, or trainer: the step
-            of `ant5m train`.
+        name: transformers, transformers-compiled, transformers-liger, a kernel backend in the same loop, or
+            trainer: the step of `ant5m train`.
     """
 
     def __init__(self, name: str, preset: str, batch_size: int, sequence_length: int):
@@ -158,6 +173,10 @@ def _model(name: str, config, device):
         kernels.select(name)
         net = Ant(config).to(device)
         return net, list(net.parameters())
+    if name == "transformers-liger":
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
     turing = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
     net = transformers_llama(config, expand_keys=turing).to(device)
     run = torch.compile(net) if name == "transformers-compiled" else net

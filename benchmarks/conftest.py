@@ -15,6 +15,8 @@ from ant5m.files import write_json
 
 def pytest_addoption(parser):
     parser.addoption("--results", type=Path, default=RESULTS, help="folder for what is measured")
+    text = "sequences of a whole step (default: 64 on a GPU, 8 on a CPU)"
+    parser.addoption("--batch-size", type=int, default=64 if torch.cuda.is_available() else 8, help=text)
 
 
 @pytest.fixture(scope="session")

@@ -64,6 +64,10 @@ def swiglu(gate, up):
     return F.silu(gate) * up
 
 
+def mlp(x, gate, up, down):
+    return F.linear(swiglu(F.linear(x, gate), F.linear(x, up)), down)
+
+
 def linear_cross_entropy(hidden, weight, targets):
     return F.cross_entropy(F.linear(hidden, weight).float(), targets)
 

@@ -22,6 +22,7 @@ def provenance() -> dict:
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "device": torch.cuda.get_device_name() if cuda else _processor(),
         "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),  # processes that ran or wanted to, in the last minute
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in PACKAGES},

@@ -125,8 +125,8 @@ def _check(where: dict[str, Any], rates: Rates, info: dict[str, Any]) -> list[di
     step = Step(load_config(info["preset"]), *info["batch"], half=info["dtype"] != "float32")
     rows = []
     for arm, figures in info["arms"].items():
-        if arm == "transformers-compiled":
-            continue  # what the compiler fuses is not counted
+        if arm in ("transformers-compiled", "transformers-liger"):
+            continue  # what others fuse is not counted
         taken = dataclasses.replace(step, optimizer=figures.get("optimizer", "adamw"))
         predicted = predict("ours" if arm == "trainer" else arm, taken, rates)
         measured = figures["tokens_per_second"]
@@ -290,7 +290,9 @@ def draw(predictions: list[Prediction]) -> Figure:
 
 
 def _to_dict(step: Step, predictions: list[Prediction], checked: list[dict[str, Any]]) -> dict[str, Any]:
-    where = {key: value for key, value in provenance().items() if key not in ("device", "cores", "threads")}
+    where = {
+        key: value for key, value in provenance().items() if key not in ("device", "cores", "threads", "load")
+    }
     ratios = [row["measured_over_predicted"] for row in checked]
     return {
         "what": "predictions from counts and data sheets; only what stands under 'checked' was measured",

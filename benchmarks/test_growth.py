@@ -9,15 +9,14 @@ import json
 import statistics
 
 import pytest
-from arm import Arm
+from arm import Arm, backends
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from ant5m import kernels
 from ant5m.model.config import load_config
 
-ARMS = ("transformers", *(b for b in kernels.BACKENDS if kernels.available()["attention"][b] == "ready"))
+ARMS = ("transformers", *backends())
 # axis: what the sizes count, and for each size [batch, context, vocabulary]
 AXES = {
     "batch": {n: (n, 1_024, 16_384) for n in (1, 2, 4, 8, 16)},

@@ -4,43 +4,55 @@ Every round lets each arm take one step in turn; the figures are medians over ro
 the rounds' own ratios. Peak memory is that of the arm's whole process on a CPU, of its tensors on a GPU.
 """
 
+import importlib.util
 import statistics
 
 import pytest
 import torch
-from arm import Arm
+from arm import Arm, backends
 
-from ant5m import kernels
 from ant5m.model.config import PRESETS
 from ant5m.model.doctor import count_flops
 from ant5m.train.precision import choose_precision, peak_flops
 
 RUN_TOKENS = 655_360_000  # 10,000 steps of 64 x 1,024: the published run
-PEERS = ("transformers", "transformers-compiled")
-OURS = [b for b in kernels.BACKENDS if all(row[b] == "ready" for row in kernels.available().values())]
 GPU = torch.cuda.is_available()
+LIGER = GPU and importlib.util.find_spec("liger_kernel") is not None
+PEERS = ("transformers", "transformers-compiled", *(("transformers-liger",) if LIGER else ()))
 WARM_UP = 6 if GPU else 2  # compilation, and the capture of a CUDA graph
 
 
 @pytest.mark.parametrize("preset", ["ant-5m", "ant-5m-fit"])
-def test_training_step(benchmark, device, rates, preset, sequence_length=1_024):
-    batch_size, rounds = (64, 20) if GPU else (8, 5)
-    arms = [Arm(name, preset, batch_size, sequence_length) for name in (*PEERS, *OURS, "trainer")]
+def test_training_step(benchmark, pytestconfig, device, rates, preset, sequence_length=1_024):
+    batch_size, rounds = pytestconfig.getoption("--batch-size"), 20 if GPU else 5
+    names = (*PEERS, *backends(), "trainer")
+    arms = [Arm(name, preset, batch_size, sequence_length) for name in names]
+    arms = [arm for arm in arms if _warm_up(arm)]
+    failed = sorted(set(names) - {arm.name for arm in arms})
+    assert not {"transformers", "trainer"} & set(failed), f"no comparison without {failed}"
     *others, ours = arms  # the timed one is the trainer's step; the others take their turns beside it
-    for arm in arms:
-        for _ in range(WARM_UP):
-            arm.step()
-        arm.seconds.clear()
     benchmark.pedantic(ours.step, setup=lambda: [arm.step() for arm in others] and None, rounds=rounds)
     for arm in arms:
         arm.close()
     precision = choose_precision("auto", device)
     benchmark.group = "training step"
-    benchmark.extra_info |= {"preset": preset, "batch": [batch_size, sequence_length]}
+    benchmark.extra_info |= {"preset": preset, "batch": [batch_size, sequence_length], "failed": failed}
     benchmark.extra_info["dtype"] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
     peak = peak_flops(device, precision) or rates.flops
     flops = 3 * sum(count_flops(PRESETS[preset], sequence_length).values())
     benchmark.extra_info["arms"] = {arm.name: _figures(arm, arms[0], flops, peak) for arm in arms}
+
+
+def _warm_up(arm: Arm) -> bool:
+    """Whether it can take steps at all; why not, it says on stderr."""
+    try:
+        for _ in range(WARM_UP):
+            arm.step()
+    except RuntimeError:
+        arm.close()
+        return False
+    arm.seconds.clear()
+    return True
 
 
 def _figures(arm: Arm, peer: Arm, flops: int, peak: float) -> dict[str, float | str]:

@@ -12,6 +12,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import peers
 import test_ops as ops
+from arm import backends
 from devices import Stopwatch
 from telemetry import QUERY, Telemetry
 
@@ -25,7 +26,7 @@ def cases(monkeypatch):
     return ops._cases("ant-5m")
 
 
-@pytest.mark.parametrize("op", kernels.OPS)
+@pytest.mark.parametrize("op", (*kernels.OPS, "mlp"))
 def test_peers_compute_our_ops_and_a_wrong_one_is_not_timed(cases, op):
     case, peer = cases[f"ant-5m {op}"], getattr(peers, op)
     inputs = case.make(torch.device("cpu"), torch.float32)
@@ -83,3 +84,16 @@ def test_telemetry_of_a_gpu(tmp_path, monkeypatch):
 def test_without_nvidia_smi_there_is_no_telemetry(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert Telemetry().stop() == {}
+
+
+def test_arms_of_this_machine(cases):
+    """Ours run here, or say why not; nothing that is made for another device is asked."""
+    for name in ("ant-5m rope", "ant-5m mlp"):
+        case = cases[name]
+        inputs = case.make(torch.device("cpu"), torch.float32)
+        found = {
+            arm: ops._why_wrong(ops._ours(case.op, arm), case.op, inputs) for arm in ("reference", "cpu")
+        }
+        assert found["cpu"] is None
+        assert found["reference"] == (None if case.op == "rope" else "cannot run: there is no mlp")
+    assert backends()[0] == "reference" and "triton" not in backends()
