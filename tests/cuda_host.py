@@ -47,7 +47,7 @@ class HostLibrary:
 
 
 def _letter(x) -> str:
-    return {torch.Tensor: "p", int: "i", float: "f"}[type(x)]
+    return "p" if isinstance(x, torch.Tensor) else {int: "i", float: "f"}[type(x)]
 
 
 def _value(x):

@@ -142,6 +142,16 @@ def test_which_backend_comes_first_on_a_gpu(capability, order, monkeypatch):
     )
 
 
+def test_the_line_for_people_asks_no_further_than_it_must(monkeypatch):
+    """What is asked compiles kernels and tries them."""
+    reasons = {"triton": {"attention": "no tensor cores"}, "reference": {}}
+    monkeypatch.setattr(kernels, "_selected", "auto")
+    monkeypatch.setattr(kernels, "_order", lambda device: ("triton", "reference", "cuda"))
+    monkeypatch.setattr(kernels, "_why_not", lambda op, name: reasons[name].get(op))
+    line = kernels.describe("cuda")
+    assert "attention on reference, swiglu on triton" in line and line.endswith("(no tensor cores)")
+
+
 def test_what_the_ops_refuse(monkeypatch):
     """A reason for each: device, dtype, sizes."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

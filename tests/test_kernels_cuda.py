@@ -3,6 +3,7 @@ csrc/cuda/host_shim.h, or on a GPU, and there at full size too. tests/test_cuda_
 of attention alone.
 """
 
+import copy
 import functools
 
 import pytest
@@ -26,9 +27,12 @@ from accuracy import (
 )
 from cuda_host import HostLibrary, compile_kernels, needs_compiler
 
+from ant5m import kernels
 from ant5m.kernels import cuda as ops
 from ant5m.kernels import head, reference
 from ant5m.kernels.cuda import compiler, runtime
+from ant5m.model.ant import Ant
+from ant5m.model.config import ModelConfig
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else [needs_compiler]
 
@@ -261,6 +265,40 @@ def test_mlp(tokens, size, width):
 
 def test_mlp_of_more_than_a_block():
     check_mlp(ops.mlp, (257,), 64, 36, layout=with_gaps)
+
+
+def test_a_model_in_half_precision(monkeypatch):
+    """Norms, residuals, views of one product, the SwiGLU block and the head together, as a step has them."""
+    torch.manual_seed(0)
+    net = Ant(ModelConfig(97, 64, 36, 2, 4, 2, max_position_embeddings=40)).to(DEVICE)
+    exact, tokens = copy.deepcopy(net).double(), torch.arange(80, device=DEVICE).reshape(2, 40)
+    monkeypatch.setattr(kernels, "_selected", "reference")
+    truth = exact(tokens, tokens.roll(-1))
+    truth.backward()
+    monkeypatch.setattr(kernels, "_selected", "cuda")
+    if DEVICE == "cpu":
+        monkeypatch.setattr(ops, "_device_refuses", lambda *tensors: None)
+        monkeypatch.setattr(ops.check, "failure", lambda *_, **__: None)
+    launched = spy(monkeypatch)
+    with torch.autocast(DEVICE, fp16):
+        loss = net(tokens, tokens.roll(-1))
+    (loss * 64).backward()
+    assert {"attention_dkdv", "mlp_backward", "rms_norm_backward", "rope", "softmax_gradient"} <= launched
+    assert abs(loss - truth) < 1e-2
+    for (name, mine), right in zip(net.named_parameters(), exact.parameters(), strict=True):
+        assert error(mine.grad / 64, right.grad) < 2e-2, name
+
+
+def spy(monkeypatch):
+    """-> the kernels that are launched from now on."""
+    launched, launcher = set(), runtime._launcher
+
+    def note(source, kernel, *rest):
+        launched.add(kernel)
+        launcher(source, kernel, *rest)
+
+    monkeypatch.setattr(runtime, "_launcher", note)
+    return launched
 
 
 MUTATIONS = {

@@ -133,14 +133,19 @@ def available() -> dict[str, dict[str, str]]:
 
 
 def describe(device: torch.device | str) -> str:
-    """One line for people: which op runs where on this device, and why not elsewhere."""
-    names = {op: _first(op, torch.device(device)) for op in OPS}
+    """One line for people: which op runs where on this device, and why not where it would be faster."""
+    order = _order(torch.device(device)) if _selected == "auto" else (_selected,)
+    names, reasons = {}, set()
+    for op in OPS:
+        for names[op] in order:
+            if _selected != "auto" or (reason := _why_not(op, names[op])) is None:
+                break
+            reasons.add(reason)
     chosen = sorted(set(names.values()))
     if len(chosen) == 1:
         where = f"all on {chosen[0]}"
     else:
         where = ", ".join(f"{op} on {name}" for op, name in names.items())
-    reasons = {reason for op in OPS for b in BACKENDS if (reason := _why_not(op, b)) and _selected == "auto"}
     return f"kernels ({_selected}): {where}" + (f" ({'; '.join(sorted(reasons))})" if reasons else "")
 
 
@@ -154,12 +159,6 @@ def _pick(op: str, backend: str | None, *tensors: torch.Tensor) -> ModuleType:
         if _why_not(op, name, *tensors) is None:
             return _modules[name]
     raise AssertionError("the reference runs everywhere")
-
-
-def _first(op: str, device: torch.device) -> str:
-    if _selected != "auto":
-        return _selected
-    return next(name for name in _order(device) if _why_not(op, name) is None)
 
 
 def _order(device: torch.device) -> tuple[str, ...]:
