@@ -13,7 +13,7 @@ from ant5m.cli import call
 from ant5m.data.shards import Shards, Tokens
 from ant5m.data.tokenizer import train_tokenizer
 from ant5m.errors import UserError
-from ant5m.eval.autopsy import embedding, evidence, forward, groups, heads, report
+from ant5m.eval.autopsy import embedding, evidence, forward, groups, heads, looping, report
 from ant5m.eval.autopsy.embedding import Counts, effective_rank
 from ant5m.eval.autopsy.evidence import Estimate, estimate
 from ant5m.model.ant import Ant
@@ -317,7 +317,7 @@ def test_windows_are_spread_over_the_text():
 
 
 @pytest.fixture(scope="module")
-def looping(tmp_path_factory) -> tuple[str, str]:
+def ring_model(tmp_path_factory) -> tuple[str, str]:
     """A Hugging Face folder of a model that goes round three words whatever the prompt, and a text."""
     folder = tmp_path_factory.mktemp("autopsy")
     documents = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))] * 2
@@ -335,8 +335,8 @@ def looping(tmp_path_factory) -> tuple[str, str]:
     return str(folder / "hf"), str(folder / "text.jsonl")
 
 
-def test_the_command_leaves_a_report(looping, tmp_path, capsys):
-    model, text = looping
+def test_the_command_leaves_a_report(ring_model, tmp_path, capsys):
+    model, text = ring_model
     out = tmp_path / "new" / "autopsy"
     assert (
         call(["autopsy", model, "--data", text, "--tokens", "512", "--prompts", "3", "--out", str(out)]) == 0
@@ -355,8 +355,15 @@ def test_the_command_leaves_a_report(looping, tmp_path, capsys):
     assert all(one["number"] and one["comparison"] and one["meaning"] and one["limits"] for one in every)
 
 
-def test_json(looping, tmp_path, capsys, monkeypatch):
-    model, text = looping
+def test_stretches_of_documents():
+    tokens = np.ones(100, int)
+    tokens[[0, 23, 26, 50]] = 0  # ends of documents: of 0, 22, 2, 23 and 49 tokens
+    spans = looping.stretches(split_of(tokens, 2), 16)
+    assert spans == [(1, 17), (17, 23), (27, 43), (43, 50), (51, 67), (67, 83), (83, 99)]
+
+
+def test_json(ring_model, tmp_path, capsys, monkeypatch):
+    model, text = ring_model
     monkeypatch.setattr(report, "write", lambda found, folder: None)  # pictures take the most time here
     flags = ["--data", text, "--tokens", "256", "--prompts", "2", "--out", str(tmp_path), "--json"]
     assert call(["autopsy", model, *flags]) == 0
@@ -375,22 +382,22 @@ def test_json(looping, tmp_path, capsys, monkeypatch):
         (["--data", "short.txt", "--prompts", "9"], "leave --prompts out"),
     ],
 )
-def test_bad_input_is_one_line(looping, tmp_path, monkeypatch, capsys, flags, message):
+def test_bad_input_is_one_line(ring_model, tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
     Path("short.txt").write_text("the ant")
-    model, text = looping
+    model, text = ring_model
     flags = [text if flag == "TEXT" else flag for flag in flags]
     assert call(["autopsy", model, *flags]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error:") and message in error
 
 
-def test_a_folder_without_a_model_and_weights_that_are_not_finite(looping, tmp_path, capsys):
-    assert call(["autopsy", str(tmp_path), "--data", looping[1]]) == 2
+def test_a_folder_without_a_model_and_weights_that_are_not_finite(ring_model, tmp_path, capsys):
+    assert call(["autopsy", str(tmp_path), "--data", ring_model[1]]) == 2
     assert "holds no model" in capsys.readouterr().err
     tokenizer = train_tokenizer([" ".join(WORDS)] * 20, vocab_size=300)
     net = Ant(tiny(vocab_size=300))
     net.model.layers[1].mlp.up_proj.weight.data[3, 4] = math.nan
     export(net, tokenizer, tmp_path / "broken", ModelCard("broken"))
-    assert call(["autopsy", str(tmp_path / "broken"), "--data", looping[1]]) == 2
+    assert call(["autopsy", str(tmp_path / "broken"), "--data", ring_model[1]]) == 2
     assert "holds NaN or infinity" in capsys.readouterr().err

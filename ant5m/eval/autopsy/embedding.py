@@ -244,6 +244,8 @@ def _picture(
     for values, label, style in ((spectrum, "this table", "-"), (null, "random table", "--")):
         axes[0, 0].plot((values / values.square().mean().sqrt()).cpu(), style, label=label)
     axes[0, 0].set(xlabel="direction", ylabel="singular value / RMS", yscale="log", title="Spectrum")
+    axes[0, 0].yaxis.set_major_formatter("{x:g}")
+    axes[0, 0].yaxis.set_minor_formatter("{x:g}")
     axes[0, 0].legend()
 
     bins = np.linspace(-1, 1, 101)
@@ -252,7 +254,7 @@ def _picture(
     chance = np.exp(-0.5 * (bins / deviation) ** 2) / (deviation * math.sqrt(2 * math.pi))
     axes[0, 1].plot(bins, chance, "--", color="tab:orange", label=f"random in {size} dimensions")
     axes[0, 1].set(xlabel="cosine of two rows", ylabel="density", title="Overlap of frequent tokens")
-    axes[0, 1].legend()
+    axes[0, 1].legend(loc="upper left")
 
     used = (occurred > 0).cpu()
     axes[1, 0].scatter(
@@ -262,7 +264,7 @@ def _picture(
         axes[1, 0].scatter(
             np.full(int((~used).sum()), 0.5), norms.cpu()[~used], s=3, color="tab:red", label="never occur"
         )
-    axes[1, 0].set(xscale="log", xlabel="occurrences", ylabel="length of the row", title="Length, frequency")
+    axes[1, 0].set(xscale="log", xlabel="occurrences", ylabel="length of the row", title="Length of rows")
     axes[1, 0].legend()
 
     names = {"text": "text", "model": "model, mean probability", "likeliest": "model, likeliest token"}

@@ -42,13 +42,26 @@ def _stretch(one: LoopStatistics) -> int:
 
 
 def _held_out(shards: Shards, tokenizer: Tokenizer, count: int, length: int) -> LoopStatistics | None:
-    """Of the beginnings of documents, all of `length` tokens; None when no document is long enough."""
-    starts = loops.document_starts(shards, length)
-    if not len(starts):
+    """Of up to `count` stretches, evenly spread over the text; None when no document is long enough."""
+    spans = stretches(shards, length)
+    if not spans:
         return None
-    chosen = starts[np.linspace(0, len(starts) - 1, min(count, len(starts))).astype(int)]
-    rows = [shards.tokens[start : start + length].tolist() for start in chosen]
+    chosen = np.linspace(0, len(spans) - 1, min(count, len(spans))).astype(int)
+    rows = [shards.tokens[slice(*spans[index])].tolist() for index in chosen]
     return loops.text_loops(tokenizer, rows, length)
+
+
+def stretches(shards: Shards, length: int) -> list[tuple[int, int]]:
+    """(from, to) of pieces of documents, `length` tokens long where a document does not end before.
+
+    Texts of a model end early too; pieces below a quarter of `length` are left out.
+    """
+    ends = [*np.flatnonzero(shards.tokens[:] == shards.eos_token_id).tolist(), shards.num_tokens]
+    spans, start = [], 0
+    for end in ends:
+        spans += [(first, min(first + length, end)) for first in range(start, end, length)]
+        start = end + 1
+    return [(first, end) for first, end in spans if end - first >= length // 4]
 
 
 def _finding(one: LoopStatistics, people: LoopStatistics | None) -> Finding:
