@@ -267,6 +267,35 @@ def test_mlp_of_more_than_a_block():
     check_mlp(ops.mlp, (257,), 64, 36, layout=with_gaps)
 
 
+def halves(*shape, seed=0):
+    return draw(*shape, seed=seed).half().requires_grad_()
+
+
+# The shapes are those of tests above, for which the kernels are compiled already.
+REGISTERED = {
+    "rms_norm": lambda: (draw(3, 7, 128), draw(128), 1e-5, draw(3, 7, 128), fp32),
+    "rope": lambda: (halves(1, 15, 4, 64), halves(1, 15, 4, 64), draw(15, 32), draw(15, 32), False),
+    "swiglu": lambda: (halves(2, 3, 129), halves(2, 3, 129)),
+    "attention": lambda: (halves(2, 33, 8, 16), halves(2, 33, 2, 16), halves(2, 33, 2, 16), None),
+    "mlp": lambda: (halves(2, 17, 64), draw(36, 64), draw(36, 64), draw(64, 36)),
+    "linear_cross_entropy": lambda: (
+        *(draw(37, 16), draw(1_003, 16), torch.arange(37, device=DEVICE), -100, fp32, True, True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_what_torch_is_told_of_an_op_is_true(name):
+    """Shapes and dtypes of fake results, no argument changed or returned, gradients in a traced graph."""
+    arguments = tuple(
+        x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for x in REGISTERED[name]()
+    )
+    op = getattr(torch.ops.ant5m_cuda, name).default
+    tests = "test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"
+    torch.library.opcheck(op, arguments, test_utils=tests)
+
+
 def test_a_model_in_half_precision(monkeypatch):
     """Norms, residuals, views of one product, the SwiGLU block and the head together, as a step has them."""
     torch.manual_seed(0)
