@@ -209,8 +209,8 @@ def _log_probs(
         row = torch.from_numpy(pointer[asked] - start).to(logits.device)
         target = torch.from_numpy(targets[asked]).to(logits.device)
         chosen = logits[row, target]
-        best, guess = logits.max(-1)
+        best = logits.amax(-1)
         total = logits.sub_(best[:, None]).exp_().sum(-1).log_().add_(best)
         log_probs[asked] = (chosen - total[row]).cpu().numpy()
-        likeliest[asked] = (guess[row] == target).cpu().numpy()
+        likeliest[asked] = (chosen == best[row]).cpu().numpy()
     return log_probs, likeliest

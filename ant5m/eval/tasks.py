@@ -82,7 +82,9 @@ def evaluate_tasks(
     return results
 
 
-def lm_eval_tasks(names: Sequence[str], data_dir: Path | str | None = None) -> dict[str, Any]:
+def lm_eval_tasks(
+    names: Sequence[str], data_dir: Path | str | None = None, limit: int | None = None
+) -> dict[str, Any]:
     """lm-eval's own tasks of those names, parts instead of groups, with the same items as `evaluate_tasks`.
 
     For `lm_eval.evaluate` with any of its models. Raises `UserError` where the items are not there.
@@ -92,7 +94,8 @@ def lm_eval_tasks(names: Sequence[str], data_dir: Path | str | None = None) -> d
     for benchmark in (BENCHMARKS[name] for name in known_tasks(names) if name != arithmark.NAME):
         for name in _parts(benchmark):
             try:
-                loaded[name] = _load_task(benchmark.folder, name, source.rows(benchmark, name)[0])
+                rows, _ = source.rows(benchmark, name)
+                loaded[name] = _load_task(benchmark.folder, name, rows and rows[:limit])
             except _Missing as reason:
                 raise UserError(f"{benchmark.name}: {reason}") from None
     return loaded
@@ -189,7 +192,8 @@ class _Suite:
         if (known := self.known.get(name)) and known.settings == settings:
             return known
         task = _load_task(benchmark.folder, name, rows and rows[: self.limit])
-        return self._measure(task, name, settings)
+        with _compiled_once():
+            return self._measure(task, name, settings)
 
     def _measure(self, task: Any, name: str, settings: dict[str, Any]) -> TaskResult:
         """The loop of `lm_eval.evaluate` for one task: 0-shot, in one process, without logs."""
@@ -271,6 +275,18 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
         if not bars:
             datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def _compiled_once() -> Iterator[None]:
+    """lm-eval compiles a template for every item: 29 % of the time in a part of BLiMP. Here only once."""
+    from lm_eval.utils import env
+
+    env.from_string = functools.cache(env.from_string)
+    try:
+        yield
+    finally:
+        del env.from_string  # the method of its class is there again
 
 
 @contextlib.contextmanager
