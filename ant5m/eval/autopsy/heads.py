@@ -116,8 +116,8 @@ def look(net: Ant, input_ids: Tensor, step: Step) -> Looks:
         found["first"].append(pattern[..., 0].mean((0, 2)))
         for name, other in (("shifted", far), ("shuffled", mixed)):
             moved = forward.scores(*other.queries_and_keys(q, k), rows)
-            change, size = _centred(moved - score, mask), _centred(score, mask)
-            found[name].append((_energy(change, mask) / _energy(size, mask).clamp(min=1e-30)).sqrt())
+            change = _variance(moved - score, mask) / _variance(score, mask).clamp(min=1e-30)
+            found[name].append(change.sqrt())
         found["pairs"].append(_pair_energy(turned_q, turned_k, rows, mask))
         return usual(layer, q, k, v)
 
@@ -137,15 +137,11 @@ def look(net: Ant, input_ids: Tensor, step: Step) -> Looks:
     )
 
 
-def _centred(score: Tensor, mask: Tensor) -> Tensor:
-    """Scores less their mean over the row, which softmax ignores; 0 where nothing is seen."""
+def _variance(score: Tensor, mask: Tensor) -> Tensor:
+    """Mean square [H] of scores [W, H, R, T] about the mean of what a row sees, which softmax ignores."""
     score = score.masked_fill(~mask, 0)
-    return (score - score.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)).masked_fill(~mask, 0)
-
-
-def _energy(score: Tensor, mask: Tensor) -> Tensor:
-    """Mean square [H] of what is seen of [W, H, R, T]."""
-    return score.square().sum((0, 2, 3)) / (mask.sum() * score.shape[0])
+    square = score.square().sum(-1) - score.sum(-1).square() / mask.sum(-1)
+    return square.clamp(min=0).sum((0, 2)) / (mask.sum() * score.shape[0])
 
 
 def _pair_energy(q: Tensor, k: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
@@ -155,7 +151,7 @@ def _pair_energy(q: Tensor, k: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
     for pair in range(half):
         own = [pair, pair + half]
         part = q[:, :, rows][..., own] @ k[..., own].transpose(-1, -2)
-        energy.append(_energy(_centred(part, mask), mask))
+        energy.append(_variance(part, mask))
     total = torch.stack(energy, -1)
     return total / total.sum(-1, keepdim=True).clamp(min=1e-30)
 
