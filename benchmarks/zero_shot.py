@@ -101,7 +101,7 @@ def _agreement(hf: dict[str, Any], ant: dict[str, Any], found: list[Any]) -> dic
         for result in found
         if result.task not in GROUPS
         for metric, (value, _) in result.metrics.items()
-        if metric.startswith("acc")
+        if metric.startswith("acc") and result.task != "truthfulqa_mc2"  # there a mean of probabilities
     }
     other = [
         f"{task} {metric}"

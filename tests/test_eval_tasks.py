@@ -137,16 +137,20 @@ def by_task(found: list[TaskResult]) -> dict[str, TaskResult]:
 @pytest.fixture(scope="module")
 def compared(net, tokenizer, folder, data_dir):
     """(lm-eval's evaluation with its `hf` model, the same with `ant5m`, ours) of the six tasks."""
+    from lm_eval.api.registry import get_model
     from lm_eval.models.huggingface import HFLM
 
-    from ant5m.eval.harness import AntLM
+    import ant5m.eval.harness  # noqa: F401  (registers the model)
 
     def evaluate(lm):
         loaded = {"tasks": lm_eval_tasks(TASKS, data_dir), "groups": {}, "group_map": {}}
         return lm_eval.evaluate(lm, loaded, bootstrap_iters=0)
 
     hf = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=3)
-    return evaluate(hf), evaluate(AntLM(folder)), by_task(evaluate_tasks(net, tokenizer, TASKS, data_dir))
+    ant = get_model("ant5m").create_from_arg_string(
+        f"pretrained={folder}", {"device": "cpu", "batch_size": 1}
+    )
+    return evaluate(hf), evaluate(ant), by_task(evaluate_tasks(net, tokenizer, TASKS, data_dir))
 
 
 @pytest.mark.parametrize("name", TASKS)
