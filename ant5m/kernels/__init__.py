@@ -17,14 +17,14 @@ from ant5m.errors import UserError
 
 OPS = ("rms_norm", "rope", "attention", "swiglu", "linear_cross_entropy")
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-# Fastest first, by kind of device and, for a GPU, by the compute capability from which on it holds;
-# elsewhere the reference. On 7.5 Triton has no tensor cores, and so no attention; the kernels of `cuda` are
-# written for it.
+# Fastest first, by kind of device and, for a GPU, by the compute capability from which on it holds. On 7.5
+# Triton has no tensor cores, and so no attention; the kernels of `cuda` are written for it.
 _PREFERENCE = (
     ("cpu", (0, 0), ("cpu", "reference")),
     ("cuda", (8, 0), ("triton", "cuda", "reference")),
     ("cuda", (7, 5), ("cuda", "triton", "reference")),
     ("cuda", (0, 0), ("triton", "reference")),
+    ("any", (0, 0), ("reference",)),
 )
 
 _modules: dict[str, ModuleType] = {}
@@ -162,14 +162,17 @@ def _pick(op: str, backend: str | None, *tensors: torch.Tensor) -> ModuleType:
 
 
 def _order(device: torch.device) -> tuple[str, ...]:
+    return _PREFERENCE[_place(device)][2]
+
+
+@torch.compiler.assume_constant_result  # a number, because torch.compile cannot compare such a tuple
+def _place(device: torch.device) -> int:
+    """Of the line of `_PREFERENCE` that holds for a device."""
     capability = _capability(device)
-    for kind, oldest, names in _PREFERENCE:
-        if device.type == kind and capability >= oldest:
-            return names
-    return ("reference",)
+    lines = enumerate(_PREFERENCE)
+    return next(i for i, (kind, oldest, _) in lines if kind in (device.type, "any") and capability >= oldest)
 
 
-@torch.compiler.assume_constant_result
 def _capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of an NVIDIA GPU; (0, 0) of anything else."""
     if device.type != "cuda" or not (torch.cuda.is_available() and torch.version.cuda):

@@ -43,25 +43,22 @@ def _device_refuses(op, *tensors):
     for x in tensors:
         if not _on_gpu(x):
             return f"the tensors are on {x.device.type}"
-    capability = _capability(tensors[0].device if tensors else None)
-    if capability is None:
+    brain = any(x.dtype == torch.bfloat16 for x in tensors)
+    return _machine_refuses(op, tensors[0].device if tensors else None, brain)
+
+
+@torch.compiler.assume_constant_result
+def _machine_refuses(op: str, device: torch.device | None, brain: bool) -> str | None:
+    """The device's (None: the current one's) part in `why_not`; `brain`: some tensor is bf16."""
+    if not (torch.cuda.is_available() and torch.version.cuda):
         return "there is no NVIDIA GPU"
+    capability = torch.cuda.get_device_capability(device)
     if capability >= (8, 0):
         return None
     name = ".".join(map(str, capability))
     if op == "attention":
         return f"below compute capability 8.0 (this device: {name}) Triton makes no use of tensor cores"
-    if any(x.dtype == torch.bfloat16 for x in tensors):
-        return f"bf16 needs compute capability 8.0, this device has {name}"
-    return None
-
-
-@torch.compiler.assume_constant_result
-def _capability(device: torch.device | None) -> tuple[int, int] | None:
-    """Of the device (None: the current one); None where there is no NVIDIA GPU."""
-    if not (torch.cuda.is_available() and torch.version.cuda):
-        return None
-    return torch.cuda.get_device_capability(device)
+    return f"bf16 needs compute capability 8.0, this device has {name}" if brain else None
 
 
 def _on_gpu(x):
