@@ -51,7 +51,7 @@ def check(name, op, truth, inputs, dtype, eager=None, layout=lambda x: x):
     """No output or gradient is off by more than the tolerance, nor by much more than eager PyTorch's is.
 
     Where rounded logits alone take eager PyTorch beyond the tolerance (peaked ones, whose softmax is that
-    sensitive), nothing may be off by more than eager PyTorch is. The quarter is for fp32 attention: its dK
+    sensitive), that alone does not count. The quarter of a tolerance is what fp32 attention needs: its dK
     and dV at 4,096 positions are sums of 16,384 terms, made one after another (off by 2.8e-6 on an H200).
     """
     inputs = [x.to(dtype) for x in inputs]
@@ -62,7 +62,8 @@ def check(name, op, truth, inputs, dtype, eager=None, layout=lambda x: x):
         zip(results(op, inputs, dtype, layout), plain, exact, strict=True)
     ):
         off, usual = error(got, right), error(same, right)
-        assert off <= max(tolerance, usual) and off <= usual + tolerance / 4, (name, i, off, usual)
+        assert off <= tolerance or usual > tolerance, (name, i, off, usual)
+        assert off <= usual + tolerance / 4, (name, i, off, usual)
 
 
 def check_rms_norm(op, shape, dtype, with_residual, layout=lambda x: x):
