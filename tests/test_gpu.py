@@ -1,6 +1,6 @@
 """What only a GPU can show, at full size: `pytest -m gpu`. The kernels' own tests are marked so, too.
 
-None of this has run yet: no machine with a GPU was at hand.
+Run on an H200 (torch 2.11, Triton 3.6) on 2026-11-26.
 """
 
 import copy

@@ -48,7 +48,7 @@ def test_the_notebook_runs_and_goes_on_after_the_time_limit(tmp_path, monkeypatc
     tiny = {
         "MODEL": str(tmp_path / "model.json"),
         "VOCAB_SIZE": 320,
-        "STEPS": 20,
+        "STEPS": 60,
         "BATCH_SIZE": 2,
         "SHORT_MINUTES": 0.02,
         "HOURS": 0.0,  # the full run stops as soon as it can
@@ -75,7 +75,7 @@ def test_the_notebook_runs_and_goes_on_after_the_time_limit(tmp_path, monkeypatc
         exec(compile(cell, str(NOTEBOOK), "exec"), namespace)
     assert (work / "data" / "meta.json").stat().st_mtime_ns == packed
     steps = [row["step"] for row in read_metrics(work / "full" / "metrics.jsonl") if row["kind"] == "train"]
-    assert steps[-1] == 20
+    assert steps[-1] == 60
     assert shown[0] == (work / "full" / "report.md").read_text() and shown[1] == work / "full" / "loss.png"
     names = zipfile.ZipFile(work / "results.zip").namelist()
     assert {"tests.log", "full.log", "full/metrics.jsonl", "full/report.md"} <= set(names)
