@@ -22,7 +22,9 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session")
 def results(request) -> Path:
     """The folder for what is measured."""
-    return request.config.getoption("--results")
+    folder: Path = request.config.getoption("--results")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
