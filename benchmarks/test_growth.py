@@ -11,6 +11,7 @@ import statistics
 import pytest
 from arm import Arm, backends
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -80,6 +81,8 @@ def _draw(axis, rows, path):
         axes.set(xscale="log", yscale="log", xlabel=axis, ylabel=label)
         axes.set_xticks([x for x, _ in points], [f"{x:,}" for x, _ in points])
         axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         axes.grid(alpha=0.3)
         axes.legend()
     figure.suptitle(f"a training step of ant-5m by {axis}")
