@@ -116,7 +116,7 @@ def checks(folder: Path = RESULTS) -> list[dict[str, Any]]:
         if rates is None:
             continue
         for row in values["benchmarks"]:
-            if row["group"] == "training step":
+            if "arms" in row["info"]:
                 found += _check(where, Rates(**rates), row["info"])
     return found
 

@@ -79,7 +79,7 @@ class AutopsyCommand:
                 tokenizer,
                 shards,
                 _counts(shards, net.config.vocab_size),
-                name=self.model.resolve().name,
+                name=_name(self.model.resolve()),
                 text=_plain(text),
                 tokens=self.tokens,
                 prompts=prompts,
@@ -102,6 +102,11 @@ def _counts(shards: "Shards", vocab_size: int) -> "Counts":
             Shards.open(shards.folder, "train", verify=False), vocab_size, "the training text"
         )
     return count_tokens(shards, vocab_size, "the examined text")
+
+
+def _name(folder: Path) -> str:
+    """Of a model: that of its folder, or of the run whose exported folder it is."""
+    return folder.parent.name if folder.name == "hf" else folder.name
 
 
 def _plain(text: str) -> str:
