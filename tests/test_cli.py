@@ -31,7 +31,7 @@ SURFACE = {
     "autopsy": "RUN data device json out prompts text-column tokens",
     "doctor": "MODEL device-memory json max-params",
     "compare": "study arms data out cache tokens seeds sequence-length batch-size optimizer learning-rate "
-    "muon-learning-rate rate-factors prompts validation-fraction workers device precision kernels",
+    "muon-learning-rate rate-factors validation-fraction workers device precision kernels",
     "export": "MODEL OUT name",
 }
 
