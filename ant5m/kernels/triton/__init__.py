@@ -43,13 +43,13 @@ def _device_refuses(op, *tensors):
     for x in tensors:
         if not _on_gpu(x):
             return f"the tensors are on {x.device.type}"
-    brain = any(x.dtype == torch.bfloat16 for x in tensors)
-    return _machine_refuses(op, tensors[0].device if tensors else None, brain)
+    has_bf16 = any(x.dtype == torch.bfloat16 for x in tensors)
+    return _machine_refuses(op, tensors[0].device if tensors else None, has_bf16)
 
 
 @torch.compiler.assume_constant_result
-def _machine_refuses(op: str, device: torch.device | None, brain: bool) -> str | None:
-    """The device's (None: the current one's) part in `why_not`; `brain`: some tensor is bf16."""
+def _machine_refuses(op: str, device: torch.device | None, has_bf16: bool) -> str | None:
+    """The device's (None: the current one's) part in `why_not`; `has_bf16`: some tensor is bf16."""
     if not (torch.cuda.is_available() and torch.version.cuda):
         return "there is no NVIDIA GPU"
     capability = torch.cuda.get_device_capability(device)
@@ -58,7 +58,7 @@ def _machine_refuses(op: str, device: torch.device | None, brain: bool) -> str |
     name = ".".join(map(str, capability))
     if op == "attention":
         return f"below compute capability 8.0 (this device: {name}) Triton makes no use of tensor cores"
-    return f"bf16 needs compute capability 8.0, this device has {name}" if brain else None
+    return f"bf16 needs compute capability 8.0, this device has {name}" if has_bf16 else None
 
 
 def _on_gpu(x):

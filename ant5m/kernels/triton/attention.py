@@ -425,7 +425,7 @@ class _Tile(NamedTuple):
     registers: int | None = None  # most of a thread; None: as many as the compiler likes
 
 
-# Of Hopper, by kernel and head size. For 16 and 64 the fastest of up to 35 shapes on an H200: at 16, three
+# Of Hopper, by kernel and head size. For 16 and 64, among the fastest of up to 35 on an H200: at 16, three
 # blocks an SM with 168 registers a thread make dK and dV in 0.18 ms, where two with 244 take 0.21. For 32 and
 # 128, shapes that compile without spills and with few instructions a score.
 _TILES = {
