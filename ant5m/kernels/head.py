@@ -13,7 +13,7 @@ and back, 4.3 GB or 17.2 ms: 52 ms. One fused kernel without logits would take f
 softmax's sum, again for each gradient, and the gradients): 57 ms, and only above 24 TFLOP/s less than that.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -33,10 +33,42 @@ loss of each row, and if `gradient` scale * (softmax - one-hot) in the place of 
 lies behind them may become anything. Rows whose target is `ignore_index` become 0; one that is no entry
 makes the loss NaN.
 """
+Gradients = Callable[..., Iterator[tuple[slice, torch.Tensor]]]
+"""gradients(hidden [N, D], weight [V, D], targets [N], losses [N], ignore_index, scale, gradient): fills the
+losses, and yields some rows after others the gradients of their logits [n, V], as `SoftmaxGradient` makes
+them, which last until the next are asked for. Without `gradient` what is yielded means nothing.
+"""
 
 
-def make_linear_cross_entropy(name: str, softmax_gradient: SoftmaxGradient) -> Callable[..., torch.Tensor]:
-    """`linear_cross_entropy` with this kernel between its products, registered as the custom op `name`."""
+def in_place(softmax_gradient: SoftmaxGradient) -> Gradients:
+    """A chunk's logits by cuBLAS, in the dtype of the products, and in their place their gradients."""
+
+    def gradients(hidden, weight, targets, losses, ignore_index, scale, gradient):
+        vocab = len(weight)
+        buffer = chunk_buffer(hidden, vocab)
+        for part in chunks(len(hidden), len(buffer)):
+            x = hidden[part]
+            rows = buffer[: len(x)]
+            logits = torch.mm(x, weight.T, out=rows[:, :vocab])
+            softmax_gradient(rows, targets[part], losses[part], vocab, ignore_index, scale, gradient)
+            yield part, logits
+
+    return gradients
+
+
+def chunk_buffer(hidden: torch.Tensor, vocab: int) -> torch.Tensor:
+    """Room for the logits of a chunk of rows, each a whole number of vectors long."""
+    stride = vocab + -vocab % _ALIGN
+    count = max(1, min(len(hidden), CHUNK_BYTES // (stride * hidden.itemsize)))
+    return torch.empty(count, stride, dtype=hidden.dtype, device=hidden.device)
+
+
+def chunks(rows: int, chunk: int) -> Iterator[slice]:
+    return (slice(start, start + chunk) for start in range(0, rows, chunk))
+
+
+def make_linear_cross_entropy(name: str, gradients: Gradients) -> Callable[..., torch.Tensor]:
+    """`linear_cross_entropy` with these gradients of its logits, registered as the custom op `name`."""
 
     @torch.library.custom_op(name, mutates_args=())
     def forward(
@@ -52,23 +84,15 @@ def make_linear_cross_entropy(name: str, softmax_gradient: SoftmaxGradient) -> C
         needs = need_hidden, need_weight
         loss, grad_hidden, grad_weight, count = _outputs(hidden, weight, targets, ignore_index, dtype, *needs)
         hidden, weight, targets = hidden.to(dtype), weight.to(dtype), targets.contiguous()
-        tokens, vocab = len(hidden), len(weight)
-        stride = vocab + -vocab % _ALIGN
-        chunk = max(1, min(tokens, CHUNK_BYTES // (stride * dtype.itemsize)))
-        buffer = torch.empty(chunk, stride, dtype=dtype, device=hidden.device)
-        losses = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         if need_weight:
             grad_weight.zero_()
-        for start in range(0, tokens, chunk):
-            part = slice(start, start + chunk)
-            x = hidden[part]
-            logits = torch.mm(x, weight.T, out=buffer[: len(x), :vocab])
-            rows = buffer[: len(x)], targets[part], losses[part]
-            softmax_gradient(*rows, vocab, ignore_index, _scale(dtype), any(needs))
+        made = gradients(hidden, weight, targets, losses, ignore_index, _scale(dtype), any(needs))
+        for part, gradient in made:
             if need_hidden:
-                product(logits, weight, grad_hidden[part])
+                product(gradient, weight, grad_hidden[part])
             if need_weight:
-                grad_weight += product(logits.T, x)
+                grad_weight += product(gradient.T, hidden[part])
         torch.sum((targets != ignore_index).float(), 0, out=count).clamp_(min=1)
         torch.div(losses.sum(), count, out=loss)
         return loss, grad_hidden, grad_weight, count

@@ -4,7 +4,7 @@ import torch
 
 from ant5m.kernels.cuda.layout import bits
 from ant5m.kernels.cuda.runtime import launch
-from ant5m.kernels.head import make_linear_cross_entropy
+from ant5m.kernels.head import in_place, make_linear_cross_entropy
 
 # Entries in 16 bits that a thread keeps in registers, and most threads. 64 take 32 registers.
 _ENTRIES, _THREADS = 64, 1_024
@@ -42,4 +42,6 @@ def softmax_gradient(
     )
 
 
-linear_cross_entropy = make_linear_cross_entropy("ant5m_cuda::linear_cross_entropy", softmax_gradient)
+linear_cross_entropy = make_linear_cross_entropy(
+    "ant5m_cuda::linear_cross_entropy", in_place(softmax_gradient)
+)

@@ -21,6 +21,11 @@ def shared_memory() -> int:
     return _shared_memory(driver.active.get_current_device())
 
 
+def has_tensor_cores() -> bool:
+    """Whether Triton's products of 16-bit numbers use tensor cores on the current device."""
+    return interpreted() or driver.active.get_current_target().arch >= 80
+
+
 @functools.cache
 def _shared_memory(device: int) -> int:
     return driver.active.utils.get_device_properties(device)["max_shared_mem"]

@@ -1,10 +1,165 @@
-"""The head by chunks (`ant5m.kernels.head`) around one kernel, from logits to their gradient in place."""
+"""The head by chunks (`ant5m.kernels.head`).
+
+In 16 bits on tensor cores, logits live in registers alone, in fp32: one kernel makes the softmax's sum and the
+loss of all rows, the other makes the logits of a chunk again and writes their gradients. So the loss is as
+exact as the inputs; logits that are stored in bf16 would be rounded by up to 0.4 %. Elsewhere (fp32, or below
+compute capability 8.0, where Triton has no tensor cores) cuBLAS makes a chunk's logits, and one kernel their
+gradients in place.
+"""
+
+import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ant5m.kernels.head import make_linear_cross_entropy
+from ant5m.kernels.head import chunk_buffer, chunks, in_place, make_linear_cross_entropy
+from ant5m.kernels.layout import dense
+from ant5m.kernels.triton.layout import has_tensor_cores, shared_memory
+
+_LOG2E = tl.constexpr(math.log2(math.e))
+_LN2 = tl.constexpr(math.log(2))
+# Entries of a program of the gradient's kernel.
+_SPAN = 2_048
+_LARGE_SHARED_MEMORY = 200 << 10
+
+
+@triton.jit
+def _logits(
+    b_hidden,
+    p_hidden,
+    p_weight,
+    m_n,
+    first,
+    V,
+    stride_weight,
+    D: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Logits [N, V] of the entries first.., fp32. `p_hidden` [N, 1] is read where a row is longer than a block."""
+    o_d = tl.arange(0, BLOCK_D)
+    o_v = tl.arange(0, BLOCK_V)
+    p_weight = (
+        p_weight + tl.cast(first, tl.int64) * stride_weight + ((o_v * stride_weight)[:, None] + o_d[None, :])
+    )
+    if D <= BLOCK_D:
+        m = (o_d < D)[None, :] if EVEN else (first + o_v < V)[:, None] & (o_d < D)[None, :]
+        return tl.dot(b_hidden, tl.trans(tl.load(p_weight, mask=m, other=0.0)))
+    b_z = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    for d in range(0, D, BLOCK_D):
+        m_d = (d + o_d < D)[None, :]
+        b_x = tl.load(p_hidden + (d + o_d)[None, :], mask=m_n[:, None] & m_d, other=0.0)
+        m = m_d if EVEN else (first + o_v < V)[:, None] & m_d
+        b_z = tl.dot(b_x, tl.trans(tl.load(p_weight + d, mask=m, other=0.0)), b_z)
+    return b_z
+
+
+@triton.jit
+def _hidden(p_hidden, m_n, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The first block of the rows [N, D]: all of them, where that is enough."""
+    o_d = tl.arange(0, BLOCK_D)
+    return tl.load(p_hidden + o_d[None, :], mask=m_n[:, None] & (o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def head_loss_kernel(
+    p_hidden,
+    p_weight,
+    p_targets,
+    p_losses,
+    p_lse,
+    N,
+    V,
+    ignore_index,
+    stride_hidden,
+    stride_weight,
+    D: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Loss [N], and log2 of the sum of exp2 of the logits times log2(e) [N], of a tile of rows.
+
+    Rows whose target is `ignore_index` have no loss, those whose target is no entry have NaN.
+    """
+    o_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    o_d = tl.arange(0, BLOCK_D)
+    m_n = o_n < N
+    p_hidden += (o_n * stride_hidden)[:, None]
+    b_hidden = _hidden(p_hidden, m_n, D, BLOCK_D)
+    b_max = tl.full((BLOCK_N,), -1e30, tl.float32)
+    b_sum = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, V, BLOCK_V):
+        b_z = _logits(
+            b_hidden, p_hidden, p_weight, m_n, first, V, stride_weight, D, EVEN, BLOCK_N, BLOCK_V, BLOCK_D
+        )
+        if not EVEN:
+            b_z = tl.where((first + tl.arange(0, BLOCK_V) < V)[None, :], b_z, -float("inf"))
+        b_new = tl.maximum(b_max, tl.max(b_z, 1) * _LOG2E)
+        b_sum = b_sum * tl.exp2(b_max - b_new) + tl.sum(tl.exp2(b_z * _LOG2E - b_new[:, None]), 1)
+        b_max = b_new
+    b_lse = b_max + tl.log2(b_sum)
+    tl.store(p_lse + o_n, b_lse, mask=m_n)
+
+    b_target = tl.load(p_targets + o_n, mask=m_n, other=ignore_index)
+    m_known = (b_target >= 0) & (b_target < V)
+    p_weight += (tl.where(m_known, b_target, 0) * stride_weight)[:, None]
+    b_at = tl.zeros((BLOCK_N,), tl.float32)
+    for d in range(0, D, BLOCK_D):
+        m = m_n[:, None] & (d + o_d < D)[None, :]
+        b_x = tl.load(p_hidden + (d + o_d)[None, :], mask=m, other=0.0).to(tl.float32)
+        b_at += tl.sum(b_x * tl.load(p_weight + (d + o_d)[None, :], mask=m, other=0.0).to(tl.float32), 1)
+    b_loss = tl.where(m_known, b_lse * _LN2 - b_at, float("nan"))
+    tl.store(p_losses + o_n, tl.where(b_target == ignore_index, 0.0, b_loss), mask=m_n)
+
+
+@triton.jit
+def head_gradient_kernel(
+    p_hidden,
+    p_weight,
+    p_targets,
+    p_lse,
+    p_out,
+    N,
+    V,
+    ignore_index,
+    scale,
+    stride_hidden,
+    stride_weight,
+    stride_out,
+    D: tl.constexpr,
+    EVEN: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """scale * (softmax - one-hot) of a tile of rows and SPAN entries; 0 where a row does not count."""
+    spans = tl.cdiv(V, SPAN)
+    low = tl.program_id(0) % spans * SPAN
+    o_n = (tl.program_id(0) // spans * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    m_n = o_n < N
+    p_hidden += (o_n * stride_hidden)[:, None]
+    o_out = (tl.arange(0, BLOCK_N) * stride_out)[:, None] + tl.arange(0, BLOCK_V)[None, :]
+    p_out += tl.cast(tl.program_id(0) // spans * BLOCK_N, tl.int64) * stride_out
+    b_hidden = _hidden(p_hidden, m_n, D, BLOCK_D)
+    b_target = tl.load(p_targets + o_n, mask=m_n, other=ignore_index)
+    b_scale = tl.where(b_target == ignore_index, 0.0, scale)
+    b_lse = tl.load(p_lse + o_n, mask=m_n, other=0.0)
+    for first in range(low, tl.minimum(low + SPAN, V), BLOCK_V):
+        o_v = first + tl.arange(0, BLOCK_V)
+        b_z = _logits(
+            b_hidden, p_hidden, p_weight, m_n, first, V, stride_weight, D, EVEN, BLOCK_N, BLOCK_V, BLOCK_D
+        )
+        b_p = tl.exp2(b_z * _LOG2E - b_lse[:, None])
+        b_p = tl.where(b_target[:, None] == o_v[None, :], b_p - 1.0, b_p)
+        m = m_n[:, None] & (o_v < stride_out)[None, :]
+        tl.store(p_out + first + o_out, (b_p * b_scale[:, None]).to(p_out.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -102,12 +257,80 @@ def softmax_gradient(
         )
 
 
-linear_cross_entropy = make_linear_cross_entropy("ant5m_triton::linear_cross_entropy", softmax_gradient)
-
-
 def _tile(padded: int) -> dict[str, int | bool]:
     # 32 entries a thread, so that a row stays in registers; what no block has threads for is read twice.
     if padded <= 32_768:
         block = triton.next_power_of_2(padded)
         return {"WHOLE": True, "BLOCK": block, "num_warps": max(4, block // 1_024)}
     return {"WHOLE": False, "BLOCK": 8_192, "num_warps": 16}
+
+
+_by_cublas = in_place(softmax_gradient)
+
+
+def gradients(hidden, weight, targets, losses, ignore_index, scale, gradient):
+    """See `ant5m.kernels.head.Gradients`."""
+    if hidden.dtype == torch.float32 or not has_tensor_cores():
+        yield from _by_cublas(hidden, weight, targets, losses, ignore_index, scale, gradient)
+        return
+    hidden, weight = dense(hidden), dense(weight)
+    (rows, size), vocab = hidden.shape, len(weight)
+    strides = hidden.stride(0), weight.stride(0)
+    lse = torch.empty_like(losses)
+    with torch.cuda.device_of(hidden):
+        constants = _product_tile("loss", size, vocab)
+        head_loss_kernel[(triton.cdiv(rows, constants["BLOCK_N"]),)](
+            hidden, weight, targets, losses, lse, rows, vocab, ignore_index, *strides, **constants
+        )
+    if not gradient:
+        return
+    buffer = chunk_buffer(hidden, vocab)
+    for part in chunks(rows, len(buffer)):
+        x = hidden[part]
+        with torch.cuda.device_of(hidden):
+            constants = _product_tile("gradient", size, vocab)
+            grid = triton.cdiv(len(x), constants["BLOCK_N"]) * triton.cdiv(vocab, _SPAN)
+            head_gradient_kernel[(grid,)](
+                x, weight, targets[part], lse[part], buffer, len(x), vocab, ignore_index, scale, *strides,
+                buffer.stride(0), SPAN=_SPAN, **constants,
+            )  # fmt: skip
+        yield part, buffer[: len(x), :vocab]
+
+
+class _Tile(NamedTuple):
+    rows: int
+    entries: int
+    block: int  # numbers of a row at once; fewer than all: they are read again for each tile of entries
+    warps: int
+    stages: int
+
+
+def _product_tile(kernel: str, size: int, vocab: int) -> dict[str, int | bool]:
+    tile = _choose(kernel, max(16, triton.next_power_of_2(size)))
+    return {
+        "D": size,
+        "EVEN": vocab % tile.entries == 0,
+        "BLOCK_N": tile.rows,
+        "BLOCK_V": tile.entries,
+        "BLOCK_D": tile.block,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def _choose(kernel: str, size: int) -> _Tile:
+    """Of Hopper: the fastest of 24 to 28 on an H100, bf16, sizes 128 (vocabulary 16,384), 192 and 256 (4,096).
+
+    Elsewhere there is less shared memory: tiles that compile for sm_80 without spills.
+    """
+    if shared_memory() < _LARGE_SHARED_MEMORY:
+        block = size if size <= 128 else 64
+        return _Tile(128, 64, block, 8, 2) if kernel == "loss" else _Tile(128, 32, block, 8, 2)
+    if kernel == "loss":
+        return _Tile(128, 128, size if size <= 128 else 64, 8, 2)
+    if size <= 128:
+        return _Tile(128, 32, size, 8, 3)
+    return _Tile(128, 64, size if size <= 256 else 64, 8, 3)
+
+
+linear_cross_entropy = make_linear_cross_entropy("ant5m_triton::linear_cross_entropy", gradients)
