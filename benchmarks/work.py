@@ -99,9 +99,9 @@ def ours(step: Step, backend: str = "triton") -> list[Kernel]:
     """The five fused ops between products, as the `triton`, `cuda` or `cpu` backend has them.
 
     On a GPU attention's backward pass is two kernels, so that no sum depends on an order, and the head's
-    products are a library's, so that chunks of logits are written and read. The `cpu` backend makes each
-    score and each logit once for both directions, and uses them up where they are. The MLP of `cpu`, and
-    that of `cuda` for its sizes, is one op, which counts as linears.
+    gradients of logits are written and read by chunks; `triton` makes the logits twice and stores none. The
+    `cpu` backend makes each score and each logit once for both directions, and uses them up where they are.
+    The MLP of `cpu`, and that of `cuda` for its sizes, is one op, which counts as linears.
     """
     config, layers = step.config, step.config.num_hidden_layers
     width = config.hidden_size
@@ -119,7 +119,7 @@ def ours(step: Step, backend: str = "triton") -> list[Kernel]:
         *_embedding(step),
         *(kernel.times(layers) for kernel in layer),
         *_norm(step),
-        *_head(step, cpu=backend == "cpu"),
+        *_head(step, backend),
         *update(step),
     ]
 
@@ -228,17 +228,27 @@ def _cpu_mlp(step: Step) -> list[Kernel]:
     ]
 
 
-def _head(step: Step, cpu: bool) -> list[Kernel]:
-    """Logits, softmax - one-hot in their place, and both gradients, all made in the forward pass."""
+def _head(step: Step, backend: str) -> list[Kernel]:
+    """Logits, softmax - one-hot, and both gradients, all made in the forward pass."""
     vocab, width, c = step.config.vocab_size, step.config.hidden_size, step.itemsize
     numbers = step.tokens * vocab
-    logits = 0 if cpu else c * numbers
+    logits = 0 if backend == "cpu" else c * numbers
     flops, hidden, weight = 2 * numbers * width, step.tokens * width, vocab * width
-    # With 128 MiB of logits at once; each chunk's dW is added to the sum in fp32.
-    chunks = max(1, math.ceil(logits / (128 << 20)))
+    # With 512 MiB of logits at once; each chunk's dW is added to the sum in fp32.
+    chunks = max(1, math.ceil(logits / (512 << 20)))
+    inputs = (hidden + weight) * c
+    if backend == "triton" and step.half:
+        softmax = [
+            Kernel("head", "forward", flops, 4 * numbers, numbers, bytes=inputs),
+            Kernel("head", "forward", flops, 5 * numbers, numbers, bytes=logits + inputs, launches=chunks),
+        ]
+    else:
+        softmax = [
+            Kernel("head", "forward", flops, bytes=logits + inputs, launches=chunks),
+            Kernel("head", "forward", 0, 6 * numbers, numbers, bytes=2 * logits, launches=chunks),
+        ]
     return [
-        Kernel("head", "forward", flops, bytes=logits + hidden * c + weight * c, launches=chunks),
-        Kernel("head", "forward", 0, 6 * numbers, numbers, bytes=2 * logits, launches=chunks),
+        *softmax,
         Kernel("head", "forward", flops, bytes=logits + hidden * 4 + weight * c, launches=chunks),
         Kernel(
             "head", "forward", flops, bytes=logits + hidden * c + 16 * weight * chunks, launches=2 * chunks

@@ -198,7 +198,7 @@ def test_attention_inside_documents(length, lengths):
 )
 def test_linear_cross_entropy(rows, size, vocab, scale, dtype, request):
     if (rows > 4_000, scale, dtype) == (True, 30.0, fp16):
-        # Logits of up to 400 in fp16: 0.1 is rounded off. With logits in fp32 a T4's step would take 17 ms more.
+        # Logits of up to 400 in fp16: 0.1 is rounded off. In fp32 they would cost a T4 17 ms a step.
         request.applymarker(pytest.mark.xfail(strict=True, reason="err by 6e-3, as eager PyTorch does"))
     check_head(ops.linear_cross_entropy, rows, size, vocab, dtype, scale)
 

@@ -51,6 +51,7 @@ PRODUCTS = {
         pytest.param(80, torch.bfloat16, FIT, id="ant-5m-fit-80"),
         pytest.param(90, torch.bfloat16, FIT, id="ant-5m-fit-90"),
         pytest.param(80, torch.bfloat16, {**ANT_5M, "documents": True}, id="ant-5m-documents-80"),
+        pytest.param(90, torch.bfloat16, {**ANT_5M, "documents": True}, id="ant-5m-documents-90"),
     ],
 )
 def test_kernels_fit_the_device(capability, dtype, sizes):

@@ -509,7 +509,8 @@ def _launch(kernel: str, q: torch.Tensor, k: torch.Tensor, starts: torch.Tensor 
         "PRECISION": "ieee",
         "num_warps": tile.warps,
         "num_stages": tile.stages,
-        **({} if tile.registers is None else {"maxnreg": tile.registers}),
+        # The masks of documents take more registers than that leaves.
+        **({} if tile.registers is None or starts is not None else {"maxnreg": tile.registers}),
     }
 
 

@@ -1,10 +1,10 @@
 """The head by chunks (`ant5m.kernels.head`).
 
-In 16 bits on tensor cores, logits live in registers alone, in fp32: one kernel makes the softmax's sum and the
-loss of all rows, the other makes the logits of a chunk again and writes their gradients. So the loss is as
-exact as the inputs; logits that are stored in bf16 would be rounded by up to 0.4 %. Elsewhere (fp32, or below
-compute capability 8.0, where Triton has no tensor cores) cuBLAS makes a chunk's logits, and one kernel their
-gradients in place.
+In 16 bits on tensor cores, logits live in registers alone, in fp32: one kernel makes the softmax's sum and
+the loss of all rows, the other makes the logits of a chunk again and writes their gradients. So the loss is
+as exact as the inputs; logits that are stored in bf16 would be rounded by up to 0.4 %. On an H100, 65,536 x
+128 x 16,384 take 3.0 ms with both products, where logits of cuBLAS, turned in place, take 4.0. Elsewhere
+(fp32, or below compute capability 8.0, where Triton has no tensor cores) they are made so.
 """
 
 import math
@@ -40,7 +40,7 @@ def _logits(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Logits [N, V] of the entries first.., fp32. `p_hidden` [N, 1] is read where a row is longer than a block."""
+    """Logits [N, V] of the entries first.., fp32. `p_hidden` [N, 1] is for rows longer than a block."""
     o_d = tl.arange(0, BLOCK_D)
     o_v = tl.arange(0, BLOCK_V)
     p_weight = (
@@ -319,7 +319,7 @@ def _product_tile(kernel: str, size: int, vocab: int) -> dict[str, int | bool]:
 
 
 def _choose(kernel: str, size: int) -> _Tile:
-    """Of Hopper: the fastest of 24 to 28 on an H100, bf16, sizes 128 (vocabulary 16,384), 192 and 256 (4,096).
+    """Of Hopper: the fastest of 22 or more on an H100, bf16, sizes 128 (16,384 entries), 192 and 256 (4,096).
 
     Elsewhere there is less shared memory: tiles that compile for sm_80 without spills.
     """
