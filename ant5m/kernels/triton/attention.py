@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from ant5m.kernels.layout import dense
-from ant5m.kernels.triton.layout import shared_memory
+from ant5m.kernels.triton.layout import LARGE_SHARED_MEMORY, shared_memory
 
 HEAD_SIZES = (16, 32, 64, 128)
 # Heads of a group in one tile; a larger group takes several tiles.
@@ -462,7 +462,6 @@ _TILES = {
 # Devices below this have no room, or keep operands of products in registers, and would spill. Counted in the
 # machine code for sm_80 (benchmarks/triton_resources.py): without spills and with the fewest instructions a
 # score while two blocks still fit an SM.
-_LARGE_SHARED_MEMORY = 200 << 10
 _SMALL_TILES = {
     "forward": {size: _Tile(128, 64, 4 if size == 16 else 8, 2) for size in HEAD_SIZES},
     "dq": {size: _Tile(64 if size == 128 else 128, 64, 8, 2) for size in HEAD_SIZES},
@@ -517,7 +516,7 @@ def _launch(kernel: str, q: torch.Tensor, k: torch.Tensor, starts: torch.Tensor 
 def _tile(kernel: str, size: int, itemsize: int) -> _Tile:
     if itemsize == 4:
         return _FP32_TILES[kernel][size]
-    tiles = _SMALL_TILES if shared_memory() < _LARGE_SHARED_MEMORY else _TILES
+    tiles = _SMALL_TILES if shared_memory() < LARGE_SHARED_MEMORY else _TILES
     return tiles[kernel][size]
 
 

@@ -8,6 +8,9 @@ from triton.runtime import driver
 # The interpreter stands for a device of compute capability 9.0.
 _INTERPRETED_SHARED_MEMORY = 227 << 10
 
+# Devices below this have smaller tiles.
+LARGE_SHARED_MEMORY = 200 << 10
+
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter: TRITON_INTERPRET was 1 when this was imported."""

@@ -16,13 +16,12 @@ import triton.language as tl
 
 from ant5m.kernels.head import chunk_buffer, chunks, in_place, make_linear_cross_entropy
 from ant5m.kernels.layout import dense
-from ant5m.kernels.triton.layout import has_tensor_cores, shared_memory
+from ant5m.kernels.triton.layout import LARGE_SHARED_MEMORY, has_tensor_cores, shared_memory
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _LN2 = tl.constexpr(math.log(2))
 # Entries of a program of the gradient's kernel.
 _SPAN = 2_048
-_LARGE_SHARED_MEMORY = 200 << 10
 
 
 @triton.jit
@@ -323,7 +322,7 @@ def _choose(kernel: str, size: int) -> _Tile:
 
     Elsewhere there is less shared memory: tiles that compile for sm_80 without spills.
     """
-    if shared_memory() < _LARGE_SHARED_MEMORY:
+    if shared_memory() < LARGE_SHARED_MEMORY:
         block = size if size <= 128 else 64
         return _Tile(128, 64, block, 8, 2) if kernel == "loss" else _Tile(128, 32, block, 8, 2)
     if kernel == "loss":
