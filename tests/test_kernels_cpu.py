@@ -132,6 +132,31 @@ class TestRope:
         assert_true("rope", gaps[..., ::2], gaps[..., 1::2], *angles(9, 8))
 
 
+def starts_of(lengths):
+    return [sum(lengths[:i]) for i in range(len(lengths))]
+
+
+def forest(size, depth):
+    """The parent (-1: none) of each position of a random forest, depth first."""
+    generator, path, parents = torch.Generator().manual_seed(depth), list[int](), list[int]()
+    for position in range(size):
+        # Mostly one step deeper, now and then back to any ancestor.
+        if len(path) == depth or torch.rand((), generator=generator) < 0.1:
+            path = path[: int(torch.randint(len(path) + 1, (), generator=generator))]
+        path = path[: depth - 1]
+        parents.append(path[-1] if path else -1)
+        path.append(position)
+    return parents
+
+
+def ends_of(parents):
+    ends = list(range(1, len(parents) + 1))
+    for position in reversed(range(len(parents))):
+        if parents[position] >= 0:
+            ends[parents[position]] = max(ends[parents[position]], ends[position])
+    return torch.tensor(ends)
+
+
 @pytest.mark.usefixtures("instruction_set")
 class TestAttention:
     @pytest.mark.parametrize(
@@ -178,6 +203,33 @@ class TestAttention:
         assert_true("attention", q, k, v)
         wide = draw(1, 40, 3, 33)
         assert_true("attention", wide[..., 1:17], wide[..., 17:], wide[..., :32:2])
+
+    @pytest.mark.parametrize(
+        ("length", "lengths"),
+        [(1, [1]), (100, [1, 99]), (100, [32, 32, 36]), (300, [7, 150, 1, 30, 112]), (200, [1] * 200)],
+    )
+    def test_inside_documents(self, length, lengths):
+        starts = torch.tensor(
+            [start for start, n in zip(starts_of(lengths), lengths, strict=True) for _ in range(n)]
+        )
+        starts = torch.stack((starts, starts // 2))  # the second row: windows that begin anywhere
+        q, k, v = draw(2, length, 4, 16), draw(2, length, 2, 16), draw(2, length, 2, 16, seed=1)
+        assert_true("attention", q, k, v, starts)
+
+    @pytest.mark.parametrize("size", [1, 3, 40])
+    def test_along_the_branches_of_a_forest(self, size):
+        parents = forest(333, size)
+        q, k, v = (draw(1, 333, heads, 16, seed=i).detach() for i, heads in enumerate((4, 2, 2)))
+        expected = torch.empty_like(q, dtype=torch.float64)
+        for t in range(333):
+            path = [t]
+            while parents[path[-1]] >= 0:
+                path.append(parents[path[-1]])
+            path.reverse()
+            branch = reference.attention(*(x[:, path].double() for x in (q, k, v)))
+            expected[:, t] = branch[:, -1]
+        got = cpu.attention_until(q, k, v, ends_of(parents)[None])
+        assert (got - expected).square().mean().sqrt() <= TOLERANCE * expected.square().mean().sqrt()
 
     def test_gradient_of_a_sum(self):
         # Its gradient arrives as one number expanded to the output's shape.
@@ -301,6 +353,33 @@ class TestLinearCrossEntropy:
         assert_true("linear_cross_entropy", wide[:, ::2], draw(101, 50).T, targets)
 
 
+@pytest.mark.usefixtures("instruction_set")
+class TestLogitSummary:
+    @pytest.mark.parametrize(
+        "shape", [(0, 8, 5), (1, 16, 5), (17, 100, 1003), (300, 128, 257), (600, 7, 130)]
+    )
+    @pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
+    def test_odd_shapes(self, shape, scale):
+        tokens, dim, vocab = shape
+        hidden, weight = draw(tokens, dim, scale=scale), draw(vocab, dim, seed=1)
+        logits = (hidden.double() @ weight.double().T).detach()
+        log_sum, likeliest = cpu.logit_summary(hidden, weight)
+        torch.testing.assert_close(log_sum.double(), logits.logsumexp(-1), rtol=1e-6, atol=1e-5)
+        assert torch.equal(likeliest, logits.argmax(-1)) and not log_sum.requires_grad
+
+    def test_the_first_of_equals(self):
+        hidden, weight = torch.ones(40, 4), torch.zeros(300, 4)
+        weight[[7, 8, 290]] = 1.0
+        assert (cpu.logit_summary(hidden, weight)[1] == 7).all()
+        weight[[7, 8]] = 0.0
+        assert (cpu.logit_summary(hidden, weight)[1] == 290).all()
+
+    def test_strided_and_misaligned(self):
+        hidden, weight = draw(9, 201)[:, 1:101], draw(100, 50).T
+        expected = (hidden @ weight.T).detach().logsumexp(-1)
+        torch.testing.assert_close(cpu.logit_summary(hidden, weight)[0], expected)
+
+
 # Small enough that torch itself runs them on one thread: its own pool does not survive a fork.
 CASES = {
     "rms_norm": lambda: [draw(3, 100, 100), draw(100)],
@@ -379,8 +458,6 @@ def test_it_is_what_auto_picks():
 def test_what_it_cannot_run_says_why():
     assert "fp32" in cpu.why_not("swiglu", torch.zeros(2, dtype=torch.float64))
     assert "meta" in cpu.why_not("swiglu", torch.zeros(2, device="meta"))
-    q, starts = torch.zeros(1, 3, 2, 8), torch.zeros(1, 3, dtype=torch.int64)
-    assert "inside documents" in cpu.why_not("attention", q, q, q, starts)
     assert "as many keys" in cpu.why_not("attention", torch.zeros(1, 2, 1, 4), torch.zeros(1, 3, 1, 4))
 
 
@@ -393,6 +470,9 @@ def test_what_it_cannot_run_says_why():
         ("rope", [torch.zeros(1, 3, 1, 4), torch.zeros(1, 3, 1, 6), torch.zeros(3, 2), torch.zeros(3, 2)]),
         ("attention", [torch.zeros(1, 3, 3, 4), torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 2, 4)]),
         ("attention", [torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 2, 4), torch.zeros(1, 2, 2, 4)]),
+        ("attention", [torch.zeros(1, 3, 2, 4)] * 3 + [torch.zeros(1, 2, dtype=torch.int64)]),
+        ("attention_until", [torch.zeros(1, 3, 2, 4)] * 3 + [torch.zeros(3, dtype=torch.int64)]),
+        ("logit_summary", [torch.zeros(3, 4), torch.zeros(9, 5)]),
         ("swiglu", [torch.zeros(3, 4), torch.zeros(4)]),
         ("swiglu", [torch.zeros(3), torch.zeros(3, dtype=torch.float64)]),
         ("mlp", [torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(5, 4), torch.zeros(5, 4)]),

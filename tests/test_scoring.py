@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ant5m import kernels
 from ant5m.errors import UserError
 from ant5m.eval import scoring
 from ant5m.eval.scoring import Request, plant, score
@@ -59,8 +60,10 @@ def draw(seed: int) -> list[Request]:
 @pytest.mark.parametrize(
     ("pack", "batch", "head"), [(128, 2048, 256), (1, 1, 1), (40, 100, 7), (9999, 9999, 3)]
 )
-def test_a_request_scores_as_it_does_alone(net, monkeypatch, pack, batch, head):
-    monkeypatch.setattr(scoring, "PACK_TOKENS", pack)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_request_scores_as_it_does_alone(net, monkeypatch, backend, pack, batch, head):
+    monkeypatch.setattr(kernels, "_selected", backend)
+    monkeypatch.setattr(scoring, "_pack_tokens", lambda device: pack)
     monkeypatch.setattr(scoring, "BATCH_TOKENS", batch)
     monkeypatch.setattr(scoring, "HEAD_ROWS", head)
     requests = draw(seed=pack)

@@ -3,8 +3,10 @@
 The token sequences of all requests, sorted, are a trie walked depth first. It is cut into packs; a position
 of a pack sees itself and its ancestors, so every branch computes what it would compute alone. All packs of a
 batch lie end to end, without padding, and only positions whose next token is asked for pass through the head.
+On a CPU a pack is as large as a batch: attention there skips what a position does not see.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +22,7 @@ from ant5m.errors import UserError
 from ant5m.model.ant import Ant
 
 PACK_TOKENS = 128
-"""a pack is closed behind so many, unless what would have to be computed again outweighs its mask"""
+"""behind so many a pack with a mask is closed, unless what would be computed again outweighs the mask"""
 BATCH_TOKENS = 2048
 HEAD_ROWS = 256
 """logits [rows, vocabulary] alive at once"""
@@ -70,7 +72,8 @@ def score(
     net.eval()
     try:
         with torch.inference_mode():
-            for packs in _batches(plant(requests, net.config.max_position_embeddings)):
+            forest = plant(requests, net.config.max_position_embeddings, _pack_tokens(net.device))
+            for packs in _batches(forest):
                 owners, log_probs, likeliest = _score_packs(net, packs)
                 np.add.at(total, owners, log_probs)
                 np.logical_and.at(greedy, owners, likeliest)
@@ -81,8 +84,8 @@ def score(
     return [Score(float(nats), bool(flag)) for nats, flag in zip(total, greedy, strict=True)]
 
 
-def plant(requests: Sequence[Request], context: int) -> Iterator[Pack]:
-    """The trie of all requests in packs. `context`: tokens that a sequence may have."""
+def plant(requests: Sequence[Request], context: int, pack_tokens: int = PACK_TOKENS) -> Iterator[Pack]:
+    """The trie of all requests in packs of about so many tokens. `context`: what a sequence may have."""
     sequences = [[*request.context, *request.continuation][-context - 1 :] for request in requests]
     pack, path, last = Pack(), list[int](), list[int]()
     # The last token is only predicted, never read.
@@ -95,7 +98,7 @@ def plant(requests: Sequence[Request], context: int) -> Iterator[Pack]:
                 f"an item's answer of {asked} tokens does not fit into the model's context of {context}"
             )
         shared = _shared(last, tokens)
-        if pack.ids and len(pack.ids) + len(tokens) - shared > max(PACK_TOKENS, 4 * shared):
+        if pack.ids and len(pack.ids) + len(tokens) - shared > max(pack_tokens, 4 * shared):
             _close(pack, path)
             yield pack
             pack, path, shared = Pack(), [], 0
@@ -112,6 +115,10 @@ def plant(requests: Sequence[Request], context: int) -> Iterator[Pack]:
     if pack.ids:
         _close(pack, path)
         yield pack
+
+
+def _pack_tokens(device: torch.device) -> int:
+    return BATCH_TOKENS if device.type == "cpu" else PACK_TOKENS
 
 
 def _shared(left: list[int], right: list[int]) -> int:
@@ -144,13 +151,23 @@ class _Forest:
     """Stands in for the KV cache of `Body`: attention inside each pack, along its branches."""
 
     def __init__(self, packs: list[Pack], group: int, like: Tensor) -> None:
+        self.packs = packs
         self.sizes = [len(pack.ids) for pack in packs]
         self.group = group
         """query heads of a key/value head"""
-        self.masks = [_mask(pack, group, like) for pack in packs]
+        self.like = like
+        ends = [np.array(pack.ends) + offset for pack, offset in zip(packs, _offsets(packs), strict=True)]
+        self.ends = torch.from_numpy(np.concatenate(ends))[None].to(like.device)
+
+    @functools.cached_property
+    def masks(self) -> list[Tensor | None]:
+        return [_mask(pack, self.group, self.like) for pack in self.packs]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [1, N, H, D], k and v [1, N, KV, D] of all packs end to end -> [1, N, H, D]."""
+        out = kernels.attention_until(q, k, v, self.ends)
+        if out is not None:
+            return out
         pieces = zip(*(x.split(self.sizes, 1) for x in (q, k, v)), self.masks, strict=True)
         return torch.cat([self._attend(*piece) for piece in pieces], 1)
 
@@ -174,10 +191,15 @@ def _mask(pack: Pack, group: int, like: Tensor) -> Tensor | None:
     return mask.to(like).repeat(group, 1)
 
 
+def _offsets(packs: list[Pack]) -> np.ndarray:
+    """Where each pack begins."""
+    return np.cumsum([0, *(len(pack.ids) for pack in packs[:-1])])
+
+
 def _score_packs(net: Ant, packs: list[Pack]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(request, log-probability, whether it is the likeliest) for every token asked for."""
-    offsets = np.cumsum([0, *(len(pack.ids) for pack in packs)])
-    rows = np.concatenate([np.array(pack.rows) + offset for pack, offset in zip(packs, offsets)])  # noqa: B905
+    pairs = zip(packs, _offsets(packs), strict=True)
+    rows = np.concatenate([np.array(pack.rows) + offset for pack, offset in pairs])
     targets = np.array(list(itertools.chain.from_iterable(pack.targets for pack in packs)))
     owners = np.array(list(itertools.chain.from_iterable(pack.owners for pack in packs)))
     log_probs, likeliest = _log_probs(net, _hidden(net, packs), rows, targets)
@@ -200,17 +222,20 @@ def _log_probs(
     """log p(targets[i] | hidden[rows[i]]), and whether it is the largest; a row passes the head once."""
     unique, pointer = np.unique(rows, return_inverse=True)
     needed = hidden[torch.from_numpy(unique).to(hidden.device)]
-    order = np.argsort(pointer, kind="stable")
-    log_probs, likeliest = np.empty(len(rows)), np.empty(len(rows), dtype=bool)
-    for start in range(0, len(unique), HEAD_ROWS):
-        first, last = np.searchsorted(pointer[order], (start, start + HEAD_ROWS))
-        asked = order[first:last]
-        logits = F.linear(needed[start : start + HEAD_ROWS], net.head_weight).float()
-        row = torch.from_numpy(pointer[asked] - start).to(logits.device)
-        target = torch.from_numpy(targets[asked]).to(logits.device)
-        chosen = logits[row, target]
-        best = logits.amax(-1)
-        total = logits.sub_(best[:, None]).exp_().sum(-1).log_().add_(best)
-        log_probs[asked] = (chosen - total[row]).cpu().numpy()
-        likeliest[asked] = (chosen == best[row]).cpu().numpy()
-    return log_probs, likeliest
+    log_sum, likeliest = _summary(needed, net.head_weight)
+    row, target = (torch.from_numpy(x).to(hidden.device) for x in (pointer, targets))
+    logits = (needed[row] * net.head_weight[target]).sum(-1, dtype=torch.float32)
+    return (logits - log_sum[row]).cpu().numpy(), (likeliest[row] == target).cpu().numpy()
+
+
+def _summary(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row's logits log(sum(exp)), fp32, and the first largest entry."""
+    found = kernels.logit_summary(hidden, weight)
+    if found is not None:
+        return found
+    parts = []
+    for rows in hidden.split(HEAD_ROWS):
+        logits = F.linear(rows, weight).float()
+        parts.append((logits.logsumexp(-1), logits.argmax(-1)))
+    log_sums, likeliest = zip(*parts, strict=True)
+    return torch.cat(log_sums), torch.cat(likeliest)

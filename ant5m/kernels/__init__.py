@@ -1,10 +1,10 @@
 """The five ops of a Llama training step, each with the same signature in every backend.
 
 `reference` (plain PyTorch) is their specification, `cpu` is C++, `triton` and `cuda` are for NVIDIA GPUs. A
-backend is a module of this package with a function for each op that it has, `mlp` where it has a faster
-one, and one `why_not(op, *tensors) -> str | None`: None when it can run the op (on these tensors), else the
-reason. A backend asked for by name that cannot run raises; `auto` takes the first of `_PREFERENCE` that
-can.
+backend is a module of this package with a function for each op that it has (for `mlp`, `attention_until` and
+`logit_summary` only where it has something faster) and one `why_not(op, *tensors) -> str | None`: None when
+it can run the op (on these tensors), else the reason. A backend asked for by name that cannot run raises;
+`auto` takes the first of `_PREFERENCE` that can.
 """
 
 import importlib
@@ -88,11 +88,31 @@ def mlp(
 
     None where the backend has nothing faster than three products around `swiglu`: none has to have this op.
     """
-    name = backend or _selected
-    module = _load(_order(x.device)[0] if name == "auto" else name)
-    if not hasattr(module, "mlp") or module.why_not("mlp", x, gate, up, down) is not None:
-        return None
-    return module.mlp(x, gate, up, down)
+    module = _faster("mlp", backend, x, gate, up, down)
+    return None if module is None else module.mlp(x, gate, up, down)
+
+
+def attention_until(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, backend: str | None = None
+) -> torch.Tensor | None:
+    """`attention` where position t sees key s when s <= t < ends[b, s], of ends [B, T] integers.
+
+    So a row may hold a forest, depth first: ends[b, s] lies behind the last descendant of s, and t sees its
+    ancestors. None where the backend has nothing for it.
+    """
+    module = _faster("attention_until", backend, q, k, v)
+    return None if module is None else module.attention_until(q, k, v, ends)
+
+
+def logit_summary(
+    hidden: torch.Tensor, weight: torch.Tensor, backend: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Of the logits hidden [N, D] @ weight [V, D]^T: log(sum(exp)) [N] fp32 and the first largest entry [N].
+
+    Without gradients. None where the backend has nothing that keeps the logits in its caches.
+    """
+    module = _faster("logit_summary", backend, hidden, weight)
+    return None if module is None else module.logit_summary(hidden, weight)
 
 
 def linear_cross_entropy(
@@ -159,6 +179,13 @@ def _pick(op: str, backend: str | None, *tensors: torch.Tensor) -> ModuleType:
         if _why_not(op, name, *tensors) is None:
             return _modules[name]
     raise AssertionError("the reference runs everywhere")
+
+
+def _faster(op: str, backend: str | None, *tensors: torch.Tensor) -> ModuleType | None:
+    """The backend in use, if it has this op, which none has to have, and can run it."""
+    name = backend or _selected
+    module = _load(_order(tensors[0].device)[0] if name == "auto" else name)
+    return module if hasattr(module, op) and module.why_not(op, *tensors) is None else None
 
 
 def _order(device: torch.device) -> tuple[str, ...]:

@@ -22,9 +22,7 @@ MLP_SIZE = 256
 
 def why_not(op: str, *tensors: torch.Tensor) -> str | None:
     """None when `op` can run on these tensors, else the reason."""
-    if op == "attention" and len(tensors) > 3:
-        return "it does not keep attention inside documents"
-    for x in tensors:
+    for x in tensors[:3] if op == "attention" else tensors:
         if x.device.type != "cpu":
             return f"the tensors are on {x.device.type}"
         if x.dtype not in (torch.float32, torch.bfloat16):
@@ -118,36 +116,50 @@ def rope(q, k, cos, sin):
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v):
+    def forward(ctx, q, k, v, ends):
         q, k, v = (_gapless(x) for x in (q, k, v))
         out = q.new_empty(q.shape)
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1])
         _cpu.attention_forward(
-            *(_attention_shape(q, k), _heads(q), _heads(k), _heads(v)),
+            *(_attention_shape(q, k), _heads(q), _heads(k), _heads(v), _address(ends)),
             *(_address(out), _address(lse), torch.get_num_threads()),
         )
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, out, lse, ends)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, ends = ctx.saved_tensors
         grad = _gapless(grad)
         grads = [x.new_empty(x.shape) for x in (q, k, v)]
         _cpu.attention_backward(
-            *(_attention_shape(q, k), *(_heads(x) for x in (q, k, v, out, grad))),
+            *(_attention_shape(q, k), *(_heads(x) for x in (q, k, v, out, grad)), _address(ends)),
             *(_address(lse), *(_address(x) for x in grads), torch.get_num_threads()),
         )
-        return tuple(grads)
+        return *grads, None
 
 
-def attention(q, k, v):
+def attention(q, k, v, starts=None):
+    ends = None
+    if starts is not None:
+        _check(starts.shape == q.shape[:2], "starts {} does not fit q {}", starts, q)
+        # The first position behind s whose own start is behind s.
+        positions = torch.arange(starts.shape[1]).expand(starts.shape).contiguous()
+        ends = torch.searchsorted(starts.contiguous(), positions, right=True)
+    return attention_until(q, k, v, ends)
+
+
+def attention_until(q, k, v, ends):
+    """`attention` where position t sees key s when s <= t < ends[b, s], of ends [B, T] or None."""
     _check_dtypes(q, k, v)
     _check_heads(q, k)
     _check(k.shape == v.shape, "k {} and v {} differ in shape", k, v)
     _check(q.shape[2] % k.shape[2] == 0, "the heads of k {} do not divide those of q {}", k, q)
-    return _Attention.apply(q.float(), k.float(), v.float()).to(q.dtype)
+    if ends is not None:
+        _check(ends.shape == q.shape[:2], "ends {} does not fit q {}", ends, q)
+        ends = ends.to(torch.int32).contiguous()
+    return _Attention.apply(q.float(), k.float(), v.float(), ends).to(q.dtype)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -263,6 +275,21 @@ def linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
     return _LinearCrossEntropy.apply(hidden.float(), weight.float(), targets, ignore_index)
+
+
+def logit_summary(hidden, weight):
+    """log(sum(exp)) [N], fp32, of the logits hidden [N, D] @ weight [V, D]^T, and the likeliest entry [N]."""
+    _check_dtypes(hidden, weight)
+    fit = hidden.ndim == 2 and hidden.shape[1:] == weight.shape[1:]
+    _check(fit, "hidden {} and weight {} do not fit", hidden, weight)
+    hidden, weight = hidden.detach().float(), weight.detach().float()
+    hidden, weight = _gapless(hidden), _gapless(weight)
+    log_sum, likeliest = hidden.new_empty(len(hidden)), torch.empty(len(hidden), dtype=torch.int64)
+    _cpu.logit_summary(
+        *(*hidden.shape, len(weight), *_rows(hidden), *_rows(weight)),
+        *(_address(log_sum), _address(likeliest), torch.get_num_threads()),
+    )
+    return log_sum, likeliest
 
 
 def _matrix(x):

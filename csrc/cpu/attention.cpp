@@ -21,6 +21,7 @@ constexpr int64_t kBackwardKeys = 64;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kInfinity = __builtin_inff();
+constexpr float kLowest = -3.4e38f;  // of a softmax that has seen nothing: not -inf, whose difference to itself is NaN
 
 int64_t panels_of(int64_t length) { return (length + kLanes - 1) / kLanes; }
 int64_t round_up(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
@@ -52,8 +53,84 @@ struct Mask {
     }
 };
 
+// So are those that end before it: lane 0 is position `first`, and ends[i] belongs to row i.
+struct EndsMask {
+    int32_t offset, first;
+    const int32_t* ends;
+    Vec operator()(Vec score, int64_t i, int j) const {
+        const IntVec position = iota() + j * kWidth;
+        return (position >= static_cast<int32_t>(i) + offset) & (position < ends[i] - first) ? score
+                                                                                            : broadcast(-kInfinity);
+    }
+};
+
 struct Unmasked {
     Vec operator()(Vec score, int64_t, int) const { return score; }
+};
+
+// What the positions of one sequence see: all keys up to their own, or with `ends` those of them that reach that far.
+struct Sight {
+    const int32_t* ends;
+    const int32_t* latest;    // the largest end of each kLanes keys
+    const int32_t* earliest;  // the smallest
+
+    bool any(int64_t start, int64_t first) const { return !ends || latest[start / kLanes] > first; }
+    bool all(int64_t start, int64_t stop, int64_t behind) const {
+        for (; ends && start < stop; start += kLanes)
+            if (earliest[start / kLanes] < behind) return false;
+        return true;
+    }
+
+    // Calls add(start, n, mask) for tiles of up to `most` keys with all that the `lanes` positions from `first` on see.
+    template <typename Add>
+    void for_tiles(int64_t first, int64_t lanes, int64_t most, const Add& add) const {
+        const int64_t behind = first + lanes;
+        for (int64_t start = 0, stop; start < behind; start = stop) {
+            stop = start + kLanes;
+            if (!any(start, first)) continue;
+            while (stop < behind && stop - start < most && any(stop, first)) stop += kLanes;
+            const int64_t n = (stop < behind ? stop : behind) - start;
+            const auto offset = static_cast<int32_t>(start - first);
+            if (!all(start, start + n, behind))
+                add(start, n, EndsMask{offset, static_cast<int32_t>(first), ends + start});
+            else if (start + n - 1 > first)
+                add(start, n, Mask{offset});
+            else
+                add(start, n, Unmasked{});
+        }
+    }
+};
+
+// The `Sight` of every sequence.
+class Sights {
+  public:
+    Sights(const AttentionShape& shape, const int32_t* ends)
+        : ends_(ends), length_(shape.length), blocks_(panels_of(length_)), memory_(2 * shape.batch * blocks_ * !!ends) {
+        if (!ends) return;
+        for (int64_t i = 0; i < shape.batch * blocks_; ++i) {
+            const int64_t first = i % blocks_ * kLanes;
+            const int32_t* at = ends + i / blocks_ * length_ + first;
+            int32_t latest = at[0], earliest = at[0];
+            for (int64_t j = 1; j < kLanes && first + j < length_; ++j) {
+                latest = at[j] > latest ? at[j] : latest;
+                earliest = at[j] < earliest ? at[j] : earliest;
+            }
+            of_blocks()[2 * (i / blocks_) * blocks_ + i % blocks_] = latest;
+            of_blocks()[(2 * (i / blocks_) + 1) * blocks_ + i % blocks_] = earliest;
+        }
+    }
+    Sight of(int64_t batch) const {
+        if (!ends_) return {};
+        const int32_t* latest = of_blocks() + 2 * batch * blocks_;
+        return {ends_ + batch * length_, latest, latest + blocks_};
+    }
+
+  private:
+    int32_t* of_blocks() const { return reinterpret_cast<int32_t*>(memory_.data()); }
+
+    const int32_t* ends_;
+    int64_t length_, blocks_;
+    Workspace memory_;
 };
 
 // The online softmax of one head's panel of positions, and its output so far.
@@ -101,8 +178,8 @@ struct Online {
 
 // All heads of key/value head `kv`, for the panel of positions from `first` on.
 template <int kDim>
-void forward_panel(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, int64_t batch,
-                   int64_t kv, int64_t first, float* out, float* lse) {
+void forward_panel(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, const Sight& sight,
+                   int64_t batch, int64_t kv, int64_t first, float* out, float* lse) {
     const int64_t dim = kDim ? kDim : shape.dim;
     const int64_t group = shape.heads / shape.kv_heads;
     const int64_t lanes = shape.length - first < kLanes ? shape.length - first : kLanes;
@@ -115,7 +192,7 @@ void forward_panel(const AttentionShape& shape, const Heads& q, const Heads& k, 
         const int64_t head = kv * group + g;
         Online online;
         ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {
-            online.highest[j] = broadcast(-kInfinity);
+            online.highest[j] = broadcast(kLowest);
             online.total[j] = Vec{};
         }
         online.queries = state;
@@ -123,15 +200,9 @@ void forward_panel(const AttentionShape& shape, const Heads& q, const Heads& k, 
         load_lanes(rows_of(q, batch, head).from(first), lanes, dim, kLog2e / sqrtf(static_cast<float>(dim)),
                    online.queries);
         std::memset(online.output, 0, sizeof(float) * dim * kLanes);
-        for (int64_t start = 0; start < first + lanes; start += kForwardKeys) {
-            const int64_t left = first + lanes - start;
-            const int64_t n = left < kForwardKeys ? left : kForwardKeys;
-            if (start + n - 1 > first)
-                online.add<kDim>(keys.from(start), values.from(start), n, dim,
-                                 Mask{static_cast<int32_t>(start - first)}, tile);
-            else
-                online.add<kDim>(keys.from(start), values.from(start), n, dim, Unmasked{}, tile);
-        }
+        sight.for_tiles(first, lanes, kForwardKeys, [&](int64_t start, int64_t n, const auto& visible) {
+            online.add<kDim>(keys.from(start), values.from(start), n, dim, visible, tile);
+        });
         ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {
             store(last + j * kWidth, online.highest[j]);
             store(last + kLanes + j * kWidth, online.total[j]);
@@ -223,8 +294,8 @@ void backward_tile(const Rows& k, const Rows& v, int64_t n, int64_t any_dim, con
 // and their gradients stay in L2.
 template <int kDim>
 void backward_head(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, const Heads& out,
-                   const Heads& grad, const float* lse, int64_t batch, int64_t kv, float* grad_q, float* grad_k,
-                   float* grad_v) {
+                   const Heads& grad, const Sight& sight, const float* lse, int64_t batch, int64_t kv, float* grad_q,
+                   float* grad_k, float* grad_v) {
     const int64_t dim = kDim ? kDim : shape.dim;
     const int64_t width = round_up(dim);
     const int64_t group = shape.heads / shape.kv_heads;
@@ -240,18 +311,11 @@ void backward_head(const AttentionShape& shape, const Heads& q, const Heads& k, 
             load_panel(rows_of(q, batch, head).from(first), rows_of(out, batch, head).from(first),
                        rows_of(grad, batch, head).from(first),
                        lse + (batch * shape.heads + head) * shape.length + first, lanes, dim, panel);
-            for (int64_t start = 0; start < first + lanes; start += kBackwardKeys) {
-                const int64_t left = first + lanes - start;
-                const int64_t n = left < kBackwardKeys ? left : kBackwardKeys;
-                const Rows keys = rows_of(k, batch, kv).from(start);
-                const Rows values = rows_of(v, batch, kv).from(start);
-                if (start + n - 1 > first)
-                    backward_tile<kDim>(keys, values, n, dim, panel, Mask{static_cast<int32_t>(start - first)},
-                                        probabilities, grad_scores, sum_k + start * width, sum_v + start * width);
-                else
-                    backward_tile<kDim>(keys, values, n, dim, panel, Unmasked{}, probabilities, grad_scores,
-                                        sum_k + start * width, sum_v + start * width);
-            }
+            sight.for_tiles(first, lanes, kBackwardKeys, [&](int64_t start, int64_t n, const auto& visible) {
+                backward_tile<kDim>(rows_of(k, batch, kv).from(start), rows_of(v, batch, kv).from(start), n, dim,
+                                    panel, visible, probabilities, grad_scores, sum_k + start * width,
+                                    sum_v + start * width);
+            });
             transpose(dim, lanes, panel.grad_q, kLanes,
                       grad_q + ((batch * shape.length + first) * shape.heads + head) * dim, shape.heads * dim,
                       1.0f / sqrtf(static_cast<float>(dim)));
@@ -276,23 +340,28 @@ void with_dim(int64_t dim, const Body& body) {
 
 }  // namespace
 
-void attention_forward(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, float* out,
-                       float* lse, int threads) {
+void attention_forward(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v,
+                       const int32_t* ends, float* out, float* lse, int threads) {
     const int64_t panels = panels_of(shape.length);
+    const Sights sights(shape, ends);
     with_dim(shape.dim, [&](auto dim) {
         parallel(threads, shape.batch * shape.kv_heads * panels, [&](int64_t task) {
+            const int64_t batch = task / panels / shape.kv_heads;
             const int64_t head = task / panels % shape.kv_heads;
             const int64_t panel = panels - 1 - task % panels;  // the longest first
-            forward_panel<dim.value>(shape, q, k, v, task / panels / shape.kv_heads, head, panel * kLanes, out, lse);
+            forward_panel<dim.value>(shape, q, k, v, sights.of(batch), batch, head, panel * kLanes, out, lse);
         });
     });
 }
 
 void attention_backward(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, const Heads& out,
-                        const Heads& grad, const float* lse, float* grad_q, float* grad_k, float* grad_v, int threads) {
+                        const Heads& grad, const int32_t* ends, const float* lse, float* grad_q, float* grad_k,
+                        float* grad_v, int threads) {
+    const Sights sights(shape, ends);
     with_dim(shape.dim, [&](auto dim) {
         parallel(threads, shape.batch * shape.kv_heads, [&](int64_t task) {
-            backward_head<dim.value>(shape, q, k, v, out, grad, lse, task / shape.kv_heads, task % shape.kv_heads,
+            const int64_t batch = task / shape.kv_heads;
+            backward_head<dim.value>(shape, q, k, v, out, grad, sights.of(batch), lse, batch, task % shape.kv_heads,
                                      grad_q, grad_k, grad_v);
         });
     });

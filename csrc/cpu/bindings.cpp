@@ -76,6 +76,7 @@ PYBIND11_MODULE(_cpu, m) {
     define(m, "attention_forward", &ant5m::Ops::attention_forward);
     define(m, "attention_backward", &ant5m::Ops::attention_backward);
     define(m, "linear_cross_entropy", &ant5m::Ops::linear_cross_entropy);
+    define(m, "logit_summary", &ant5m::Ops::logit_summary);
     define(m, "rms_norm_forward", &ant5m::Ops::rms_norm_forward);
     define(m, "rms_norm_backward", &ant5m::Ops::rms_norm_backward);
     define(m, "rope", &ant5m::Ops::rope);

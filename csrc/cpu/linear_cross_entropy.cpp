@@ -46,6 +46,7 @@ struct Block {
     float* hidden_rows;   // [kTokens, row], zero behind dim and behind the last token
     float* highest;       // [tiles, kTokens]
     float* total;         // [tiles, kTokens]
+    float* likeliest = nullptr;  // [tiles, kTokens], row of the tile's first largest logit; null when not wanted
     float* exponentials = nullptr;  // [tiles, kTokens / kLanes, kEntries, kLanes]; null when no gradient is wanted
     float* shift;         // [kTokens], the softmax's maximum
     float* scale;         // [kTokens], 1 / (denominator * count); 0 where nothing counts
@@ -113,20 +114,34 @@ struct Block {
             std::memcpy(rows + i * row, hidden + i * head.hidden_row, sizeof(float) * dim);
     }
 
+    // The block that begins with token `first`.
+    void begin(int threads) {
+        tokens = smaller(kTokens, head.tokens - first);
+        panels = divide_up(tokens, kLanes);
+        parallel(threads, panels, [&](int64_t panel) { load(panel); });
+    }
+
     // Step 1 for one tile of the vocabulary.
+    template <bool kLikeliest = false>
     void exponentiate(int64_t tile) const {
         const int64_t n = entries_of(tile);
         const Operand weight{head.weight + tile * kEntries * head.weight_row, head.weight_row, 1};
         for (int64_t panel = 0; panel < panels; ++panel) {
             float* logits = exponentials ? exponentials_of(tile, panel) : scratch(kEntries * kLanes);
             Vec most[kVecs];
+            Vec where[kVecs] = {};
             ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) most[j] = broadcast(-__builtin_inff());
             multiply_panel<kVecs, false>(n, dim, weight, hidden_lanes + panel * dim * kLanes, kLanes, logits, kLanes,
-                                         [&](Vec logit, int64_t, int j) {
+                                         [&](Vec logit, int64_t i, int j) {
+                                             if constexpr (kLikeliest)
+                                                 where[j] = logit > most[j] ? broadcast(static_cast<float>(i)) : where[j];
                                              most[j] = max(most[j], logit);
                                              return logit;
                                          });
-            for_targets(tile, panel, [&](int64_t token, int64_t i) {
+            if constexpr (kLikeliest)
+                ANT5M_UNROLL for (int j = 0; j < kVecs; ++j)
+                    store(likeliest + tile * kTokens + panel * kLanes + j * kWidth, where[j]);
+            if (head.targets) for_targets(tile, panel, [&](int64_t token, int64_t i) {
                 target_logit[token] = logits[i * kLanes + token - panel * kLanes];
             });
             Vec sum[kVecs] = {};
@@ -144,9 +159,8 @@ struct Block {
         }
     }
 
-    // Step 2: the sum of the block's losses.
-    double finish_softmax() const {
-        double losses = 0;
+    // Step 2: each token's maximum and denominator, these in `shift` and `scale`.
+    void sum_up() const {
         for (int64_t panel = 0; panel < panels; ++panel)
             for (int j = 0; j < kVecs; ++j) {
                 const int64_t at = panel * kLanes + j * kWidth;
@@ -160,6 +174,12 @@ struct Block {
                 store(shift + at, most);
                 store(scale + at, sum);
             }
+    }
+
+    // The sum of the block's losses; `scale` gets its final meaning.
+    double finish_softmax() const {
+        sum_up();
+        double losses = 0;
         for (int64_t token = 0; token < panels * kLanes; ++token) {
             const float sum = scale[token];
             const bool counted = token < tokens && counts(token);
@@ -167,6 +187,17 @@ struct Block {
             if (counted) losses += static_cast<double>(shift[token] - target_logit[token] + log2f(sum)) * kLn2;
         }
         return losses;
+    }
+
+    // What `LogitSummary` asks for.
+    void summarize(float* log_sum, int64_t* most_likely) const {
+        sum_up();
+        for (int64_t token = 0; token < tokens; ++token) {
+            int64_t tile = 0;
+            while (tile + 1 < tiles && highest[tile * kTokens + token] != shift[token]) ++tile;
+            most_likely[first + token] = tile * kEntries + static_cast<int64_t>(likeliest[tile * kTokens + token]);
+            log_sum[first + token] = (shift[token] + log2f(scale[token])) * kLn2;
+        }
     }
 
     // Step 3 for one tile: exponentials to gradients of the logits, and these to both gradients.
@@ -230,9 +261,7 @@ void linear_cross_entropy(int64_t tokens, int64_t dim, int64_t vocab, const floa
     Block block(head, count, memory.data());
     double losses = 0;
     for (block.first = 0; block.first < head.tokens; block.first += kTokens) {
-        block.tokens = smaller(kTokens, head.tokens - block.first);
-        block.panels = divide_up(block.tokens, kLanes);
-        parallel(threads, block.panels, [&](int64_t panel) { block.load(panel); });
+        block.begin(threads);
         parallel(threads, block.tiles, [&](int64_t tile) { block.exponentiate(tile); });
         losses += block.finish_softmax();
         if (!Block::wants_gradient(head)) continue;
@@ -240,6 +269,20 @@ void linear_cross_entropy(int64_t tokens, int64_t dim, int64_t vocab, const floa
         if (head.grad_hidden) parallel(threads, block.panels, [&](int64_t panel) { block.store_grad_hidden(panel); });
     }
     *loss = static_cast<float>(losses / static_cast<double>(count > 0 ? count : 1));
+}
+
+void logit_summary(int64_t tokens, int64_t dim, int64_t vocab, const float* hidden, int64_t hidden_row,
+                   const float* weight, int64_t weight_row, float* log_sum, int64_t* likeliest, int threads) {
+    const Head head{hidden, weight, nullptr, nullptr, nullptr, tokens, dim, vocab, hidden_row, weight_row, 0, 0};
+    const Workspace memory(Block::size(head));
+    Block block(head, 0, memory.data());
+    const Workspace rows(block.tiles * kTokens);
+    block.likeliest = rows.data();
+    for (block.first = 0; block.first < tokens; block.first += kTokens) {
+        block.begin(threads);
+        parallel(threads, block.tiles, [&](int64_t tile) { block.exponentiate<true>(tile); });
+        block.summarize(log_sum, likeliest);
+    }
 }
 
 }  // namespace ant5m::ANT5M_ISA

@@ -33,14 +33,16 @@ constexpr int64_t kMlpTokens = 128;
 // inputs [rows, length] and the same shifted by one, targets [rows, length].
 using Gather = void(const uint16_t* const* windows, int64_t rows, int64_t length, int64_t* inputs, int64_t* targets);
 
+// Position t sees key s when s <= t < ends[s]; ends [batch, length] may be null: then every s <= t. Each position must
+// see itself.
 // out [batch, length, heads, dim] and lse [batch, heads, length], the log2 of the softmax's denominator.
-using AttentionForward = void(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, float* out,
-                              float* lse, int threads);
+using AttentionForward = void(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v,
+                              const int32_t* ends, float* out, float* lse, int threads);
 
 // grad_q [batch, length, heads, dim]; grad_k and grad_v [batch, length, kv_heads, dim].
 using AttentionBackward = void(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v,
-                               const Heads& out, const Heads& grad, const float* lse, float* grad_q, float* grad_k,
-                               float* grad_v, int threads);
+                               const Heads& out, const Heads& grad, const int32_t* ends, const float* lse,
+                               float* grad_q, float* grad_k, float* grad_v, int threads);
 
 // The head: mean cross-entropy in nats of hidden [tokens, dim] weight [vocab, dim]^T against the targets [tokens],
 // each of [0, vocab) or equal to ignore_index, over those that are not ignored; 0 when all are.
@@ -50,6 +52,10 @@ using LinearCrossEntropy = void(int64_t tokens, int64_t dim, int64_t vocab, cons
                                 const float* weight, int64_t weight_row, const int64_t* targets, int64_t ignore_index,
                                 float* loss, float* grad_hidden, float* grad_weight, int64_t grad_weight_row,
                                 int threads);
+
+// Of each row of logits hidden [tokens, dim] weight [vocab, dim]^T: log(sum(exp)) and the first of its largest entries.
+using LogitSummary = void(int64_t tokens, int64_t dim, int64_t vocab, const float* hidden, int64_t hidden_row,
+                          const float* weight, int64_t weight_row, float* log_sum, int64_t* likeliest, int threads);
 
 // out [rows, dim] = x / sqrt(mean(x^2) + eps) * weight, scale [rows] = 1 / sqrt(mean(x^2) + eps). With a residual,
 // total [rows, dim] = x + residual takes the place of x; both are null without.
@@ -90,6 +96,7 @@ struct Ops {
     AttentionForward* attention_forward;
     AttentionBackward* attention_backward;
     LinearCrossEntropy* linear_cross_entropy;
+    LogitSummary* logit_summary;
     RmsNormForward* rms_norm_forward;
     RmsNormBackward* rms_norm_backward;
     Rope* rope;
@@ -111,6 +118,7 @@ bool use(const char* name);
     AttentionForward attention_forward;      \
     AttentionBackward attention_backward;    \
     LinearCrossEntropy linear_cross_entropy; \
+    LogitSummary logit_summary;              \
     RmsNormForward rms_norm_forward;         \
     RmsNormBackward rms_norm_backward;       \
     Rope rope;                               \
