@@ -34,9 +34,10 @@ class HostLibrary:
         assert given == signature, f"{kernel} takes {signature}, not {given}"
         values = [_value(x) for x in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(x) for x in values))
-        sizes = (ctypes.c_uint * 3)(*grid, *[1] * (3 - len(grid)))
+        sizes = (ctypes.c_size_t * len(values))(*(_bytes_behind(x) for x in arguments))
+        blocks = (ctypes.c_uint * 3)(*grid, *[1] * (3 - len(grid)))
         run = self._function(f"launch_{kernel}")
-        error = run(sizes, ctypes.c_uint(threads), ctypes.c_bool(self.descending), pointers)
+        error = run(blocks, ctypes.c_uint(threads), ctypes.c_bool(self.descending), pointers, sizes)
         if error is not None:
             raise RuntimeError(f"{kernel}: {error.decode()}")
 
@@ -60,18 +61,31 @@ def _value(x):
     return ctypes.c_float(x)
 
 
-def compile_kernels(source: Path | str, **defines: int) -> Path:
-    """The shared library of a file of kernels, or of the text of one; built once and kept by content."""
+def _bytes_behind(x) -> int:
+    """Those that a kernel may reach from the first element of a tensor on."""
+    if not isinstance(x, torch.Tensor):
+        return 0
+    return x.untyped_storage().nbytes() - x.storage_offset() * x.element_size()
+
+
+def compile_kernels(source: Path | str, races: bool = False, **defines: int) -> Path:
+    """The shared library of a file of kernels, or of the text of one; built once and kept by content.
+
+    `races`: a race between threads is an error of the launch, see csrc/cuda/host_races.h.
+    """
     text = source.read_text() if isinstance(source, Path) else source
-    return _compile(text, tuple(sorted(defines.items())))
+    return _compile(text, races, tuple(sorted(defines.items())))
 
 
 @functools.cache
-def _compile(text: str, defines: tuple[tuple[str, int], ...]) -> Path:
-    sanitize = os.environ.get("ANT5M_SANITIZE", "")
+def _compile(text: str, races: bool, defines: tuple[tuple[str, int], ...]) -> Path:
+    sanitize = "" if races else os.environ.get("ANT5M_SANITIZE", "")
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     flags += ["-Wno-clobbered", f"-I{SOURCES}", *(f"-D{name}={value}" for name, value in defines)]
     flags += ["-g", f"-fsanitize={sanitize}"] if sanitize else []
+    # host_races.h takes the place of the sanitizer's library.
+    flags += ["-fsanitize=thread", "-nodefaultlibs"] if races else []
+    libraries = ["-lstdc++", "-lm", "-lc"] if races else []
     headers = "".join(path.read_text() for path in sorted(SOURCES.glob("*.h")))
     digest = hashlib.sha256("\0".join([COMPILER, *flags, headers, text]).encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"ant5m-cuda-host-{os.getuid()}"
@@ -80,7 +94,7 @@ def _compile(text: str, defines: tuple[tuple[str, int], ...]) -> Path:
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             built = Path(aside) / "kernels.so"
-            command = [COMPILER, *flags, "-x", "c++", "-", "-o", str(built)]
+            command = [COMPILER, *flags, "-x", "c++", "-", *libraries, "-o", str(built)]
             done = subprocess.run(command, input=text, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             built.rename(library)

@@ -1,5 +1,7 @@
 """The emulated device: fragments against the tables of the PTX ISA, and what it must refuse."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -195,3 +197,140 @@ def test_what_hangs_a_device_is_an_error(device, how, message):
 def test_arguments_are_checked(device):
     with pytest.raises(AssertionError, match="shuffle takes pi, not pf"):
         device.launch("shuffle", (1,), 64, torch.zeros(64), 1.0)
+
+
+RACES = """
+#include "ptx.h"
+
+// Where `safe`, with all the barriers that it takes.
+KERNEL(64, 1) exchange(const float* x, float* out, int apart, int safe) {
+  SHARED(float, tile, 64);
+  const int i = threadIdx.x;
+  tile[i] = x[i];
+  if (safe) sync_threads();
+  out[blockIdx.x * 64 + i] = tile[i ^ apart];
+}
+LAUNCHER(exchange)
+
+KERNEL(64, 1) write_after_read(const float* x, float* out, int apart, int safe) {
+  SHARED(float, tile, 64);
+  const int i = threadIdx.x;
+  tile[i] = x[i];
+  sync_threads();
+  const float other = tile[i ^ apart];
+  if (safe) sync_threads();
+  tile[i] = other;
+  out[blockIdx.x * 64 + i] = tile[i];
+}
+LAUNCHER(write_after_read)
+
+KERNEL(64, 1) same_value(const float* x, float* out, int, int safe) {
+  SHARED(float, tile, 1);
+  if (!safe || threadIdx.x == 0) tile[0] = x[0];
+  sync_threads();
+  out[blockIdx.x * 64 + threadIdx.x] = tile[0];
+}
+LAUNCHER(same_value)
+
+KERNEL(64, 1) over_a_shuffle(const float* x, float* out, int apart, int safe) {
+  SHARED(float, tile, 64);
+  const int i = threadIdx.x;
+  tile[i] = x[i];
+  const float other = shfl_xor(x[i], apart);
+  if (safe) sync_threads();
+  out[blockIdx.x * 64 + i] = tile[i ^ apart] + other;
+}
+LAUNCHER(over_a_shuffle)
+
+KERNEL(64, 1) matrices(const float*, float* out, int writer, int safe) {
+  SHARED(uint4, tile, 64);
+  const int i = threadIdx.x;
+  if (i % 32 == writer)
+    for (int row = 0; row < 32; ++row) tile[i / 32 * 32 + row] = make_uint4(1, 2, 3, 4);
+  if (safe) sync_threads();
+  unsigned m[4];
+  ldmatrix_x4(m, tile + i);
+  out[blockIdx.x * 64 + i] = m[0];
+}
+LAUNCHER(matrices)
+
+KERNEL(64, 1) through_global(const float* x, float* out, int apart, int safe) {
+  const int i = blockIdx.x * 64 + threadIdx.x;
+  out[i] = x[threadIdx.x];
+  if (safe) sync_threads();
+  const float other = out[i ^ apart];
+  sync_threads();
+  out[i] = other;
+}
+LAUNCHER(through_global)
+
+KERNEL(64, 1) write_blocks(const float* x, float* out, int apart, int) {
+  out[blockIdx.x * apart + threadIdx.x] = x[0];
+}
+LAUNCHER(write_blocks)
+
+KERNEL(64, 1) read_block(const float* x, float* out, int apart, int) {
+  if (threadIdx.x == 0) out[blockIdx.x * 64] = x[0] + out[blockIdx.x * apart];
+}
+LAUNCHER(read_block)
+
+KERNEL(64, 1) highest(unsigned* out, int atomics) {
+  if (atomics || threadIdx.x < 32) atomicMax(out, threadIdx.x);
+  else if (threadIdx.x == 32) out[0] = threadIdx.x;
+}
+LAUNCHER(highest)
+"""
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["ascending", "descending"])
+def race_detector(request):
+    return HostLibrary(compile_kernels(RACES, races=True), descending=request.param)
+
+
+def run(device, kernel, apart, safe=0, blocks=1):
+    device.launch(kernel, (blocks,), 64, torch.ones(64), torch.zeros(64 * blocks), apart, safe)
+
+
+@pytest.mark.parametrize(
+    "kernel, apart, array",
+    [
+        ("exchange", 63, "tile"),  # with the other warp
+        ("exchange", 1, "tile"),  # as if in lockstep
+        ("over_a_shuffle", 1, "tile"),  # where the host's order gives the right numbers
+        ("write_after_read", 1, "tile"),
+        ("same_value", 0, "tile"),
+        ("matrices", 0, "tile"),  # whichever lane arrives last, all read
+        ("matrices", 31, "tile"),
+        ("through_global", 63, "argument 1"),
+    ],
+)
+def test_races_of_a_block(race_detector, kernel, apart, array):
+    message = f"race: thread [0-9]+ (read|write)s byte [0-9]+ of {array}, "
+    message += "and thread [0-9]+ (read|write)s it, with no barrier between"
+    with pytest.raises(RuntimeError, match=message):
+        run(race_detector, kernel, apart)
+    for blocks in (1, 2):
+        run(race_detector, kernel, apart, safe=1, blocks=blocks)
+
+
+def test_a_thread_does_not_race_with_itself(race_detector):
+    for kernel in ("exchange", "write_after_read", "through_global"):
+        run(race_detector, kernel, apart=0)
+
+
+@pytest.mark.parametrize("kernel, near", [("write_blocks", 63), ("read_block", 0)])
+def test_races_between_blocks(race_detector, kernel, near):
+    what = "writes" if kernel == "write_blocks" else "reads"
+    message = f"{kernel}: block (1, 0, 0): race: thread 0 {what} byte {4 * near} of argument 1, "
+    message += f"and thread {near} of block (0, 0, 0) writes it"
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        run(race_detector, kernel, near, blocks=2)
+    run(race_detector, kernel, 64, blocks=2)
+
+
+def test_atomics_race_with_all_but_atomics(race_detector):
+    out = torch.zeros(1, dtype=torch.int32)
+    race_detector.launch("highest", (3,), 64, out, 1)
+    assert out == 63
+    with pytest.raises(RuntimeError, match=r"race: thread \d+ (atomically change|write)s"):
+        race_detector.launch("highest", (1,), 64, out, 0)

@@ -38,9 +38,11 @@ from ant5m.model.config import ModelConfig
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else [needs_compiler]
 
 
-def emulate(source, kernel, defines, grid, threads, arguments, descending=False, edit=lambda text: text):
+def emulate(
+    source, kernel, defines, grid, threads, arguments, descending=False, edit=lambda text: text, races=False
+):
     text = edit((compiler.SOURCES / source).read_text())
-    device = HostLibrary(compile_kernels(text, **defines), descending)
+    device = HostLibrary(compile_kernels(text, races, **defines), descending)
     device.launch(kernel, grid, threads, *arguments)
 
 
@@ -168,8 +170,7 @@ def test_attention_layouts(layout):
     check_attention(ops.attention, (2, 33, 8, 16), 2, fp16, layout=layout)
 
 
-@pytest.mark.parametrize("length, lengths", [(70, [[70], [1, 68, 1]])])
-def test_attention_inside_documents(length, lengths):
+def check_documents(length, lengths):
     starts = torch.zeros(2, length, dtype=torch.long)
     for row, documents in zip(starts, lengths, strict=True):
         ends = torch.tensor(documents).cumsum(0)
@@ -184,6 +185,11 @@ def test_attention_inside_documents(length, lengths):
         inputs,
         fp16,
     )
+
+
+@pytest.mark.parametrize("length, lengths", [(70, [[70], [1, 68, 1]])])
+def test_attention_inside_documents(length, lengths):
+    check_documents(length, lengths)
 
 
 @pytest.mark.parametrize("dtype", [fp32, fp16])
@@ -371,3 +377,52 @@ def test_the_tests_can_fail(source, line):
 
     with runtime.launched_by(functools.partial(emulate, edit=broken)), pytest.raises(AssertionError):
         CHECKS[source]()
+
+
+# Attention and the SwiGLU block: more than two tiles, so that both of their buffers are used again.
+RACES = {
+    "rms_norm.cu": [test_rms_norm_of_mixed_dtypes],
+    "rope.cu": [lambda: check_rope(ops.rope, (2, 33, 3, 6), 1, fp16)],
+    "swiglu.cu": [lambda: check_swiglu(ops.swiglu, (2, 3, 129), fp16)],
+    "linear_cross_entropy.cu": [lambda: check_head(ops.linear_cross_entropy, 13, 16, 1_003, fp16)],
+    "attention.cu": [
+        lambda: check_attention(ops.attention, (1, 150, 4, 16), 1, fp16),
+        lambda: check_attention(ops.attention, (1, 150, 3, 32), 1, fp16),
+        lambda: check_attention(ops.attention, (1, 100, 1, 64), 1, fp16),
+        lambda: check_documents(130, [[130], [1, 63, 20, 46]]),
+    ],
+    "mlp.cu": [lambda: check_mlp(ops.mlp, (150,), 64, 36)],
+}
+BARRIER = "sync_threads();\n"
+BARRIERS = [
+    (source, i) for source in RACES for i in range((compiler.SOURCES / source).read_text().count(BARRIER))
+]
+detects_races = pytest.mark.skipif(DEVICE == "cuda", reason="compute-sanitizer does it on a GPU")
+
+
+def test_every_kernel_is_searched_for_races():
+    assert {path.name for path in compiler.SOURCES.glob("*.cu")} == set(RACES)
+
+
+@detects_races
+@pytest.mark.parametrize("device", ["ascending"], indirect=True)
+@pytest.mark.parametrize("source, i", [(source, i) for source in RACES for i in range(len(RACES[source]))])
+def test_no_races(source, i):
+    """Not in shared memory, and not in global memory, where blocks have no order either."""
+    with runtime.launched_by(functools.partial(emulate, races=True)):
+        RACES[source][i]()
+
+
+@detects_races
+@pytest.mark.parametrize("device", ["ascending"], indirect=True)
+@pytest.mark.parametrize("source, i", BARRIERS)
+def test_without_any_barrier_there_is_a_race(source, i):
+    """So what finds no race can find one, and no barrier is superfluous."""
+
+    def broken(text):
+        parts = text.split(BARRIER)
+        return BARRIER.join(parts[: i + 1]) + BARRIER.join(parts[i + 1 :])
+
+    launcher = functools.partial(emulate, races=True, edit=broken)
+    with runtime.launched_by(launcher), pytest.raises(RuntimeError, match="race: thread"):
+        RACES[source][0]()

@@ -4,7 +4,8 @@
 // who arrives waits, the last one computes for all. A warp runs as far as it can before the next one starts, in
 // ascending or descending order, so a missing barrier shows in the results. Blocks run one after another. Shared
 // memory is filled with NaN before each block and has guards on both sides. What would hang or crash a GPU (threads at
-// different barriers, lanes at different instructions, misaligned addresses) ends the launch with a message.
+// different barriers, lanes at different instructions, misaligned addresses) ends the launch with a message; in a build
+// with -fsanitize=thread so does a race, see host_races.h.
 #pragma once
 
 #ifdef _FORTIFY_SOURCE
@@ -30,15 +31,16 @@
 
 #define KERNEL(threads, blocks) static void
 #define DEVICE [[maybe_unused]] static inline
-#define SHARED(type, name, count)                  \
-  static host::SharedArray<type, count> name##_in; \
+#define SHARED(type, name, count)                         \
+  static host::SharedArray<type, count> name##_in{#name}; \
   type* const name = name##_in.data
 
 // Exports launch_<kernel> and signature_<kernel>, for ctypes.
-#define LAUNCHER(kernel)                                                                                             \
-  extern "C" const char* launch_##kernel(const unsigned* grid, unsigned threads, bool descending, void** arguments) { \
-    return host::launch(kernel, {grid[0], grid[1], grid[2]}, threads, descending, arguments);                        \
-  }                                                                                                                  \
+#define LAUNCHER(kernel)                                                                                           \
+  extern "C" const char* launch_##kernel(const unsigned* grid, unsigned threads, bool descending, void** arguments, \
+                                         const size_t* sizes) {                                                    \
+    return host::launch(kernel, {grid[0], grid[1], grid[2]}, threads, descending, arguments, sizes);               \
+  }                                                                                                                \
   extern "C" const char* signature_##kernel() { return host::signature(kernel); }
 
 struct dim3 {
@@ -63,6 +65,16 @@ static inline float4 make_float4(float x, float y, float z, float w) { return {x
 
 static dim3 threadIdx, blockIdx, blockDim, gridDim;
 
+#ifdef __SANITIZE_THREAD__
+#include "host_races.h"
+#else
+namespace host::races {
+inline void watch_array(const char*, void*, size_t) {}
+inline void watch_arguments(void**, const size_t*, unsigned) {}
+inline void barrier() {}
+}  // namespace host::races
+#endif
+
 namespace host {
 
 constexpr unsigned kWarp = 32, kGuard = 64, kStack = 256 << 10;
@@ -74,7 +86,8 @@ struct SharedRange {
   unsigned char *begin, *end;  // with the guards
 };
 
-inline std::vector<SharedRange>& shared_ranges() {
+// Static: what is inline, all libraries of a process share.
+static std::vector<SharedRange>& shared_ranges() {
   static std::vector<SharedRange> ranges;
   return ranges;
 }
@@ -90,10 +103,11 @@ struct alignas(16) SharedArray {
   T data[count];
   unsigned char after[kGuard];
 
-  SharedArray() {
+  explicit SharedArray(const char* name) {
     auto* begin = reinterpret_cast<unsigned char*>(this);
     shared_ranges().push_back({begin, begin + sizeof *this});
     poison(shared_ranges().back());
+    races::watch_array(name, data, sizeof data);
   }
 };
 
@@ -196,7 +210,7 @@ inline void meet_warp(const char* what, void* operands, Compute compute) {
 }
 
 inline void meet_block(const char* what) {
-  meet(block()->all, 0, block()->fibers.size(), what, nullptr, [](Fiber*) {});
+  meet(block()->all, 0, block()->fibers.size(), what, nullptr, [](Fiber*) { races::barrier(); });
 }
 
 // ---- launch
@@ -219,6 +233,7 @@ struct Launch {
           meet(b.all, 0, b.fibers.size(), "the start of the kernel", nullptr, [=](Fiber*) {
             blockIdx = {x, y, z};
             for (auto& range : shared_ranges()) poison(range);
+            races::barrier();
           });
           call(kernel, arguments, std::index_sequence_for<A...>());
           meet_block("the end of the kernel");
@@ -229,7 +244,8 @@ struct Launch {
 };
 
 template <class... A>
-const char* launch(void (*kernel)(A...), dim3 grid, unsigned threads, bool descending, void** arguments) {
+const char* launch(void (*kernel)(A...), dim3 grid, unsigned threads, bool descending, void** arguments,
+                   const size_t* sizes) {
   static std::string message;
   if (threads == 0 || threads % kWarp || threads > 1024) return "a block has 32 to 1,024 threads, in warps of 32";
   Block b;
@@ -248,6 +264,7 @@ const char* launch(void (*kernel)(A...), dim3 grid, unsigned threads, bool desce
   }
   Launch<A...>::kernel = kernel;
   Launch<A...>::arguments = arguments;
+  races::watch_arguments(arguments, sizes, sizeof...(A));
   gridDim = grid;
   blockDim = {threads, 1, 1};
   block() = &b;
@@ -385,7 +402,9 @@ void ldmatrix(unsigned (&m)[4], const void* row) {
   } o{m, static_cast<const Half*>(row)};
   meet_warp(trans ? "ldmatrix_x4_trans" : "ldmatrix_x4", &o, [](Fiber* lanes) {
     const auto at = [=](int lane) { return static_cast<Operands*>(lanes[lane].operands); };
-    for (int l = 0; l < 32; ++l)
+    const unsigned last = threadIdx.x;
+    for (int l = 0; l < 32; ++l) {
+      threadIdx.x = last / kWarp * kWarp + l;  // each lane reads what it gets
       for (int i = 0; i < 4; ++i) {
         const int g = l / 4, q = l % 4;
         unsigned half[2];
@@ -393,6 +412,8 @@ void ldmatrix(unsigned (&m)[4], const void* row) {
           half[j] = trans ? at(8 * i + 2 * q + j)->row[g] : at(8 * i + g)->row[2 * q + j];
         at(l)->m[i] = half[0] | half[1] << 16;
       }
+    }
+    threadIdx.x = last;
   });
 }
 
@@ -408,7 +429,7 @@ DEVICE float rcp(float x) { return flush(1 / flush(x)); }
 DEVICE float tanh_approx(float x) { return std::tanh(x); }
 
 DEVICE unsigned atomicMax(unsigned* at, unsigned x) {
-  const unsigned before = *at;
-  *at = max(before, x);
+  const unsigned before = __atomic_load_n(at, __ATOMIC_RELAXED);
+  __atomic_store_n(at, max(before, x), __ATOMIC_RELAXED);
   return before;
 }
