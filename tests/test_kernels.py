@@ -1,5 +1,8 @@
 """The reference ops against the plainest formulas in float64, and the table that picks a backend."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +10,7 @@ import torch.nn.functional as F
 from ant5m import kernels
 from ant5m.errors import UserError
 from ant5m.kernels import reference
+from ant5m.kernels.tracing import constant_when_traced
 
 
 @pytest.fixture(autouse=True)
@@ -188,3 +192,21 @@ def test_available_names_every_op_and_backend():
     table = kernels.available()
     assert set(table) == set(kernels.OPS)
     assert all(set(row) == set(kernels.BACKENDS) and row["reference"] == "ready" for row in table.values())
+
+
+def test_the_mark_for_torch_compile_is_torchs_own():
+    def ours(): ...
+
+    def theirs(): ...
+
+    constant_when_traced(ours)
+    torch.compiler.assume_constant_result(theirs)
+    assert vars(ours) == vars(theirs) != {}
+
+
+def test_training_does_not_import_the_compiler():
+    code = (
+        "import sys; from ant5m import kernels; from ant5m.train import trainer; kernels.select('reference');"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

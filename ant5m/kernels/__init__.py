@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 
 from ant5m.errors import UserError
+from ant5m.kernels.tracing import constant_when_traced
 
 OPS = ("rms_norm", "rope", "attention", "swiglu", "linear_cross_entropy")
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -192,7 +193,7 @@ def _order(device: torch.device) -> tuple[str, ...]:
     return _PREFERENCE[_place(device)][2]
 
 
-@torch.compiler.assume_constant_result  # a number, because torch.compile cannot compare such a tuple
+@constant_when_traced  # a number, because torch.compile cannot compare such a tuple
 def _place(device: torch.device) -> int:
     """Of the line of `_PREFERENCE` that holds for a device."""
     capability = _capability(device)

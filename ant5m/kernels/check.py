@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ant5m.kernels import reference
+from ant5m.kernels.tracing import constant_when_traced
 
 # RMS error over RMS of the reference: three times what the tests allow, and in fp32 room for the 10 bits of
 # TF32 where a user has switched it on. A kernel that is wrong is off by far more.
@@ -50,7 +51,7 @@ def failure(
     return _failure(module.__name__, op, device, dtype or native, _USUAL[op])
 
 
-@torch.compiler.assume_constant_result  # it is found out while torch.compile traces, not in what it makes
+@constant_when_traced  # it is found out while torch.compile traces, not in what it makes
 def _failure(
     name: str, op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]
 ) -> str | None:

@@ -20,6 +20,7 @@ from ant5m.kernels.cuda.rms_norm import MAX_SIZE, rms_norm
 from ant5m.kernels.cuda.rope import rope
 from ant5m.kernels.cuda.swiglu import swiglu
 from ant5m.kernels.layout import compute_dtype
+from ant5m.kernels.tracing import constant_when_traced
 
 __all__ = ["attention", "linear_cross_entropy", "mlp", "rms_norm", "rope", "swiglu", "why_not"]
 
@@ -40,7 +41,7 @@ def _device_refuses(*tensors):
     return _machine_refuses(tensors[0].device if tensors else None)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _machine_refuses(device: torch.device | None) -> str | None:
     if not (torch.cuda.is_available() and torch.version.cuda):
         return "there is no NVIDIA GPU"

@@ -8,6 +8,7 @@ import sys
 import torch
 
 from ant5m.kernels import check
+from ant5m.kernels.tracing import constant_when_traced
 
 try:
     import triton
@@ -47,7 +48,7 @@ def _device_refuses(op, *tensors):
     return _machine_refuses(op, tensors[0].device if tensors else None, has_bf16)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _machine_refuses(op: str, device: torch.device | None, has_bf16: bool) -> str | None:
     """The device's (None: the current one's) part in `why_not`; `has_bf16`: some tensor is bf16."""
     if not (torch.cuda.is_available() and torch.version.cuda):
