@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 SOURCES, CUDA_SOURCES = Path("csrc/cpu"), Path("csrc/cuda")
-ONCE = {"bindings", "dispatch", "parallel"}
+ONCE = {"bindings", "dispatch", "memory", "parallel"}
 INSTRUCTION_SETS = {"portable": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {

@@ -30,6 +30,8 @@ def nan_filled(monkeypatch):
     monkeypatch.setattr(
         torch.Tensor, "new_empty", lambda *args, **kw: new_empty(*args, **kw).fill_(float("nan"))
     )
+    empty = cpu._empty
+    monkeypatch.setattr(cpu, "_empty", lambda *args: empty(*args).fill_(float("nan")))
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ threads is torch's; results do not depend on it. A shape or dtype that does not 
 """
 
 import ctypes
+import math
 from pathlib import Path
 
 import torch
@@ -18,6 +19,10 @@ from ant5m import _cpu
 
 MLP_SIZE = 256
 """channels; above, the weights and their gradients leave L2, and products of whole matrices are faster"""
+
+
+LARGE = 1 << 18
+"""numbers of a tensor for which memory is kept"""
 
 
 def why_not(op: str, *tensors: torch.Tensor) -> str | None:
@@ -41,8 +46,8 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, eps, residual):
         ctx.set_materialize_grads(False)
         rows, weight = _matrix(x), weight.contiguous()
-        out, scale = x.new_empty(x.shape), x.new_empty(len(rows))
-        total = None if residual is None else x.new_empty(x.shape)
+        out, scale = _empty(x, *x.shape), _empty(x, len(rows))
+        total = None if residual is None else _empty(x, *x.shape)
         other = None if residual is None else _matrix(residual)
         _cpu.rms_norm_forward(
             *(*rows.shape, eps, *_rows(rows), *_rows(other), _address(weight)),
@@ -60,7 +65,7 @@ class _RMSNorm(torch.autograd.Function):
         shape = grad.shape
         x, grad = _matrix(x), _matrix(grad)
         grad_total = None if grad_total is None else _matrix(grad_total)
-        grad_x, grad_weight = x.new_empty(shape), x.new_empty(weight.shape)
+        grad_x, grad_weight = _empty(x, *shape), _empty(x, *weight.shape)
         _cpu.rms_norm_backward(
             *(*x.shape, *_rows(x), _address(weight), _address(scale), *_rows(grad), *_rows(grad_total)),
             *(_address(grad_x), _address(grad_weight), torch.get_num_threads()),
@@ -96,7 +101,7 @@ class _Rope(torch.autograd.Function):
 
 def _rotate(q, k, cos, sin, sign):
     q, k = _gapless(q), _gapless(k)
-    out_q, out_k = q.new_empty(q.shape), k.new_empty(k.shape)
+    out_q, out_k = _empty(q, *q.shape), _empty(k, *k.shape)
     _cpu.rope(
         *(_attention_shape(q, k), _heads(q), _heads(k), _address(cos), _address(sin), sign),
         *(_address(out_q), _address(out_k), torch.get_num_threads()),
@@ -118,8 +123,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, ends):
         q, k, v = (_gapless(x) for x in (q, k, v))
-        out = q.new_empty(q.shape)
-        lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1])
+        out = _empty(q, *q.shape)
+        lse = _empty(q, q.shape[0], q.shape[2], q.shape[1])
         _cpu.attention_forward(
             *(_attention_shape(q, k), _heads(q), _heads(k), _heads(v), _address(ends)),
             *(_address(out), _address(lse), torch.get_num_threads()),
@@ -132,7 +137,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, out, lse, ends = ctx.saved_tensors
         grad = _gapless(grad)
-        grads = [x.new_empty(x.shape) for x in (q, k, v)]
+        grads = [_empty(x, *x.shape) for x in (q, k, v)]
         _cpu.attention_backward(
             *(_attention_shape(q, k), *(_heads(x) for x in (q, k, v, out, grad)), _address(ends)),
             *(_address(lse), *(_address(x) for x in grads), torch.get_num_threads()),
@@ -167,7 +172,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
         gate_rows, up_rows = _matrix(gate), _matrix(up)
-        out = gate.new_empty(gate.shape)
+        out = _empty(gate, *gate.shape)
         _cpu.swiglu_forward(
             *gate_rows.shape, *_rows(gate_rows), *_rows(up_rows), _address(out), torch.get_num_threads()
         )
@@ -180,7 +185,7 @@ class _SwiGLU(torch.autograd.Function):
         gate_rows, up_rows, grad_rows = _matrix(gate), _matrix(up), _matrix(grad)
         width = gate.shape[-1]
         # Side by side, so that the gradient of a product that made both is one tensor already.
-        grad_gate, grad_up = grad.new_empty(*gate.shape[:-1], 2 * width).split(width, -1)
+        grad_gate, grad_up = _empty(grad, *gate.shape[:-1], 2 * width).split(width, -1)
         _cpu.swiglu_backward(
             *(*gate_rows.shape, *_rows(gate_rows), *_rows(up_rows), *_rows(grad_rows)),
             *(_address(grad_gate), _address(grad_up), 2 * width, torch.get_num_threads()),
@@ -199,11 +204,11 @@ class _MLP(torch.autograd.Function):
     def forward(ctx, x, gate, up, down):
         rows = _matrix(x)
         gate, up, down = (w.contiguous() for w in (gate, up, down))
-        out = x.new_empty(x.shape)
+        out = _empty(x, *x.shape)
         shape = (*rows.shape, len(gate))
         padded = -(-len(rows) // _cpu.MLP_TOKENS) * _cpu.MLP_TOKENS
         keep = any(ctx.needs_input_grad)
-        gates, ups = (x.new_empty(padded * len(gate)) if keep else None for _ in range(2))
+        gates, ups = (_empty(x, padded * len(gate)) if keep else None for _ in range(2))
         _cpu.mlp_forward(
             *(shape, *_rows(rows), _address(gate), _address(up), _address(down)),
             *(_address(out), _address(gates), _address(ups), torch.get_num_threads()),
@@ -216,7 +221,7 @@ class _MLP(torch.autograd.Function):
     def backward(ctx, grad):
         x, *weights, gates, ups = ctx.saved_tensors
         grad_rows = _matrix(grad)
-        grads = [grad.new_empty(grad.shape), *(w.new_empty(w.shape) for w in weights)]
+        grads = [_empty(x, *x.shape) for x in (grad, *weights)]
         _cpu.mlp_backward(
             *((*x.shape, len(weights[0])), *_rows(x), *(_address(w) for w in weights)),
             *(_address(gates), _address(ups), *_rows(grad_rows)),
@@ -243,9 +248,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (tokens, dim), vocab = hidden.shape, len(weight)
         padded = -(-dim // 16) * 16
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        make = hidden.new_empty if tokens else hidden.new_zeros
-        grad_hidden = make(tokens, dim) if need_hidden else None
-        grad_weight = make(vocab, padded) if need_weight else None
+        grad_hidden = _empty(hidden, tokens, dim) if need_hidden else None
+        grad_weight = _empty(hidden, vocab, padded) if need_weight else None
+        if not tokens and need_weight:
+            grad_weight.zero_()
         loss = hidden.new_empty(())
         _cpu.linear_cross_entropy(
             *(tokens, dim, vocab, *_rows(hidden), *_rows(weight), _address(targets), ignore_index),
@@ -290,6 +296,14 @@ def logit_summary(hidden, weight):
         *(_address(log_sum), _address(likeliest), torch.get_num_threads()),
     )
     return log_sum, likeliest
+
+
+def _empty(like, *shape):
+    """`like.new_empty(shape)`; a large one from memory that the ops use again (csrc/cpu/memory.h)."""
+    size = math.prod(shape)
+    if size < LARGE:
+        return like.new_empty(shape)
+    return torch.frombuffer(_cpu.Memory(size), dtype=torch.float32).view(shape)
 
 
 def _matrix(x):

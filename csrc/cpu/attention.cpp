@@ -9,6 +9,7 @@
 
 #include <type_traits>
 
+#include "memory.h"
 #include "ops.h"
 #include "parallel.h"
 #include "tile.h"
@@ -130,7 +131,7 @@ class Sights {
 
     const int32_t* ends_;
     int64_t length_, blocks_;
-    Workspace memory_;
+    Memory memory_;
 };
 
 // The online softmax of one head's panel of positions, and its output so far.

@@ -2,6 +2,7 @@
 // The callers in ant5m/ check shapes, dtypes and contiguity; nothing here can.
 #include <pybind11/pybind11.h>
 
+#include "memory.h"
 #include "ops.h"
 #include "parallel.h"
 
@@ -73,6 +74,12 @@ PYBIND11_MODULE(_cpu, m) {
         "See ops.h: uint16 windows to int64 inputs and targets");
     m.def("use_openmp", &ant5m::use_openmp, py::arg("gomp_parallel"),
           "Run on the OpenMP pool whose GOMP_parallel is at this address; 0: on threads of our own");
+    py::class_<ant5m::Memory>(m, "Memory", py::buffer_protocol(), "See memory.h: fp32 with undefined content")
+        .def(py::init<int64_t>(), py::arg("floats"))
+        .def_buffer([](ant5m::Memory& memory) { return py::buffer_info(memory.data(), memory.floats()); });
+    m.def(
+        "held", [] { return std::make_pair(ant5m::held().used, ant5m::held().kept); },
+        "Bytes of large pieces of Memory: in use, and kept for later");
     define(m, "attention_forward", &ant5m::Ops::attention_forward);
     define(m, "attention_backward", &ant5m::Ops::attention_backward);
     define(m, "linear_cross_entropy", &ant5m::Ops::linear_cross_entropy);

@@ -8,6 +8,7 @@
 // A vector holds consecutive tokens, so that `weight` is read as it lies and nothing is summed across a vector.
 #include <math.h>
 
+#include "memory.h"
 #include "ops.h"
 #include "parallel.h"
 #include "tile.h"
@@ -257,7 +258,7 @@ void linear_cross_entropy(int64_t tokens, int64_t dim, int64_t vocab, const floa
                     tokens, dim, vocab, hidden_row, weight_row, grad_weight_row, ignore_index};
     int64_t count = 0;
     for (int64_t i = 0; i < head.tokens; ++i) count += head.targets[i] != head.ignore_index;
-    const Workspace memory(Block::size(head));
+    const Memory memory(Block::size(head));
     Block block(head, count, memory.data());
     double losses = 0;
     for (block.first = 0; block.first < head.tokens; block.first += kTokens) {
@@ -274,9 +275,9 @@ void linear_cross_entropy(int64_t tokens, int64_t dim, int64_t vocab, const floa
 void logit_summary(int64_t tokens, int64_t dim, int64_t vocab, const float* hidden, int64_t hidden_row,
                    const float* weight, int64_t weight_row, float* log_sum, int64_t* likeliest, int threads) {
     const Head head{hidden, weight, nullptr, nullptr, nullptr, tokens, dim, vocab, hidden_row, weight_row, 0, 0};
-    const Workspace memory(Block::size(head));
+    const Memory memory(Block::size(head));
     Block block(head, 0, memory.data());
-    const Workspace rows(block.tiles * kTokens);
+    const Memory rows(block.tiles * kTokens);
     block.likeliest = rows.data();
     for (block.first = 0; block.first < tokens; block.first += kTokens) {
         block.begin(threads);

@@ -2,6 +2,7 @@
 // products never leaves L2. Forward keeps gate x and up x; backward makes from them, tile by tile, everything else.
 //
 // A vector holds consecutive tokens ("lanes"), as in attention: weights are read as they lie.
+#include "memory.h"
 #include "ops.h"
 #include "parallel.h"
 #include "silu.h"
@@ -194,9 +195,9 @@ void mlp_backward(const MlpShape& shape, const float* x, int64_t x_row, const fl
     const int64_t size = Chunk::size(shape);
     int64_t chunks = kPartialFloats / size;
     chunks = smaller(blocks, chunks < 4 ? 4 : chunks > 16 ? 16 : chunks);
-    const Workspace packed(size);
+    const Memory packed(size);
     const Weights weights(shape, gate, up, down, Chunk::padded_of(shape), packed.data(), threads);
-    const Workspace partial(chunks * size);
+    const Memory partial(chunks * size);
     parallel(threads, chunks, [&](int64_t index) {
         float* sum = partial.data() + index * size;
         std::memset(sum, 0, sizeof(float) * size);

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <memory>
-#include <new>
 #include <thread>
 #include <vector>
 
@@ -36,16 +34,6 @@ void run_on_own_threads(Work& work, int threads) {
     for (std::thread& other : others) other.join();
 }
 
-constexpr std::align_val_t kAlignment{64};
-
-struct Free {
-    void operator()(float* p) const { ::operator delete[](p, kAlignment); }
-};
-
-float* allocate(int64_t floats) {
-    return static_cast<float*>(::operator new[](static_cast<size_t>(floats) * sizeof(float), kAlignment));
-}
-
 }  // namespace
 
 void parallel(int threads, int64_t tasks, void (*body)(void*, int64_t), void* context) {
@@ -64,20 +52,5 @@ void use_openmp(uintptr_t address) {
     (void)registered;
 #endif
 }
-
-float* scratch(int64_t floats) {
-    thread_local std::unique_ptr<float[], Free> memory;
-    thread_local int64_t size = 0;
-    if (size < floats) {
-        memory.reset();
-        size = 0;
-        memory.reset(allocate(floats));
-        size = floats;
-    }
-    return memory.get();
-}
-
-Workspace::Workspace(int64_t floats) : data_(allocate(floats)) {}
-Workspace::~Workspace() { Free()(data_); }
 
 }  // namespace ant5m

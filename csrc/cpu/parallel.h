@@ -1,6 +1,5 @@
-// Threads and scratch memory for the ops. Compiled once, not for each instruction set.
+// Threads for the ops. Compiled once, not for each instruction set.
 #pragma once
-#include <cstddef>
 #include <cstdint>
 
 namespace ant5m {
@@ -28,22 +27,5 @@ void parallel_rows(int threads, int64_t rows, int64_t rows_a_task, const Body& b
 // Run on this pool from now on: the address of the `GOMP_parallel` of an OpenMP runtime that the process already
 // has. Without one (or in a forked child, where an OpenMP pool cannot be used) threads are started for each call.
 void use_openmp(uintptr_t gomp_parallel);
-
-// This thread's own memory, at least `floats` long, 64-byte aligned, with undefined content; the next call in the
-// same thread gives the same memory again.
-float* scratch(int64_t floats);
-
-// Memory for one call of an op, 64-byte aligned.
-class Workspace {
-  public:
-    explicit Workspace(int64_t floats);
-    ~Workspace();
-    Workspace(const Workspace&) = delete;
-    Workspace& operator=(const Workspace&) = delete;
-    float* data() const { return data_; }
-
-  private:
-    float* data_;
-};
 
 }  // namespace ant5m

@@ -1,6 +1,7 @@
 // RMSNorm with the residual stream's addition (Zhang and Sennrich, 2019): one pass over a row forward, one backward.
 #include <math.h>
 
+#include "memory.h"
 #include "ops.h"
 #include "parallel.h"
 #include "simd.h"
@@ -44,7 +45,7 @@ void rms_norm_backward(int64_t rows, int64_t dim, const float* x, int64_t x_row,
                        const float* scale, const float* grad, int64_t grad_row, const float* grad_total,
                        int64_t grad_total_row, float* grad_x, float* grad_weight, int threads) {
     const int64_t tasks = (rows + kRowsATask - 1) / kRowsATask;
-    const Workspace parts(tasks * dim);
+    const Memory parts(tasks * dim);
     std::memset(parts.data(), 0, sizeof(float) * tasks * dim);
     parallel_rows(threads, rows, kRowsATask, [=, &parts](int64_t task, int64_t row) {
         const float* from = x + row * x_row;
