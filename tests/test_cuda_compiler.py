@@ -42,7 +42,10 @@ def sources(monkeypatch, tmp_path):
         SWIGLU,
         ("rope.cu", {"SIZE": 16, "HEADS": 8, "KV": 2, "VECTOR": 8, "X": 16}),
         ("rms_norm.cu", {"SIZE": 129, "VECTOR": 1, "X": 16, "RESIDUAL": 32, "Y": 16, "DIRECT": 1}),
-        ("linear_cross_entropy.cu", {"VOCAB": 999, "STRIDE": 1024, "THREADS": 256, "X": 32, "GRADIENT": 1}),
+        (
+            "linear_cross_entropy.cu",
+            {"VOCAB": 999, "STRIDE": 1024, "THREADS": 256, "X": 32, "GRADIENT": 1, "SIZE": 129, "VECTOR": 1},
+        ),
     ],
 )
 def test_nvrtc_compiles_for_newer_devices(source, defines):

@@ -28,11 +28,12 @@ _FP16_SCALE = 2.0**12
 # Rows of logits have room for a whole number of these, so that vectors of entries are read and written.
 _ALIGN = 64
 
-SoftmaxGradient = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, int, float, bool], None]
-"""softmax_gradient(logits [N, stride], targets [N], losses [N], vocab, ignore_index, scale, gradient): the
-loss of each row, and if `gradient` scale * (softmax - one-hot) in the place of its `vocab` entries. What
-lies behind them may become anything. Rows whose target is `ignore_index` become 0; one that is no entry
-makes the loss NaN.
+SoftmaxGradient = Callable[..., None]
+"""softmax_gradient(logits [N, stride], hidden [N, D], weight [vocab, D], targets [N], losses [N], vocab,
+ignore_index, scale, gradient): the loss of each row, and if `gradient` scale * (softmax - one-hot) in the
+place of its `vocab` entries. What lies behind them may become anything. Rows whose target is `ignore_index`
+become 0; one that is no entry makes the loss NaN. `hidden` and `weight`, both dense, are what the logits were
+made of, for whoever needs some of them in more digits.
 """
 Gradients = Callable[..., Iterator[tuple[slice, torch.Tensor]]]
 """gradients(hidden [N, D], weight [V, D], targets [N], losses [N], ignore_index, scale, gradient): fills the
@@ -46,12 +47,14 @@ def in_place(softmax_gradient: SoftmaxGradient) -> Gradients:
 
     def gradients(hidden, weight, targets, losses, ignore_index, scale, gradient):
         vocab = len(weight)
+        hidden, weight = hidden.contiguous(), weight.contiguous()
         buffer = chunk_buffer(hidden, vocab)
         for part in chunks(len(hidden), len(buffer)):
             x = hidden[part]
             rows = buffer[: len(x)]
             logits = torch.mm(x, weight.T, out=rows[:, :vocab])
-            softmax_gradient(rows, targets[part], losses[part], vocab, ignore_index, scale, gradient)
+            tensors = rows, x, weight, targets[part], losses[part]
+            softmax_gradient(*tensors, vocab, ignore_index, scale, gradient)
             yield part, logits
 
     return gradients

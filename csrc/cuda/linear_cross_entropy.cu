@@ -1,19 +1,25 @@
 // Between the products of the head: a row of logits becomes its loss, and in its place factor * (softmax - one-hot).
 //
 // Compile with -DVOCAB=<entries> -DSTRIDE=<from row to row, a multiple of 8 (fp32: 4) and at least VOCAB>
-// -DTHREADS=<256, 512, 1024> -DX=<bits of logits> -DGRADIENT=<0: only the loss>.
+// -DTHREADS=<256, 512, 1024> -DX=<bits of logits> -DGRADIENT=<0: only the loss> -DSIZE=<of hidden>
+// -DVECTOR=<8, 4, 2, 1: numbers of hidden and weight read at once, divides SIZE>.
 //
-//     softmax_gradient   THREADS threads, grid rows     logits targets losses  ignore_index factor
-// logits [rows, STRIDE] start at a multiple of 16 bytes; targets int64 [rows], losses fp32 [rows]. A target that is
-// ignore_index makes loss and row 0, one that is no entry makes the loss NaN. What lies behind entry VOCAB is not used
-// and may become anything.
+//     softmax_gradient   THREADS threads, grid rows     logits hidden weight targets losses  ignore_index factor
+// logits [rows, STRIDE] start at a multiple of 16 bytes; they are hidden [rows, SIZE] times weight [VOCAB, SIZE]
+// transposed, both dense. targets int64 [rows], losses fp32 [rows]. A target that is ignore_index makes loss and row 0,
+// one that is no entry makes the loss NaN. What lies behind entry VOCAB is not used and may become anything.
 //
-// The row stays in registers, packed: it is read once and written once, which is all that this takes on a T4.
+// The row stays in registers, packed: it is read once and written once, which is all that this takes on a T4. But the
+// half of a logit of 64 is off by up to 1 / 32, of 400 by up to 1 / 8, and a probability by as large a part. So where the
+// highest one is 64 or more, those that are less than 8 below (others have a probability below e^-8) are computed again,
+// in fp32, and of the whole row halves hold what is left without the highest. Few are so near as a rule; the more there
+// are, the longer such a row takes.
 #include "vector.h"
 
 constexpr int kWide = 128 / X;  // numbers in 16 bytes
 constexpr int kParts = (STRIDE + THREADS * kWide - 1) / (THREADS * kWide);
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f, kLowest = -3.0e38f;
+constexpr float kPeaked = 64, kLargest = 65504, kNear = 8;  // an infinite logit stays one, and makes the loss NaN
 using In = Number<X>;
 
 DEVICE int first_entry(int part) { return (part * THREADS + static_cast<int>(threadIdx.x)) * kWide; }
@@ -25,6 +31,38 @@ DEVICE void unpack(float (&x)[kWide], const uint4& part) {
   for (int i = 0; i < 4; ++i) {
     if constexpr (X == 16) x[2 * i] = low_half(words[i]), x[2 * i + 1] = high_half(words[i]);
     else x[i] = float_from_bits(words[i]);
+  }
+}
+
+DEVICE void load_row(uint4 (&parts)[kParts], const In* logits) {
+#pragma unroll
+  for (int p = 0; p < kParts; ++p)
+    if (first_entry(p) < STRIDE) parts[p] = *reinterpret_cast<const uint4*>(logits + first_entry(p));
+}
+
+// A logit in fp32.
+DEVICE float product(const In* hidden, const In* weight) {
+  float sum = 0;
+#pragma unroll 1
+  for (int i = 0; i < SIZE; i += VECTOR) {
+    float a[VECTOR], b[VECTOR];
+    load(a, hidden + i);
+    load(b, weight + i);
+#pragma unroll
+    for (int j = 0; j < VECTOR; ++j) sum += a[j] * b[j];
+  }
+  return sum;
+}
+
+// Takes `highest` from the logits of the row, those near it computed again.
+DEVICE void subtract(In* logits, const In* hidden, const In* weight, float highest) {
+#pragma unroll 1
+  for (int entry = threadIdx.x; entry < VOCAB; entry += THREADS) {
+    float x[1];
+    load(x, logits + entry);
+    if (x[0] > highest - kNear) x[0] = product(hidden, weight + static_cast<long long>(entry) * SIZE);
+    x[0] -= highest;
+    store(x, logits + entry);
   }
 }
 
@@ -43,11 +81,13 @@ DEVICE float block_reduce(float x, float* shared) {
 }
 
 KERNEL(THREADS, 1024 / THREADS)
-softmax_gradient(In* logits, const long long* targets, float* losses, int ignore_index, float factor) {
+softmax_gradient(In* logits, const In* hidden, const In* weight, const long long* targets, float* losses,
+                 int ignore_index, float factor) {
   SHARED(float, highest_of_warp, THREADS / 32);
   SHARED(float, total_of_warp, THREADS / 32);
   const long long row = blockIdx.x, target = targets[row];
   logits += row * STRIDE;
+  hidden += row * SIZE;
   if (target == ignore_index) {
     if (threadIdx.x == 0) losses[row] = 0;
     if (GRADIENT)
@@ -61,11 +101,11 @@ softmax_gradient(In* logits, const long long* targets, float* losses, int ignore
   load(at_target, logits + (known ? target : 0));
 
   uint4 parts[kParts];
+  load_row(parts, logits);
   float highest = kLowest;
 #pragma unroll
   for (int p = 0; p < kParts; ++p) {
     if (first_entry(p) >= STRIDE) continue;
-    parts[p] = *reinterpret_cast<const uint4*>(logits + first_entry(p));
     float x[kWide];
     unpack(x, parts[p]);
 #pragma unroll
@@ -73,6 +113,13 @@ softmax_gradient(In* logits, const long long* targets, float* losses, int ignore
       if (first_entry(p) + i < VOCAB) highest = fmaxf(highest, x[i]);
   }
   highest = block_reduce<true>(highest, highest_of_warp);
+  if (X == 16 && fabsf(highest) >= kPeaked && fabsf(highest) <= kLargest) {
+    subtract(logits, hidden, weight, highest);
+    if (known && threadIdx.x == 0) at_target[0] = product(hidden, weight + target * SIZE) - highest;
+    highest = 0;
+    sync_threads();
+    load_row(parts, logits);
+  }
 
   float total = 0;
 #pragma unroll

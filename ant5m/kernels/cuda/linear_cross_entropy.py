@@ -2,7 +2,7 @@
 
 import torch
 
-from ant5m.kernels.cuda.layout import bits
+from ant5m.kernels.cuda.layout import bits, vector
 from ant5m.kernels.cuda.runtime import launch
 from ant5m.kernels.head import in_place, make_linear_cross_entropy
 
@@ -14,6 +14,8 @@ MAX_VOCAB = _ENTRIES * _THREADS
 
 def softmax_gradient(
     logits: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
     targets: torch.Tensor,
     losses: torch.Tensor,
     vocab: int,
@@ -35,10 +37,12 @@ def softmax_gradient(
             "THREADS": threads,
             "X": kind,
             "GRADIENT": int(gradient),
+            "SIZE": hidden.shape[1],
+            "VECTOR": min(4, vector(hidden.shape[1], hidden, weight)),  # 8 would take more registers
         },
         (len(logits),),
         threads,
-        *(logits, targets, losses, ignore_index, scale),
+        *(logits, hidden, weight, targets, losses, ignore_index, scale),
     )
 
 

@@ -233,6 +233,8 @@ def softmax_gradient_kernel(
 
 def softmax_gradient(
     logits: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
     targets: torch.Tensor,
     losses: torch.Tensor,
     vocab: int,
