@@ -62,13 +62,24 @@ def composed_mlp(x, gate, up, down):
     return reference.swiglu(x @ gate.T, x @ up.T) @ down.T
 
 
+def composed_query_key_value(x, weight, cos, sin, heads):
+    q, k, v = (x @ weight.T).unflatten(-1, (sum(heads), -1)).split(heads, 2)
+    return *reference.rope(q, k, cos, sin), v
+
+
+COMPOSED = {"mlp": composed_mlp, "query_key_value": composed_query_key_value}
+
+
 def assert_true(name, *inputs, tolerance=TOLERANCE):
     """The C++ op `name` agrees with the reference in float64."""
     truth_inputs = [
-        x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs
+        x.detach().double().requires_grad_(x.requires_grad)
+        if isinstance(x, torch.Tensor) and x.is_floating_point()
+        else x
+        for x in inputs
     ]
     results = run(getattr(cpu, name), inputs)
-    truth = run(composed_mlp if name == "mlp" else getattr(reference, name), truth_inputs)
+    truth = run(COMPOSED.get(name) or getattr(reference, name), truth_inputs)
     for got, expected in zip(results, truth, strict=True):
         assert got.dtype == torch.float32
         assert got.shape == expected.shape
@@ -243,6 +254,28 @@ class TestAttention:
 
 
 @pytest.mark.usefixtures("instruction_set")
+class TestQueryKeyValue:
+    @pytest.mark.parametrize(
+        ("shape", "heads", "dim"),
+        [((1, 1, 7), [1, 1, 1], 2), ((2, 17, 100), [8, 2, 2], 16), ((1, 70, 33), [3, 1, 1], 10)],
+    )
+    def test_odd_shapes(self, shape, heads, dim):
+        weight = draw(sum(heads) * dim, shape[-1], seed=1)
+        assert_true("query_key_value", draw(*shape), weight, *angles(shape[1], dim // 2), heads)
+
+    def test_strided_and_misaligned(self):
+        wide, weight = draw(2, 9, 202), draw(101, 12 * 16).T
+        assert_true("query_key_value", wide[..., 1:102], weight, *angles(9, 8), [8, 2, 2])
+        assert_true("query_key_value", wide[..., ::2], weight, *angles(9, 8), [8, 2, 2])
+
+    def test_not_under_autocast(self):
+        x, weight, rotation = draw(1, 3, 8), draw(12, 8), angles(3, 2)
+        assert kernels.query_key_value(x, weight, *rotation, [1, 1, 1], backend="cpu") is not None
+        with torch.autocast("cpu", torch.bfloat16):
+            assert kernels.query_key_value(x, weight, *rotation, [1, 1, 1], backend="cpu") is None
+
+
+@pytest.mark.usefixtures("instruction_set")
 class TestSwiGLU:
     @pytest.mark.parametrize("shape", [(1, 1), (3, 7, 516), (2, 33, 100), (64,)])
     def test_odd_shapes(self, shape):
@@ -382,7 +415,8 @@ class TestLogitSummary:
         torch.testing.assert_close(cpu.logit_summary(hidden, weight)[0], expected)
 
 
-# Small enough that torch itself runs them on one thread: its own pool does not survive a fork.
+# Small enough that torch itself runs them on one thread: its own pool does not survive a fork. Without
+# query_key_value, whose products are torch's.
 CASES = {
     "rms_norm": lambda: [draw(3, 100, 100), draw(100)],
     "rope": lambda: [draw(2, 150, 4, 16), draw(2, 150, 2, 16), *angles(150, 8)],
@@ -470,6 +504,8 @@ def test_what_it_cannot_run_says_why():
         ("rms_norm", [torch.zeros(3, 4), torch.zeros(4), 1e-5, torch.zeros(4)]),
         ("rope", [torch.zeros(1, 3, 1, 4), torch.zeros(1, 3, 1, 4), torch.zeros(2, 2), torch.zeros(2, 2)]),
         ("rope", [torch.zeros(1, 3, 1, 4), torch.zeros(1, 3, 1, 6), torch.zeros(3, 2), torch.zeros(3, 2)]),
+        ("query_key_value", [torch.zeros(1, 3, 4), torch.zeros(12, 5), *angles(3, 2), [1, 1, 1]]),
+        ("query_key_value", [torch.zeros(1, 3, 4), torch.zeros(12, 4), *angles(2, 2), [1, 1, 1]]),
         ("attention", [torch.zeros(1, 3, 3, 4), torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 2, 4)]),
         ("attention", [torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 2, 4), torch.zeros(1, 2, 2, 4)]),
         ("attention", [torch.zeros(1, 3, 2, 4)] * 3 + [torch.zeros(1, 2, dtype=torch.int64)]),

@@ -1,10 +1,10 @@
 """The five ops of a Llama training step, each with the same signature in every backend.
 
 `reference` (plain PyTorch) is their specification, `cpu` is C++, `triton` and `cuda` are for NVIDIA GPUs. A
-backend is a module of this package with a function for each op that it has (for `mlp`, `attention_until` and
-`logit_summary` only where it has something faster) and one `why_not(op, *tensors) -> str | None`: None when
-it can run the op (on these tensors), else the reason. A backend asked for by name that cannot run raises;
-`auto` takes the first of `_PREFERENCE` that can.
+backend is a module of this package with a function for each op that it has (for `mlp`, `query_key_value`,
+`attention_until` and `logit_summary` only where it has something better) and one
+`why_not(op, *tensors) -> str | None`: None when it can run the op (on these tensors), else the reason. A
+backend asked for by name that cannot run raises; `auto` takes the first of `_PREFERENCE` that can.
 """
 
 import importlib
@@ -59,6 +59,23 @@ def rope(
     Source: Su et al., "RoFormer", 2021.
     """
     return _pick("rope", backend, q, k).rope(q, k, cos, sin)
+
+
+def query_key_value(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    heads: list[int],
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """q, k, v [B, T, heads, d]: x [B, T, D] @ weight^T split into so many heads, q and k turned by `rope`.
+
+    `weight` [sum(heads) * d, D] is q's, k's and v's above one another. None where the backend has nothing
+    better than the product and `rope`.
+    """
+    module = _faster("query_key_value", backend, x, weight, cos, sin)
+    return None if module is None else module.query_key_value(x, weight, cos, sin, heads)
 
 
 def attention(

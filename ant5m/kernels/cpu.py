@@ -34,7 +34,7 @@ def why_not(op: str, *tensors: torch.Tensor) -> str | None:
             return f"it takes fp32 and bf16, not {str(x.dtype).removeprefix('torch.')}"
     if op == "mlp" and tensors and tensors[0].shape[-1] > MLP_SIZE:
         return f"it takes up to {MLP_SIZE} channels, not {tensors[0].shape[-1]}"
-    if op == "mlp" and torch.is_autocast_enabled("cpu"):
+    if op in ("mlp", "query_key_value") and torch.is_autocast_enabled("cpu"):
         return "its products are in fp32, whatever autocast says"
     if op == "attention" and tensors and tensors[0].shape[1] != tensors[1].shape[1]:
         return f"it takes as many keys as queries, not {tensors[1].shape[1]} and {tensors[0].shape[1]}"
@@ -101,10 +101,13 @@ class _Rope(torch.autograd.Function):
 
 def _rotate(q, k, cos, sin, sign):
     q, k = _gapless(q), _gapless(k)
-    out_q, out_k = _empty(q, *q.shape), _empty(k, *k.shape)
+    return _rotate_into(_empty(q, *q.shape), _empty(k, *k.shape), q, k, cos, sin, sign)
+
+
+def _rotate_into(out_q, out_k, q, k, cos, sin, sign):
     _cpu.rope(
         *(_attention_shape(q, k), _heads(q), _heads(k), _address(cos), _address(sin), sign),
-        *(_address(out_q), _address(out_k), torch.get_num_threads()),
+        *(_heads(out_q), _heads(out_k), torch.get_num_threads()),
     )
     return out_q, out_k
 
@@ -112,11 +115,46 @@ def _rotate(q, k, cos, sin, sign):
 def rope(q, k, cos, sin):
     _check_dtypes(q, k, cos, sin)
     _check_heads(q, k)
-    angles = (q.shape[1], q.shape[3] // 2)
     _check(q.shape[3] % 2 == 0, "the head dimension of q {} is not even", q)
-    _check(cos.shape == sin.shape == angles, f"cos {{}} and sin {{}} must be {list(angles)}", cos, sin)
+    _check_angles(cos, sin, q.shape[1], q.shape[3])
     rotated = _Rope.apply(q.float(), k.float(), cos.float(), sin.float())
     return rotated[0].to(q.dtype), rotated[1].to(k.dtype)
+
+
+class _QueryKeyValue(torch.autograd.Function):
+    # q, k and v share one tensor, in which q and k are turned where they lie: turned q and k beside the
+    # product would be two thirds more to keep for the backward pass.
+    @staticmethod
+    def forward(ctx, x, weight, cos, sin, heads):
+        rows, weight, cos, sin = _matrix(x), weight.contiguous(), cos.contiguous(), sin.contiguous()
+        ctx.save_for_backward(rows, weight, cos, sin)
+        ctx.heads = heads
+        made = torch.mm(rows, weight.T, out=_empty(rows, len(rows), len(weight)))
+        q, k, v = made.view(*x.shape[:2], sum(heads), -1).split(heads, 2)
+        _rotate_into(q, k, q, k, cos, sin, 1.0)
+        return q, k, v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_q, grad_k, grad_v):
+        rows, weight, cos, sin = ctx.saved_tensors
+        shape = grad_q.shape[:2]
+        grad = _empty(rows, len(rows), len(weight))
+        q, k, v = grad.view(*shape, sum(ctx.heads), -1).split(ctx.heads, 2)
+        _rotate_into(q, k, _gapless(grad_q), _gapless(grad_k), cos, sin, -1.0)
+        v.copy_(grad_v)
+        grad_x = torch.mm(grad, weight, out=_empty(rows, *rows.shape))
+        return grad_x.view(*shape, -1), grad.T @ rows, None, None, None
+
+
+def query_key_value(x, weight, cos, sin, heads):
+    """q, k and v, side by side in x [B, T, D] @ weight [sum(heads) * d, D]^T; q and k turned by `rope`."""
+    _check_dtypes(x, weight, cos, sin)
+    fit = x.ndim == 3 and weight.shape[1:] == x.shape[-1:] and len(weight) % (2 * sum(heads)) == 0
+    _check(fit, f"x {{}} and weight {{}} do not fit {heads} heads", x, weight)
+    _check_angles(cos, sin, x.shape[1], len(weight) // sum(heads))
+    made = _QueryKeyValue.apply(x.float(), weight.float(), cos.float(), sin.float(), heads)
+    return tuple(part.to(x.dtype) for part in made)
 
 
 class _Attention(torch.autograd.Function):
@@ -250,7 +288,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = _empty(hidden, tokens, dim) if need_hidden else None
         grad_weight = _empty(hidden, vocab, padded) if need_weight else None
-        if not tokens and need_weight:
+        if grad_weight is not None and not tokens:
             grad_weight.zero_()
         loss = hidden.new_empty(())
         _cpu.linear_cross_entropy(
@@ -348,6 +386,11 @@ def _check_dtypes(*tensors):
 def _check_heads(q, k):
     fit = q.ndim == k.ndim == 4 and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
     _check(fit, "q {} and k {} do not fit", q, k)
+
+
+def _check_angles(cos, sin, length, dim):
+    shape = [length, dim // 2]
+    _check(list(cos.shape) == list(sin.shape) == shape, f"cos {{}} and sin {{}} must be {shape}", cos, sin)
 
 
 def _share_threads():

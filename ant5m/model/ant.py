@@ -114,11 +114,18 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
     def forward(self, x, cos, sin, cache=None, starts=None):
-        qkv = F.linear(x, torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)))
-        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in _split(qkv, self.sizes))
-        q, k = kernels.rope(q, k, cos, sin)
+        q, k, v = self._query_key_value(x, cos, sin)
         mixed = kernels.attention(q, k, v, starts) if cache is None else cache.attend(self.layer, q, k, v)
         return self.o_proj(mixed.flatten(-2))
+
+    def _query_key_value(self, x, cos, sin):
+        weight = torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
+        fused = kernels.query_key_value(x, weight, cos, sin, [size // self.head_size for size in self.sizes])
+        if fused is not None:
+            return fused
+        parts = _split(F.linear(x, weight), self.sizes)
+        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in parts)
+        return *kernels.rope(q, k, cos, sin), v
 
 
 def _attention_over_cache(q, k, v):

@@ -36,6 +36,14 @@ struct Argument<const ant5m::Heads&> {
 };
 
 template <>
+struct Argument<const ant5m::OutHeads&> {
+    using Type = Argument<const ant5m::Heads&>::Type;
+    static ant5m::OutHeads from(const Type& x) {
+        return {at<float>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x)};
+    }
+};
+
+template <>
 struct Argument<const ant5m::AttentionShape&> {
     using Type = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
     static ant5m::AttentionShape from(const Type& x) {

@@ -19,6 +19,11 @@ struct Heads {
     int64_t batch, time, head;
 };
 
+struct OutHeads {
+    float* data;
+    int64_t batch, time, head;
+};
+
 struct AttentionShape {
     int64_t batch, length, heads, kv_heads, dim;
 };
@@ -68,9 +73,10 @@ using RmsNormBackward = void(int64_t rows, int64_t dim, const float* x, int64_t 
                              const float* scale, const float* grad, int64_t grad_row, const float* grad_total,
                              int64_t grad_total_row, float* grad_x, float* grad_weight, int threads);
 
-// q and k turned by the angles whose cos and sin are [length, dim / 2]; with sign -1 turned back.
+// q and k turned by the angles whose cos and sin are [length, dim / 2]; with sign -1 turned back. The outputs may be q
+// and k themselves.
 using Rope = void(const AttentionShape& shape, const Heads& q, const Heads& k, const float* cos, const float* sin,
-                  float sign, float* out_q, float* out_k, int threads);
+                  float sign, const OutHeads& out_q, const OutHeads& out_k, int threads);
 
 // out [rows, width] = silu(gate) * up.
 using SwigluForward = void(int64_t rows, int64_t width, const float* gate, int64_t gate_row, const float* up,
