@@ -185,7 +185,7 @@ def _picture(patterns: Tensor, silenced: list[list[Estimate]], swapped: list[Est
     layers, heads = patterns.shape[:2]
     figure = Figure(figsize=(13, 2 + 0.34 * layers), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    image = left.imshow(patterns.mean(0), vmin=0, vmax=1, cmap="viridis")
+    image = left.imshow(patterns.mean(0).numpy(), vmin=0, vmax=1, cmap="viridis")
     for edge in range(group, heads, group):
         left.axhline(edge - 0.5, color="white", linewidth=2)
         left.axvline(edge - 0.5, color="white", linewidth=2)

@@ -322,7 +322,7 @@ def _heads_picture(looks: Looks) -> Figure:
         (looks.shuffled, "Change of scores when\npositions are shuffled", math.sqrt(2)),
     )
     for axis, (values, title, most) in zip(figure.subplots(1, 4), shown, strict=True):
-        image = axis.imshow(values, aspect="auto", vmin=0, vmax=most, cmap="viridis")
+        image = axis.imshow(values.numpy(), aspect="auto", vmin=0, vmax=most, cmap="viridis")
         axis.set(xlabel="query head", title=title, xticks=range(heads), yticks=range(layers))
         figure.colorbar(image, ax=axis, shrink=0.9)
         if heads <= 8:
@@ -343,7 +343,7 @@ def _rope_picture(
     axes = figure.subplots(2, 2)
     turns = [f"{pair}\n{count:.3g}" for pair, count in enumerate(_turns(net))]
     size = 9 if len(turns) <= 12 else 6
-    image = axes[0, 0].imshow(100 * looks.pairs.mean(1), aspect="auto", cmap="viridis", vmin=0)
+    image = axes[0, 0].imshow((100 * looks.pairs.mean(1)).numpy(), aspect="auto", cmap="viridis", vmin=0)
     axes[0, 0].set(ylabel="layer", xlabel="rotation pair, its turns within the context")
     axes[0, 0].set_title("Share of the variance of the scores (%)")
     axes[0, 0].set_xticks(range(len(turns)), turns, fontsize=size)
