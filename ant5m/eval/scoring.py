@@ -202,29 +202,29 @@ def _score_packs(net: Ant, packs: list[Pack]) -> tuple[np.ndarray, np.ndarray, n
     rows = np.concatenate([np.array(pack.rows) + offset for pack, offset in pairs])
     targets = np.array(list(itertools.chain.from_iterable(pack.targets for pack in packs)))
     owners = np.array(list(itertools.chain.from_iterable(pack.owners for pack in packs)))
-    log_probs, likeliest = _log_probs(net, _hidden(net, packs), rows, targets)
+    unique, pointer = np.unique(rows, return_inverse=True)
+    log_probs, likeliest = _log_probs(net, _hidden(net, packs, unique), pointer, targets)
     return owners, log_probs, likeliest
 
 
-def _hidden(net: Ant, packs: list[Pack]) -> Tensor:
-    """What the head would take, [N, D]."""
+def _hidden(net: Ant, packs: list[Pack], rows: np.ndarray) -> Tensor:
+    """What the head takes of these rows, [len(rows), D]."""
     table = net.model.embed_tokens.weight
     ids = torch.tensor([list(itertools.chain.from_iterable(pack.ids for pack in packs))], device=net.device)
     positions = list(itertools.chain.from_iterable(pack.positions for pack in packs))
     place = torch.tensor(positions, device=net.device)
     forest = _Forest(packs, net.config.num_attention_heads // net.config.num_key_value_heads, table)
-    return net.model(ids, net.cos[place], net.sin[place], forest)[0]
+    wanted = torch.from_numpy(rows).to(net.device)
+    return net.model(ids, net.cos[place], net.sin[place], forest, rows=wanted)[0]
 
 
 def _log_probs(
     net: Ant, hidden: Tensor, rows: np.ndarray, targets: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """log p(targets[i] | hidden[rows[i]]), and whether it is the largest; a row passes the head once."""
-    unique, pointer = np.unique(rows, return_inverse=True)
-    needed = hidden[torch.from_numpy(unique).to(hidden.device)]
-    log_sum, likeliest = _summary(needed, net.head_weight)
-    row, target = (torch.from_numpy(x).to(hidden.device) for x in (pointer, targets))
-    logits = (needed[row] * net.head_weight[target]).sum(-1, dtype=torch.float32)
+    """log p(targets[i] | hidden[rows[i]]), and whether it is the largest."""
+    log_sum, likeliest = _summary(hidden, net.head_weight)
+    row, target = (torch.from_numpy(x).to(hidden.device) for x in (rows, targets))
+    logits = (hidden[row] * net.head_weight[target]).sum(-1, dtype=torch.float32)
     return (logits - log_sum[row]).cpu().numpy(), (likeliest[row] == target).cpu().numpy()
 
 

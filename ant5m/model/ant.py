@@ -172,10 +172,16 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, made, residual, cos, sin, cache=None, starts=None):
-        """`made` [B, T, D], by the layer before, is yet to be added to `residual`; so is what is returned."""
+    def forward(self, made, residual, cos, sin, cache=None, starts=None, rows=None):
+        """`made` [B, T, D], by the layer before, is yet to be added to `residual`; so is what is returned.
+
+        With `rows` only these positions are returned.
+        """
         x, residual = _add_and_norm(self.input_layernorm, made, residual)
-        x, residual = self.post_attention_layernorm(self.self_attn(x, cos, sin, cache, starts), residual)
+        mixed = self.self_attn(x, cos, sin, cache, starts)
+        if rows is not None:
+            mixed, residual = mixed[:, rows], residual[:, rows]
+        x, residual = self.post_attention_layernorm(mixed, residual)
         return self.mlp(x), residual
 
 
@@ -183,6 +189,7 @@ class Body(nn.Module):
     """Everything between token ids and the head.
 
     Whoever gives a `cache` decides what sees what: its `attend(layer, q, k, v)` stands in for the attention.
+    `rows` are the positions whose result is wanted; None: all.
     """
 
     def __init__(self, config: ModelConfig):
@@ -191,12 +198,14 @@ class Body(nn.Module):
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids, cos, sin, cache=None, starts=None):
+    def forward(self, input_ids, cos, sin, cache=None, starts=None, rows=None):
         # Each norm also adds what the block before it made to the residual stream.
         residual = self.embed_tokens(input_ids)
         made = None
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             made, residual = layer(made, residual, cos, sin, cache, starts)
+        # Whatever attends to other positions is behind them now.
+        made, residual = self.layers[-1](made, residual, cos, sin, cache, starts, rows)
         return _add_and_norm(self.norm, made, residual)[0]
 
 

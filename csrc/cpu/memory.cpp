@@ -17,6 +17,8 @@ namespace {
 constexpr std::align_val_t kAlignment{64};
 constexpr int64_t kPage = 4 << 10, kHugePage = 2 << 20;
 constexpr int64_t kLarge = 1 << 20;  // bytes, from which on a piece comes from the cache
+// More may be held than was in use at once: without a backward pass little is, and of changing sizes.
+constexpr int64_t kSpare = 32 << 20;
 
 struct Free {
     void operator()(float* p) const { ::operator delete[](p, kAlignment); }
@@ -63,7 +65,7 @@ class Cache {
         }
         if (held.used > most) most = held.used;
         for (auto size = free.rbegin(); size != free.rend(); ++size)  // the largest first
-            while (held.used + held.kept > most && !size->second.empty()) {
+            while (held.used + held.kept > most + kSpare && !size->second.empty()) {
                 unmap(size->second.back(), size->first);
                 size->second.pop_back();
                 held.kept -= size->first;

@@ -9,7 +9,7 @@ namespace ant5m {
 float* scratch(int64_t floats);
 
 // 64-byte aligned, with undefined content; may be asked for and destroyed on any thread. Large pieces come from a
-// cache of pieces of the same size, which never makes the process hold more than was in use at once: a training
+// cache of pieces of the same size, which makes the process hold hardly more than was in use at once: a training
 // step asks for the same sizes again and again, and malloc either leaves holes between them (a third more memory)
 // or has the system clear fresh pages for each (a quarter more time).
 class Memory {
