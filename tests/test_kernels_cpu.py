@@ -87,6 +87,12 @@ def assert_true(name, *inputs, tolerance=TOLERANCE):
         assert error <= tolerance * expected.square().mean().sqrt() + 1e-7, (error, expected.shape)
 
 
+def assert_close(got, expected):
+    assert got.dtype == torch.float32 and got.shape == expected.shape and not got.requires_grad
+    error = (got - expected).square().mean().sqrt()
+    assert error <= TOLERANCE * expected.square().mean().sqrt(), error
+
+
 def angles(length, half):
     angle = torch.arange(length)[:, None] * torch.logspace(0, -3, half)
     return angle.cos(), angle.sin()
@@ -415,6 +421,57 @@ class TestLogitSummary:
         torch.testing.assert_close(cpu.logit_summary(hidden, weight)[0], expected)
 
 
+@pytest.mark.usefixtures("instruction_set")
+class TestWithoutGradients:
+    @pytest.mark.parametrize(("tokens", "dim", "rows"), [(1, 16, 5), (70, 100, 33), (300, 7, 130)])
+    def test_norm_product(self, tokens, dim, rows):
+        x, norm, weight = draw(1, tokens, dim, scale=3), draw(dim, seed=1), draw(rows, dim, seed=2)
+        doubles = (t.detach().double() for t in (x, norm, weight))
+        expected = (lambda x, norm, weight: reference.rms_norm(x, norm, 1e-5) @ weight.T)(*doubles)
+        assert_close(cpu.norm_product(x, norm, 1e-5, weight), expected)
+
+    @pytest.mark.parametrize(
+        ("tokens", "dim", "inner", "width"), [(1, 16, 8, 5), (70, 100, 130, 33), (300, 7, 20, 65)]
+    )
+    def test_finish_layer(self, tokens, dim, inner, width):
+        inputs = [
+            draw(1, tokens, dim, scale=3),
+            draw(1, tokens, inner),
+            draw(dim, inner, seed=1),
+            draw(dim, seed=2),
+            draw(width, dim, seed=3),
+            draw(width, dim, seed=4),
+            draw(dim, width, seed=5),
+        ]
+        residual, mixed, weight, norm, *mlp = (x.detach().double() for x in inputs)
+        total = residual + mixed @ weight.T
+        expected = total + composed_mlp(reference.rms_norm(total, norm, 1e-5), *mlp)
+        assert_close(cpu.finish_layer(*inputs[:4], 1e-5, *inputs[4:]), expected)
+
+    def test_strided_and_misaligned(self):
+        wide, norm, weight = draw(2, 20, 202), draw(101), draw(101, 30).T
+        expected = reference.rms_norm(wide[..., ::2], norm, 1e-5) @ weight.T
+        assert_close(cpu.norm_product(wide[..., ::2], norm, 1e-5, weight), expected.double())
+        assert_close(
+            cpu.norm_product(wide[..., :101].transpose(0, 1), norm, 1e-5, weight).transpose(0, 1),
+            (reference.rms_norm(wide[..., :101], norm, 1e-5) @ weight.T).double(),
+        )
+
+    @pytest.mark.parametrize("rows", [None, [3], list(range(40))])
+    @pytest.mark.parametrize("tokens", [5, 45])
+    def test_a_model_gives_what_it_gives_with_gradients(self, tokens, rows):
+        torch.manual_seed(0)
+        net = Ant(ModelConfig(97, 32, 44, 3, 4, 2, max_position_embeddings=64))
+        ids = torch.arange(2 * tokens).reshape(2, tokens) % 97
+        rows = None if rows is None else torch.tensor(rows).clamp(max=tokens - 1)
+        args = ids, net.cos[:tokens], net.sin[:tokens], None, None, rows
+        expected = net.model(*args)
+        with torch.no_grad():
+            got = net.model(*args)
+        assert expected.requires_grad and not got.requires_grad
+        torch.testing.assert_close(got, expected.detach(), rtol=1e-5, atol=1e-5)
+
+
 # Small enough that torch itself runs them on one thread: its own pool does not survive a fork. Without
 # query_key_value, whose products are torch's.
 CASES = {
@@ -511,6 +568,15 @@ def test_what_it_cannot_run_says_why():
         ("attention", [torch.zeros(1, 3, 2, 4)] * 3 + [torch.zeros(1, 2, dtype=torch.int64)]),
         ("attention_until", [torch.zeros(1, 3, 2, 4)] * 3 + [torch.zeros(3, dtype=torch.int64)]),
         ("logit_summary", [torch.zeros(3, 4), torch.zeros(9, 5)]),
+        ("norm_product", [torch.zeros(3, 4), torch.zeros(4), 1e-5, torch.zeros(9, 5)]),
+        (
+            "finish_layer",
+            [
+                *(torch.zeros(*shape) for shape in ((3, 4), (3, 6), (4, 5), (4,))),
+                1e-5,
+                *(torch.zeros(*shape) for shape in ((5, 4), (5, 4), (4, 5))),
+            ],
+        ),
         ("swiglu", [torch.zeros(3, 4), torch.zeros(4)]),
         ("swiglu", [torch.zeros(3), torch.zeros(3, dtype=torch.float64)]),
         ("mlp", [torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(5, 4), torch.zeros(5, 4)]),

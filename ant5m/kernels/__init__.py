@@ -1,10 +1,12 @@
 """The five ops of a Llama training step, each with the same signature in every backend.
 
 `reference` (plain PyTorch) is their specification, `cpu` is C++, `triton` and `cuda` are for NVIDIA GPUs. A
-backend is a module of this package with a function for each op that it has (for `mlp`, `query_key_value`,
-`attention_until` and `logit_summary` only where it has something better) and one
+backend is a module of this package with a function for each op that it has, and one
 `why_not(op, *tensors) -> str | None`: None when it can run the op (on these tensors), else the reason. A
 backend asked for by name that cannot run raises; `auto` takes the first of `_PREFERENCE` that can.
+
+Further ops (`mlp`, `query_key_value`, `norm_product`, `finish_layer`, `attention_until`, `logit_summary`) are
+for backends that have something better than a few ops one after the other; elsewhere they give None.
 """
 
 import importlib
@@ -108,6 +110,39 @@ def mlp(
     """
     module = _faster("mlp", backend, x, gate, up, down)
     return None if module is None else module.mlp(x, gate, up, down)
+
+
+def norm_product(
+    x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, backend: str | None = None
+) -> torch.Tensor | None:
+    """`rms_norm` of x [..., D] with the gains `norm` [D], times weight [R, D]^T: [..., R].
+
+    Without gradients. None where the backend has nothing faster than one after the other.
+    """
+    module = _faster("norm_product", backend, x, norm, weight)
+    return None if module is None else module.norm_product(x, norm, eps, weight)
+
+
+def finish_layer(
+    residual: torch.Tensor,
+    mixed: torch.Tensor,
+    weight: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    backend: str | None = None,
+) -> torch.Tensor | None:
+    """What follows attention in a layer: total + `mlp` of the `rms_norm` of total [..., D].
+
+    total = residual [..., D] + mixed [..., R] @ weight [D, R]^T; `norm` [D] are gains. Without gradients.
+    None where the backend has nothing faster than one after the other.
+    """
+    module = _faster("finish_layer", backend, residual, mixed, weight, norm, gate, up, down)
+    if module is None:
+        return None
+    return module.finish_layer(residual, mixed, weight, norm, eps, gate, up, down)
 
 
 def attention_until(

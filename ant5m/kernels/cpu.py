@@ -21,6 +21,11 @@ MLP_SIZE = 256
 """channels; above, the weights and their gradients leave L2, and products of whole matrices are faster"""
 
 
+FEW_TOKENS = 32
+"""what vectors hold at once; for fewer, as in generation, plain products are faster"""
+
+_WITHOUT_GRADIENTS = ("norm_product", "finish_layer")
+
 LARGE = 1 << 18
 """numbers of a tensor for which memory is kept"""
 
@@ -32,9 +37,11 @@ def why_not(op: str, *tensors: torch.Tensor) -> str | None:
             return f"the tensors are on {x.device.type}"
         if x.dtype not in (torch.float32, torch.bfloat16):
             return f"it takes fp32 and bf16, not {str(x.dtype).removeprefix('torch.')}"
-    if op == "mlp" and tensors and tensors[0].shape[-1] > MLP_SIZE:
+    if op in ("mlp", *_WITHOUT_GRADIENTS) and tensors and tensors[0].shape[-1] > MLP_SIZE:
         return f"it takes up to {MLP_SIZE} channels, not {tensors[0].shape[-1]}"
-    if op in ("mlp", "query_key_value") and torch.is_autocast_enabled("cpu"):
+    if op in _WITHOUT_GRADIENTS and tensors and tensors[0].numel() < FEW_TOKENS * tensors[0].shape[-1]:
+        return f"it computes for {FEW_TOKENS} tokens whatever comes"
+    if op in ("mlp", "query_key_value", *_WITHOUT_GRADIENTS) and torch.is_autocast_enabled("cpu"):
         return "its products are in fp32, whatever autocast says"
     if op == "attention" and tensors and tensors[0].shape[1] != tensors[1].shape[1]:
         return f"it takes as many keys as queries, not {tensors[1].shape[1]} and {tensors[0].shape[1]}"
@@ -278,6 +285,42 @@ def mlp(x, gate, up, down):
     return _MLP.apply(x.float(), gate.float(), up.float(), down.float()).to(x.dtype)
 
 
+def norm_product(x, norm, eps, weight):
+    """rms_norm(x [..., D], norm [D], eps) @ weight [R, D]^T: [..., R], without gradients."""
+    _check_dtypes(x, norm, weight)
+    fit = norm.shape == x.shape[-1:] == weight.shape[1:]
+    _check(fit, "x {}, norm {} and weight {} do not fit", x, norm, weight)
+    rows, norm, weight = _matrix(x.detach().float()), _dense(norm), _dense(weight)
+    out = _empty(rows, len(rows), len(weight))
+    _cpu.norm_product(
+        *(*rows.shape, len(weight), *_rows(rows), eps, _address(norm), _address(weight)),
+        *(_address(out), torch.get_num_threads()),
+    )
+    return out.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def finish_layer(residual, mixed, weight, norm, eps, gate, up, down):
+    """total + mlp(rms_norm(total, norm, eps), gate, up, down), total = residual + mixed @ weight^T.
+
+    residual [..., D], mixed [..., R], weight [D, R]; without gradients.
+    """
+    _check_dtypes(residual, mixed, weight, norm, gate, up, down)
+    fit = (
+        weight.shape == (*residual.shape[-1:], *mixed.shape[-1:]) and residual.shape[:-1] == mixed.shape[:-1]
+    )
+    _check(fit, "residual {}, mixed {} and weight {} do not fit", residual, mixed, weight)
+    fit = gate.shape == up.shape == down.shape[::-1] and gate.shape[1:] == norm.shape == residual.shape[-1:]
+    _check(fit, "residual {}, norm {}, gate {}, up {}, down {} do not fit", residual, norm, gate, up, down)
+    rows, others = _matrix(residual.detach().float()), _matrix(mixed.detach().float())
+    weight, norm, gate, up, down = (_dense(w) for w in (weight, norm, gate, up, down))
+    out = _empty(rows, *rows.shape)
+    _cpu.finish_layer(
+        *((*rows.shape, len(gate)), others.shape[1], *_rows(others), *_rows(rows), _address(weight), eps),
+        *(*(_address(w) for w in (norm, gate, up, down)), _address(out), torch.get_num_threads()),
+    )
+    return out.view(residual.shape).to(residual.dtype)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     # The gradients are computed with the loss, because only then are the logits at hand.
     @staticmethod
@@ -347,6 +390,10 @@ def _empty(like, *shape):
 def _matrix(x):
     """x [..., D] as [rows, D] with gapless rows: a view where that is possible, else a copy."""
     return _gapless(x.reshape(-1, x.shape[-1]))
+
+
+def _dense(weight):
+    return weight.detach().float().contiguous()
 
 
 def _gapless(x):

@@ -115,17 +115,27 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None, starts=None):
         q, k, v = self._query_key_value(x, cos, sin)
-        mixed = kernels.attention(q, k, v, starts) if cache is None else cache.attend(self.layer, q, k, v)
-        return self.o_proj(mixed.flatten(-2))
+        return self.o_proj(self.mix(q, k, v, cache, starts))
+
+    @property
+    def weight(self):
+        """Of the product that makes q, k and v."""
+        return torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
 
     def _query_key_value(self, x, cos, sin):
-        weight = torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
+        weight = self.weight
         fused = kernels.query_key_value(x, weight, cos, sin, [size // self.head_size for size in self.sizes])
-        if fused is not None:
-            return fused
-        parts = _split(F.linear(x, weight), self.sizes)
-        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in parts)
+        return self.turn(F.linear(x, weight), cos, sin) if fused is None else fused
+
+    def turn(self, qkv, cos, sin):
+        """q, k, v [B, T, heads, head size] of the product [B, T, ...], q and k turned."""
+        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in _split(qkv, self.sizes))
         return *kernels.rope(q, k, cos, sin), v
+
+    def mix(self, q, k, v, cache=None, starts=None):
+        """What the heads see, beside one another: [B, T, heads * head size]."""
+        mixed = kernels.attention(q, k, v, starts) if cache is None else cache.attend(self.layer, q, k, v)
+        return mixed.flatten(-2)
 
 
 def _attention_over_cache(q, k, v):
@@ -177,12 +187,34 @@ class Layer(nn.Module):
 
         With `rows` only these positions are returned.
         """
+        if made is None and not torch.is_grad_enabled():
+            done = self._without_gradients(residual, cos, sin, cache, starts, rows)
+            if done is not None:
+                return None, done
         x, residual = _add_and_norm(self.input_layernorm, made, residual)
         mixed = self.self_attn(x, cos, sin, cache, starts)
         if rows is not None:
             mixed, residual = mixed[:, rows], residual[:, rows]
         x, residual = self.post_attention_layernorm(mixed, residual)
         return self.mlp(x), residual
+
+    def _without_gradients(self, residual, cos, sin, cache, starts, rows):
+        """The residual stream behind the layer, or None where there is nothing faster than the usual way."""
+        attention, norm, mlp = self.self_attn, self.post_attention_layernorm, self.mlp
+        first = self.input_layernorm
+        qkv = kernels.norm_product(residual, first.weight, first.eps, attention.weight)
+        if qkv is None:
+            return None
+        q, k, v = attention.turn(qkv, cos, sin)
+        mixed = attention.mix(q, k, v, cache, starts)
+        if rows is not None:
+            mixed, residual = mixed[:, rows], residual[:, rows]
+        weights = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+        done = kernels.finish_layer(residual, mixed, attention.o_proj.weight, norm.weight, norm.eps, *weights)
+        if done is not None:
+            return done
+        x, residual = norm(attention.o_proj(mixed), residual)
+        return residual + mlp(x)
 
 
 class Body(nn.Module):

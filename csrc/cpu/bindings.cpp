@@ -86,7 +86,11 @@ PYBIND11_MODULE(_cpu, m) {
         .def(py::init<int64_t>(), py::arg("floats"))
         .def_buffer([](ant5m::Memory& memory) { return py::buffer_info(memory.data(), memory.floats()); });
     m.def(
-        "held", [] { return std::make_pair(ant5m::held().used, ant5m::held().kept); },
+        "held",
+        [] {
+            const ant5m::Held held = ant5m::held();
+            return std::make_pair(held.used, held.kept);
+        },
         "Bytes of large pieces of Memory: in use, and kept for later");
     define(m, "attention_forward", &ant5m::Ops::attention_forward);
     define(m, "attention_backward", &ant5m::Ops::attention_backward);
@@ -99,5 +103,7 @@ PYBIND11_MODULE(_cpu, m) {
     define(m, "swiglu_backward", &ant5m::Ops::swiglu_backward);
     define(m, "mlp_forward", &ant5m::Ops::mlp_forward);
     define(m, "mlp_backward", &ant5m::Ops::mlp_backward);
+    define(m, "norm_product", &ant5m::Ops::norm_product);
+    define(m, "finish_layer", &ant5m::Ops::finish_layer);
     m.attr("MLP_TOKENS") = ant5m::kMlpTokens;
 }

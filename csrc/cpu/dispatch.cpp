@@ -15,7 +15,8 @@ struct Entry {
 #define ANT5M_OPS(isa)                                                                          \
     {isa::gather,        isa::attention_forward, isa::attention_backward, isa::linear_cross_entropy, \
      isa::logit_summary, isa::rms_norm_forward,  isa::rms_norm_backward,  isa::rope,                 \
-     isa::swiglu_forward, isa::swiglu_backward,  isa::mlp_forward,        isa::mlp_backward}
+     isa::swiglu_forward, isa::swiglu_backward,  isa::mlp_forward,        isa::mlp_backward,         \
+     isa::norm_product,  isa::finish_layer}
 
 const Entry kEntries[] = {
 #if defined(__x86_64__)

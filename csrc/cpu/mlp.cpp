@@ -1,55 +1,17 @@
 // Llama's MLP, down (silu(gate x) * (up x)), for a block of tokens at a time, so that what lies between the three
 // products never leaves L2. Forward keeps gate x and up x; backward makes from them, tile by tile, everything else.
-//
-// A vector holds consecutive tokens ("lanes"), as in attention: weights are read as they lie.
+#include "block.h"
 #include "memory.h"
-#include "ops.h"
 #include "parallel.h"
-#include "silu.h"
-#include "tile.h"
 
 namespace ant5m::ANT5M_ISA {
 namespace {
 
-constexpr int64_t kTokens = kMlpTokens;  // of a block
-constexpr int64_t kTile = 64;            // rows of gate and up
 // Rows of a tile are this far apart, so that they do not all fall into the same sets of L1.
 constexpr int64_t kStride = kTokens + kWidth;
 constexpr int64_t kPartialFloats = 8 << 20;  // 32 MiB for the chunks' gradients of the weights, if that is 4 chunks
 
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// The tokens from `first` on; `gates` and `ups` are [panels, width, kLanes].
-struct Block {
-    int64_t first, tokens, panels;
-    float *gates, *ups;
-
-    Block(const MlpShape& shape, int64_t index, float* all_gates, float* all_ups)
-        : first(index * kTokens),
-          tokens(smaller(kTokens, shape.tokens - first)),
-          panels(divide_up(tokens, kLanes)),
-          gates(all_gates ? all_gates + first * shape.width : nullptr),
-          ups(all_ups ? all_ups + first * shape.width : nullptr) {}
-    int64_t lanes_of(int64_t panel) const { return smaller(kLanes, tokens - panel * kLanes); }
-};
-
-// x [tokens, dim] of a block to [panels, dim, kLanes], zero behind the last token.
-void load_lanes(const Block& block, const float* x, int64_t row, int64_t dim, float* to) {
-    for (int64_t panel = 0; panel < block.panels; ++panel) {
-        float* at = to + panel * dim * kLanes;
-        if (block.lanes_of(panel) < kLanes) std::memset(at, 0, sizeof(float) * dim * kLanes);
-        transpose(block.lanes_of(panel), dim, x + (block.first + panel * kLanes) * row, row, at, kLanes);
-    }
-}
-
-void store_lanes(const Block& block, const float* lanes, int64_t dim, float* x) {
-    for (int64_t panel = 0; panel < block.panels; ++panel)
-        transpose(dim, block.lanes_of(panel), lanes + panel * dim * kLanes, kLanes,
-                  x + (block.first + panel * kLanes) * dim, dim);
-}
-
-// The same to [panels * kLanes, padded], zero behind dim and the last token.
+// x [tokens, dim] of a block to [panels * kLanes, padded], zero behind dim and the last token.
 void load_rows(const Block& block, const float* x, int64_t row, int64_t dim, float* to, int64_t padded) {
     std::memset(to, 0, sizeof(float) * block.panels * kLanes * padded);
     for (int64_t i = 0; i < block.tokens; ++i)
@@ -59,32 +21,12 @@ void load_rows(const Block& block, const float* x, int64_t row, int64_t dim, flo
 void forward_block(const MlpShape& shape, const Block& block, const float* x, int64_t x_row, const float* gate,
                    const float* up, const float* down, float* out) {
     const int64_t dim = shape.dim;
-    float* hidden = scratch(kTile * kLanes * 3 + 2 * kTokens * dim);
-    float* spare_gates = hidden + kTile * kLanes;
-    float* spare_ups = spare_gates + kTile * kLanes;
-    float* x_lanes = spare_ups + kTile * kLanes;
+    float* memory = scratch(kMlpScratch + 2 * kTokens * dim);
+    float* x_lanes = memory + kMlpScratch;
     float* out_lanes = x_lanes + kTokens * dim;
     load_lanes(block, x, x_row, dim, x_lanes);
     std::memset(out_lanes, 0, sizeof(float) * block.panels * dim * kLanes);
-    for (int64_t start = 0; start < shape.width; start += kTile) {
-        const int64_t n = smaller(kTile, shape.width - start);
-        for (int64_t panel = 0; panel < block.panels; ++panel) {
-            const float* from = x_lanes + panel * dim * kLanes;
-            const int64_t at = (panel * shape.width + start) * kLanes;
-            float* gates = block.gates ? block.gates + at : spare_gates;
-            float* ups = block.ups ? block.ups + at : spare_ups;
-            multiply_panel<kVecs, false>(n, dim, {gate + start * dim, dim, 1}, from, kLanes, gates, kLanes);
-            multiply_panel<kVecs, false>(n, dim, {up + start * dim, dim, 1}, from, kLanes, ups, kLanes,
-                                         [&](Vec value, int64_t i, int j) {
-                                             const int64_t to = i * kLanes + j * kWidth;
-                                             const Vec g = load(gates + to);
-                                             store(hidden + to, g * sigmoid(g) * value);
-                                             return value;
-                                         });
-            multiply_panel<kVecs, true>(dim, n, {down + start, shape.width, 1}, hidden, kLanes,
-                                        out_lanes + panel * dim * kLanes, kLanes);
-        }
-    }
+    add_mlp(shape, block, x_lanes, gate, up, down, out_lanes, memory);
     store_lanes(block, out_lanes, dim, out);
 }
 
@@ -184,7 +126,7 @@ struct Chunk {
 void mlp_forward(const MlpShape& shape, const float* x, int64_t x_row, const float* gate, const float* up,
                  const float* down, float* out, float* gates, float* ups, int threads) {
     parallel(threads, divide_up(shape.tokens, kTokens), [&](int64_t index) {
-        forward_block(shape, Block(shape, index, gates, ups), x, x_row, gate, up, down, out);
+        forward_block(shape, Block(shape.tokens, index, shape.width, gates, ups), x, x_row, gate, up, down, out);
     });
 }
 
@@ -203,7 +145,7 @@ void mlp_backward(const MlpShape& shape, const float* x, int64_t x_row, const fl
         std::memset(sum, 0, sizeof(float) * size);
         const Chunk chunk{shape, weights, x, grad, x_row, grad_row, grad_x, sum};
         for (int64_t block = index * blocks / chunks; block < (index + 1) * blocks / chunks; ++block)
-            chunk.add(Block(shape, block, gates, ups));
+            chunk.add(Block(shape.tokens, block, shape.width, gates, ups));
     });
     const int64_t row = Chunk::padded_of(shape);
     parallel_rows(threads, 3 * shape.width, 16, [&](int64_t, int64_t i) {

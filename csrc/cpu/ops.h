@@ -97,6 +97,18 @@ using MlpBackward = void(const MlpShape& shape, const float* x, int64_t x_row, c
                          const float* down, float* gates, float* ups, const float* grad, int64_t grad_row,
                          float* grad_x, float* grad_gate, float* grad_up, float* grad_down, int threads);
 
+// The next two are a layer around its attention, without what a backward pass needs. Matrices are contiguous.
+// out [tokens, rows] = RMSNorm of x [tokens, dim], with the gains `norm` [dim], times weight [rows, dim]^T.
+using NormProduct = void(int64_t tokens, int64_t dim, int64_t rows, const float* x, int64_t x_row, float eps,
+                         const float* norm, const float* weight, float* out, int threads);
+
+// total = residual [tokens, dim] + mixed [tokens, inner] weight [dim, inner]^T; out [tokens, dim] = total + the MLP of
+// the RMSNorm of total.
+using FinishLayer = void(const MlpShape& shape, int64_t inner, const float* mixed, int64_t mixed_row,
+                         const float* residual, int64_t residual_row, const float* weight, float eps,
+                         const float* norm, const float* gate, const float* up, const float* down, float* out,
+                         int threads);
+
 struct Ops {
     Gather* gather;
     AttentionForward* attention_forward;
@@ -110,6 +122,8 @@ struct Ops {
     SwigluBackward* swiglu_backward;
     MlpForward* mlp_forward;
     MlpBackward* mlp_backward;
+    NormProduct* norm_product;
+    FinishLayer* finish_layer;
 };
 
 // The table in use. `use` switches to "portable", "avx2" or "avx512" and returns false when this processor
@@ -132,6 +146,8 @@ bool use(const char* name);
     SwigluBackward swiglu_backward;          \
     MlpForward mlp_forward;                  \
     MlpBackward mlp_backward;                \
+    NormProduct norm_product;                \
+    FinishLayer finish_layer;                \
     }
 ANT5M_DECLARE(portable)
 #if defined(__x86_64__)

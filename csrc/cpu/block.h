@@ -1,0 +1,78 @@
+// A block of tokens on its way through Llama's MLP: what mlp.cpp and layer.cpp share.
+//
+// A vector holds consecutive tokens ("lanes"), as in attention: weights are read as they lie.
+#pragma once
+#include "ops.h"
+#include "silu.h"
+#include "tile.h"
+
+namespace ant5m::ANT5M_ISA {
+namespace {
+
+constexpr int64_t kTokens = kMlpTokens;  // of a block
+constexpr int64_t kTile = 64;            // rows of gate and up
+
+int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The tokens from `first` on; `gates` and `ups`, if not null, are [panels, width, kLanes].
+struct Block {
+    int64_t first, tokens, panels;
+    float *gates, *ups;
+
+    Block(int64_t all_tokens, int64_t index, int64_t width = 0, float* all_gates = nullptr, float* all_ups = nullptr)
+        : first(index * kTokens),
+          tokens(smaller(kTokens, all_tokens - first)),
+          panels(divide_up(tokens, kLanes)),
+          gates(all_gates ? all_gates + first * width : nullptr),
+          ups(all_ups ? all_ups + first * width : nullptr) {}
+    int64_t lanes_of(int64_t panel) const { return smaller(kLanes, tokens - panel * kLanes); }
+};
+
+// x [tokens, dim] of a block to [panels, dim, kLanes], zero behind the last token.
+[[maybe_unused]] void load_lanes(const Block& block, const float* x, int64_t row, int64_t dim, float* to) {
+    for (int64_t panel = 0; panel < block.panels; ++panel) {
+        float* at = to + panel * dim * kLanes;
+        if (block.lanes_of(panel) < kLanes) std::memset(at, 0, sizeof(float) * dim * kLanes);
+        transpose(block.lanes_of(panel), dim, x + (block.first + panel * kLanes) * row, row, at, kLanes);
+    }
+}
+
+[[maybe_unused]] void store_lanes(const Block& block, const float* lanes, int64_t dim, float* x) {
+    for (int64_t panel = 0; panel < block.panels; ++panel)
+        transpose(dim, block.lanes_of(panel), lanes + panel * dim * kLanes, kLanes,
+                  x + (block.first + panel * kLanes) * dim, dim);
+}
+
+constexpr int64_t kMlpScratch = 3 * kTile * kLanes;  // floats
+
+// Adds down (silu(gate x) * (up x)) to out; x and out are [panels, dim, kLanes].
+[[maybe_unused]] void add_mlp(const MlpShape& shape, const Block& block, const float* x, const float* gate,
+                              const float* up, const float* down, float* out, float* memory) {
+    const int64_t dim = shape.dim;
+    float* hidden = memory;
+    float* spare_gates = hidden + kTile * kLanes;
+    float* spare_ups = spare_gates + kTile * kLanes;
+    for (int64_t start = 0; start < shape.width; start += kTile) {
+        const int64_t n = smaller(kTile, shape.width - start);
+        for (int64_t panel = 0; panel < block.panels; ++panel) {
+            const float* from = x + panel * dim * kLanes;
+            const int64_t at = (panel * shape.width + start) * kLanes;
+            float* gates = block.gates ? block.gates + at : spare_gates;
+            float* ups = block.ups ? block.ups + at : spare_ups;
+            multiply_panel<kVecs, false>(n, dim, {gate + start * dim, dim, 1}, from, kLanes, gates, kLanes);
+            multiply_panel<kVecs, false>(n, dim, {up + start * dim, dim, 1}, from, kLanes, ups, kLanes,
+                                         [&](Vec value, int64_t i, int j) {
+                                             const int64_t to = i * kLanes + j * kWidth;
+                                             const Vec g = load(gates + to);
+                                             store(hidden + to, g * sigmoid(g) * value);
+                                             return value;
+                                         });
+            multiply_panel<kVecs, true>(dim, n, {down + start, shape.width, 1}, hidden, kLanes,
+                                        out + panel * dim * kLanes, kLanes);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace ant5m::ANT5M_ISA
