@@ -3,7 +3,8 @@
     python benchmarks/zero_shot.py runs/my-run/hf benchmark-items --limit 20
 
 takes every task of the table that lm-eval has, from files to figures, first with lm-eval and its `hf` model,
-then with `ant5m.eval.tasks`; a third pass, lm-eval with the registered model `ant5m`, compares item by item.
+then with `ant5m.eval.tasks`; a third pass, lm-eval with the registered model `ant5m`, compares item by item
+(`--compare 100`: so many of each part).
 Prints a table and keeps it in benchmarks/results/zero-shot.json.
 """
 
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("data_dir", type=Path, help="folder of items, as for ant5m eval --data-dir")
     parser.add_argument("--tasks", default="all")
     parser.add_argument("--limit", type=int, help="items of each task, and of each part of a group")
+    parser.add_argument("--compare", type=int, help="items of each part to compare one by one; default: all")
     parser.add_argument("--batch-size", type=int, default=8, help="of lm-eval's hf model")
     parser.add_argument("--out", type=Path, default=RESULTS / "zero-shot.json")
     arguments = parser.parse_args()
@@ -44,7 +46,7 @@ def main() -> None:
     ant = AntLM(net=net, tokenizer=tokenizer)
     where, limit = arguments.data_dir, arguments.limit
 
-    def by_lm_eval(lm: Any, name: str) -> dict[str, Any]:
+    def by_lm_eval(lm: Any, name: str, limit: int | None = limit) -> dict[str, Any]:
         loaded = {"tasks": lm_eval_tasks([name], where, limit), "groups": {}, "group_map": {}}
         return lm_eval.evaluate(lm, loaded, limit=limit, bootstrap_iters=0)
 
@@ -60,7 +62,7 @@ def main() -> None:
                 "items": sum(result.items for result in found if result.task != name or name not in GROUPS),
                 "hf": hf_seconds,
                 "ant5m": seconds,
-                **_agreement(expected, by_lm_eval(ant, name), found),
+                **_agreement(expected, by_lm_eval(ant, name, arguments.compare or limit), found),
             }
         )
         Console(stderr=True).print(rows[-1])
@@ -91,9 +93,10 @@ def _timed(action: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 
 def _agreement(hf: dict[str, Any], ant: dict[str, Any], found: list[Any]) -> dict[str, Any]:
     """The largest difference of a log-likelihood of an item, and the accuracies that are not identical."""
-    largest = 0.0
+    largest, compared = 0.0, 0
     for task, samples in hf["samples"].items():
-        for one, other in zip(samples, ant["samples"][task], strict=True):
+        for one, other in zip(samples, ant["samples"][task], strict=False):  # the first ones
+            compared += 1
             pairs = zip(one["filtered_resps"], other["filtered_resps"], strict=True)
             largest = max(largest, *(float(np.abs(np.subtract(a, b, dtype=float)).max()) for a, b in pairs))
     metrics = {
@@ -108,7 +111,12 @@ def _agreement(hf: dict[str, Any], ant: dict[str, Any], found: list[Any]) -> dic
         for (task, metric), value in metrics.items()
         if hf["results"][task][f"{metric},none"] != value
     ]
-    return {"largest_difference": largest, "accuracies": len(metrics), "other_accuracies": other}
+    return {
+        "compared": compared,
+        "largest_difference": largest,
+        "accuracies": len(metrics),
+        "other_accuracies": other,
+    }
 
 
 def _table(values: dict[str, Any]) -> Table:

@@ -169,7 +169,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, ends):
         q, k, v = (_gapless(x) for x in (q, k, v))
         out = _empty(q, *q.shape)
-        lse = _empty(q, q.shape[0], q.shape[2], q.shape[1])
+        lse = _empty(q, q.shape[0], q.shape[2], q.shape[1]) if any(ctx.needs_input_grad) else None
         _cpu.attention_forward(
             *(_attention_shape(q, k), _heads(q), _heads(k), _heads(v), _address(ends)),
             *(_address(out), _address(lse), torch.get_num_threads()),
@@ -296,7 +296,7 @@ def norm_product(x, norm, eps, weight):
         *(*rows.shape, len(weight), *_rows(rows), eps, _address(norm), _address(weight)),
         *(_address(out), torch.get_num_threads()),
     )
-    return out.view(*x.shape[:-1], -1).to(x.dtype)
+    return out.view(*x.shape[:-1], len(weight)).to(x.dtype)
 
 
 def finish_layer(residual, mixed, weight, norm, eps, gate, up, down):

@@ -213,7 +213,7 @@ void forward_panel(const AttentionShape& shape, const Heads& q, const Heads& k, 
                 store(at, load(at) * factor);
             }
         }
-        for (int64_t i = 0; i < lanes; ++i)
+        for (int64_t i = 0; lse && i < lanes; ++i)
             lse[(batch * shape.heads + head) * shape.length + first + i] = last[i] + log2f(last[kLanes + i]);
         transpose(dim, lanes, online.output, kLanes,
                   out + ((batch * shape.length + first) * shape.heads + head) * dim, shape.heads * dim);

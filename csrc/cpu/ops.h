@@ -40,7 +40,8 @@ using Gather = void(const uint16_t* const* windows, int64_t rows, int64_t length
 
 // Position t sees key s when s <= t < ends[s]; ends [batch, length] may be null: then every s <= t. Each position must
 // see itself.
-// out [batch, length, heads, dim] and lse [batch, heads, length], the log2 of the softmax's denominator.
+// out [batch, length, heads, dim] and lse [batch, heads, length], the log2 of the softmax's denominator; null when there
+// will be no backward pass.
 using AttentionForward = void(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v,
                               const int32_t* ends, float* out, float* lse, int threads);
 
