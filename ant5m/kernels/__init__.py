@@ -11,6 +11,7 @@ for backends that have something better than a few ops one after the other; else
 
 import importlib
 import os
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -113,14 +114,18 @@ def mlp(
 
 
 def norm_product(
-    x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, backend: str | None = None
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    weights: Sequence[torch.Tensor],
+    backend: str | None = None,
 ) -> torch.Tensor | None:
-    """`rms_norm` of x [..., D] with the gains `norm` [D], times weight [R, D]^T: [..., R].
+    """`rms_norm` of x [..., D] with the gains `norm` [D], times weights [R_i, D]^T side by side.
 
     Without gradients. None where the backend has nothing faster than one after the other.
     """
-    module = _faster("norm_product", backend, x, norm, weight)
-    return None if module is None else module.norm_product(x, norm, eps, weight)
+    module = _faster("norm_product", backend, x, norm, *weights)
+    return None if module is None else module.norm_product(x, norm, eps, torch.cat(tuple(weights)))
 
 
 def finish_layer(

@@ -118,12 +118,12 @@ class Attention(nn.Module):
         return self.o_proj(self.mix(q, k, v, cache, starts))
 
     @property
-    def weight(self):
+    def weights(self):
         """Of the product that makes q, k and v."""
-        return torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
+        return self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
 
     def _query_key_value(self, x, cos, sin):
-        weight = self.weight
+        weight = torch.cat(self.weights)
         fused = kernels.query_key_value(x, weight, cos, sin, [size // self.head_size for size in self.sizes])
         return self.turn(F.linear(x, weight), cos, sin) if fused is None else fused
 
@@ -202,7 +202,7 @@ class Layer(nn.Module):
         """The residual stream behind the layer, or None where there is nothing faster than the usual way."""
         attention, norm, mlp = self.self_attn, self.post_attention_layernorm, self.mlp
         first = self.input_layernorm
-        qkv = kernels.norm_product(residual, first.weight, first.eps, attention.weight)
+        qkv = kernels.norm_product(residual, first.weight, first.eps, attention.weights)
         if qkv is None:
             return None
         q, k, v = attention.turn(qkv, cos, sin)
