@@ -22,9 +22,11 @@ SOURCES, CUDA_SOURCES = Path("csrc/cpu"), Path("csrc/cuda")
 ONCE = {"bindings", "dispatch", "memory", "parallel"}
 INSTRUCTION_SETS = {"portable": ""}
 if platform.machine() in ("x86_64", "AMD64"):
+    AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"
     INSTRUCTION_SETS |= {
         "avx2": "-mavx2 -mfma -mf16c",
-        "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",
+        "avx512": AVX512,
+        "avx512_bf16": f"{AVX512} -mavx512bf16",
     }
 
 

@@ -3,7 +3,7 @@ import pytest
 
 from ant5m import _cpu
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)

@@ -2,6 +2,7 @@
 
 import multiprocessing
 
+import accuracy
 import pytest
 import torch
 
@@ -12,9 +13,11 @@ from ant5m.model.config import ModelConfig
 
 # RMS error over RMS. The worst that these tests meet is about 1e-6, in sums over 1,023 keys.
 TOLERANCE = 3e-6
+# The same of products in bf16, where each factor is off by up to 2^-9 of itself.
+BF16_TOLERANCE = 6e-3
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
 def instruction_set(request):
     best = _cpu.instruction_set()
     if not _cpu.use(request.param):
@@ -67,7 +70,11 @@ def composed_query_key_value(x, weight, cos, sin, heads):
     return *reference.rope(q, k, cos, sin), v
 
 
-COMPOSED = {"mlp": composed_mlp, "query_key_value": composed_query_key_value}
+COMPOSED = {
+    "mlp": composed_mlp,
+    "query_key_value": composed_query_key_value,
+    "linear": torch.nn.functional.linear,
+}
 
 
 def assert_true(name, *inputs, tolerance=TOLERANCE):
@@ -593,6 +600,111 @@ def test_shapes_that_do_not_fit(name, inputs):
 def test_a_target_outside_the_vocabulary(target):
     with pytest.raises(IndexError, match=str(target)):
         cpu.linear_cross_entropy(torch.zeros(2, 4), torch.zeros(30, 4), torch.tensor([3, target]))
+
+
+@pytest.fixture
+def bf16_products():
+    if not cpu.multiplies_bf16():
+        pytest.skip("this processor does not multiply bf16")
+    with cpu.bf16_products():
+        yield
+
+
+@pytest.mark.usefixtures("bf16_products")
+class TestBf16Products:
+    @pytest.mark.parametrize(
+        "shape", [(2, 17, 3, 1, 9), (2, 77, 2, 2, 20), (1, 1023, 8, 2, 16), (1, 200, 4, 4, 64)]
+    )
+    def test_attention(self, shape):
+        batch, length, heads, kv, dim = shape
+        inputs = (draw(batch, length, n, dim, seed=n * i) for i, n in enumerate((heads, kv, kv)))
+        assert_true("attention", *inputs, tolerance=BF16_TOLERANCE)
+
+    @pytest.mark.parametrize("lengths", [[5, 30, 1, 64], [33, 66, 1]])
+    def test_attention_inside_documents(self, lengths):
+        starts = torch.repeat_interleave(
+            torch.tensor([0, *lengths[:-1]]).cumsum(0), torch.tensor(lengths)
+        ).expand(2, -1)
+        inputs = (draw(2, sum(lengths), n, 16, seed=n * i) for i, n in enumerate((4, 2, 2)))
+        assert_true("attention", *inputs, starts, tolerance=BF16_TOLERANCE)
+
+    @pytest.mark.parametrize(
+        "shape", [(1, 16, 5), (7, 100, 33), (300, 128, 516), (129, 7, 65), (2100, 20, 9)]
+    )
+    def test_mlp(self, shape):
+        tokens, dim, width = shape
+        weights = draw(width, dim, scale=0.2), draw(width, dim, scale=0.2, seed=1), draw(dim, width, seed=2)
+        assert_true("mlp", draw(tokens, dim), *weights, tolerance=2 * BF16_TOLERANCE)
+
+    @pytest.mark.parametrize(
+        "shape", [(1, 16, 5), (17, 100, 1003), (33, 64, 128), (300, 128, 257), (600, 7, 130)]
+    )
+    def test_linear_cross_entropy(self, shape):
+        tokens, dim, vocab = shape
+        targets = torch.arange(tokens) % vocab
+        targets[3::5] = -100
+        inputs = draw(tokens, dim), draw(vocab, dim, scale=0.3, seed=1), targets
+        assert_true("linear_cross_entropy", *inputs, tolerance=BF16_TOLERANCE)
+
+    def test_query_key_value(self):
+        inputs = draw(2, 17, 100), draw(12 * 16, 100, seed=1), *angles(17, 8), [8, 2, 2]
+        assert_true("query_key_value", *inputs, tolerance=BF16_TOLERANCE)
+
+    @pytest.mark.parametrize(
+        "shape", [(1, 16, 5), (17, 35, 43), (1023, 256, 768), (513, 100, 600), (129, 3, 33)]
+    )
+    def test_linear_of_numbers_that_bf16_has_is_exact(self, shape):
+        tokens, dim, rows = shape
+        x, weight, grad = (
+            draw(*size).detach().bfloat16().float() for size in ((tokens, dim), (rows, dim), (tokens, rows))
+        )
+        x, weight = x.requires_grad_(), weight.requires_grad_()
+        out = cpu.linear(x, weight)
+        results = out, *torch.autograd.grad(out, (x, weight), grad)
+        x, weight, grad = x.double(), weight.double(), grad.double()
+        for got, expected in zip(results, (x @ weight.T, grad @ weight, grad.T @ x), strict=True):
+            error = (got - expected).square().mean().sqrt()
+            assert got.shape == expected.shape and error <= TOLERANCE * expected.square().mean().sqrt()
+
+    @pytest.mark.parametrize("scale", [1.0, 30.0])
+    def test_no_worse_than_eager_pytorch_in_bf16(self, scale):
+        for length in (1, 2, 70):
+            accuracy.check_attention(cpu.attention, (2, length, 4, 16), 2, torch.bfloat16)
+        accuracy.check_head(cpu.linear_cross_entropy, 70, 100, 257, torch.bfloat16, scale)
+
+    def test_strided_and_misaligned(self):
+        wide = draw(50, 203)
+        targets = torch.arange(50)
+        assert_true("linear_cross_entropy", wide[:, ::2], draw(102, 60).T, targets, tolerance=BF16_TOLERANCE)
+        assert_true("linear", wide[:, 1:102], draw(101, 60, seed=1).T, tolerance=BF16_TOLERANCE)
+        q = draw(2, 40, 4, 16).transpose(0, 1).contiguous().transpose(0, 1)
+        k, v = draw(2, 40, 2, 33, seed=1)[..., 1:].split(16, -1)
+        assert_true("attention", q, k, v, tolerance=BF16_TOLERANCE)
+
+    @pytest.mark.parametrize("name", CASES)
+    def test_the_number_of_threads_does_not_matter(self, name, two_threads):
+        alone = run(getattr(cpu, name), CASES[name]())
+        torch.set_num_threads(1)
+        assert_equal(run(getattr(cpu, name), CASES[name]()), alone)
+
+    @pytest.mark.parametrize("name", ["attention", "linear_cross_entropy", "mlp"])
+    def test_fp32_where_no_gradient_is_wanted(self, name):
+        inputs = CASES[name]()
+        with torch.no_grad():
+            got = getattr(cpu, name)(*inputs)
+        trained = getattr(cpu, name)(*inputs)
+        cpu._bf16.set(False)
+        assert torch.equal(got, getattr(cpu, name)(*inputs)) and not torch.equal(got, trained)
+
+
+def test_other_instruction_sets_multiply_fp32():
+    best = _cpu.instruction_set()
+    try:
+        assert _cpu.use("portable") and not cpu.multiplies_bf16()
+        with cpu.bf16_products():
+            assert_true("mlp", draw(70, 20), draw(33, 20), draw(33, 20, seed=1), draw(20, 33))
+    finally:
+        _cpu.use(best)
 
 
 BF16 = {

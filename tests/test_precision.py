@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from ant5m import kernels
 from ant5m.errors import UserError
+from ant5m.kernels import cpu
 from ant5m.train import precision
 from ant5m.train.precision import (
     FIRST_SCALE,
@@ -91,8 +93,27 @@ def test_unscale():
     assert gradients[0].tolist() == [4.0, 4.0]
 
 
-def test_autocast_dtype():
+def test_autocast_dtype(monkeypatch):
     weight = torch.ones(2, 2)
+    monkeypatch.setattr(kernels, "bf16_products", lambda device: None)
     for name, dtype in precision.DTYPES.items():
+        assert precision.casts(name, CPU) == (name != "fp32")
         with precision.autocast(name, CPU):
             assert (weight @ weight).dtype == dtype
+
+
+@pytest.mark.skipif(not kernels.multiplies_bf16(CPU), reason="this processor does not multiply bf16")
+def test_nothing_is_cast_where_the_kernels_round():
+    weight = torch.ones(2, 2)
+    assert not precision.casts("bf16", CPU)
+    with precision.autocast("bf16", CPU):
+        assert (weight @ weight).dtype == torch.float32 and cpu._bf16.get()
+    assert not cpu._bf16.get()
+    assert precision.casts("fp16", CPU)
+    kernels.select("reference")
+    try:
+        assert precision.casts("bf16", CPU)
+        with precision.autocast("bf16", CPU):
+            assert (weight @ weight).dtype == torch.bfloat16
+    finally:
+        kernels.select("auto")

@@ -5,10 +5,12 @@ backend is a module of this package with a function for each op that it has, and
 `why_not(op, *tensors) -> str | None`: None when it can run the op (on these tensors), else the reason. A
 backend asked for by name that cannot run raises; `auto` takes the first of `_PREFERENCE` that can.
 
-Further ops (`mlp`, `query_key_value`, `norm_product`, `finish_layer`, `attention_until`, `logit_summary`) are
-for backends that have something better than a few ops one after the other; elsewhere they give None.
+Further ops (`mlp`, `query_key_value`, `linear`, `norm_product`, `finish_layer`, `attention_until`,
+`logit_summary`) are for backends that have something better than a few ops one after the other, or than
+torch's; elsewhere they give None.
 """
 
+import contextlib
 import importlib
 import os
 from collections.abc import Sequence
@@ -190,6 +192,29 @@ def linear_cross_entropy(
     )
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor, backend: str | None = None) -> torch.Tensor | None:
+    """x [..., D] @ weight [R, D]^T: [..., R]. None where the backend has nothing faster than torch."""
+    module = _faster("linear", backend, x, weight)
+    return None if module is None else module.linear(x, weight)
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether its products in bf16 are faster than those in fp32: compute capability 8.0, or AVX512-BF16."""
+    if device.type == "cpu":
+        return _load("cpu").multiplies_bf16()
+    return device.type == "cuda" and _capability(device) >= (8, 0)
+
+
+def bf16_products(device: torch.device) -> contextlib.AbstractContextManager | None:
+    """A context in which the ops that train multiply in bf16 and sum in fp32, while tensors stay in fp32.
+
+    None where the backend in use has no such products: then autocast is the way to bf16.
+    """
+    module = _in_use(device)
+    has = hasattr(module, "bf16_products") and multiplies_bf16(device)
+    return module.bf16_products() if has else None
+
+
 def select(backend: str) -> None:
     """Make `backend` (or "auto") what `backend=None` means from now on; first set by ANT5M_KERNELS."""
     global _selected
@@ -241,9 +266,13 @@ def _pick(op: str, backend: str | None, *tensors: torch.Tensor) -> ModuleType:
 
 def _faster(op: str, backend: str | None, *tensors: torch.Tensor) -> ModuleType | None:
     """The backend in use, if it has this op, which none has to have, and can run it."""
-    name = backend or _selected
-    module = _load(_order(tensors[0].device)[0] if name == "auto" else name)
+    module = _in_use(tensors[0].device, backend)
     return module if hasattr(module, op) and module.why_not(op, *tensors) is None else None
+
+
+def _in_use(device: torch.device, backend: str | None = None) -> ModuleType:
+    name = backend or _selected
+    return _load(_order(device)[0] if name == "auto" else name)
 
 
 def _order(device: torch.device) -> tuple[str, ...]:

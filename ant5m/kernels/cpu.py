@@ -1,13 +1,15 @@
 """The ops in C++ (csrc/cpu): fp32 on the CPU, one source compiled for AVX-512, AVX2 and anything else.
 
-bf16 tensors are widened on the way in and rounded on the way out, so everything inside is fp32: with
-`--precision bf16` the products between the ops are torch's, in bf16 where the processor multiplies it.
+bf16 tensors are widened on the way in and rounded on the way out, so everything inside is fp32; within
+`bf16_products` it is but the factors of products, which are rounded to bf16 and summed in fp32.
 
 Each op is an `autograd.Function` around calls of `ant5m._cpu` with addresses, shapes and strides. What the
 C++ takes for granted is made true here: dtype, device, shapes, a last dimension without gaps. The number of
 threads is torch's; results do not depend on it. A shape or dtype that does not fit raises `ValueError`.
 """
 
+import contextlib
+import contextvars
 import ctypes
 import math
 from pathlib import Path
@@ -26,6 +28,8 @@ FEW_TOKENS = 32
 
 _WITHOUT_GRADIENTS = ("norm_product", "finish_layer")
 
+_bf16 = contextvars.ContextVar("bf16", default=False)
+
 LARGE = 1 << 18
 """numbers of a tensor for which memory is kept"""
 
@@ -43,9 +47,30 @@ def why_not(op: str, *tensors: torch.Tensor) -> str | None:
         return f"it computes for {FEW_TOKENS} tokens whatever comes"
     if op in ("mlp", "query_key_value", *_WITHOUT_GRADIENTS) and torch.is_autocast_enabled("cpu"):
         return "its products are in fp32, whatever autocast says"
+    if op == "linear" and not (_bf16.get() and torch.is_grad_enabled()):
+        return "torch's products in fp32 are as fast"
     if op == "attention" and tensors and tensors[0].shape[1] != tensors[1].shape[1]:
         return f"it takes as many keys as queries, not {tensors[1].shape[1]} and {tensors[0].shape[1]}"
     return None
+
+
+def multiplies_bf16() -> bool:
+    """Whether this processor multiplies bf16 in the instruction set in use."""
+    return _cpu.instruction_set() == "avx512_bf16"
+
+
+@contextlib.contextmanager
+def bf16_products():
+    """Within it, `attention`, `mlp` and `linear_cross_entropy` that are to give gradients multiply in bf16.
+
+    So do `query_key_value` and `linear`. What comes in and goes out stays as it is, and so do sums, softmax,
+    norms and rotation.
+    """
+    token = _bf16.set(True)
+    try:
+        yield
+    finally:
+        _bf16.reset(token)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -135,8 +160,8 @@ class _QueryKeyValue(torch.autograd.Function):
     def forward(ctx, x, weight, cos, sin, heads):
         rows, weight, cos, sin = _matrix(x), weight.contiguous(), cos.contiguous(), sin.contiguous()
         ctx.save_for_backward(rows, weight, cos, sin)
-        ctx.heads = heads
-        made = torch.mm(rows, weight.T, out=_empty(rows, len(rows), len(weight)))
+        ctx.heads, ctx.bf16 = heads, _in_bf16(ctx)
+        made = _product(rows, weight, ctx.bf16)
         q, k, v = made.view(*x.shape[:2], sum(heads), -1).split(heads, 2)
         _rotate_into(q, k, q, k, cos, sin, 1.0)
         return q, k, v
@@ -150,8 +175,8 @@ class _QueryKeyValue(torch.autograd.Function):
         q, k, v = grad.view(*shape, sum(ctx.heads), -1).split(ctx.heads, 2)
         _rotate_into(q, k, _gapless(grad_q), _gapless(grad_k), cos, sin, -1.0)
         v.copy_(grad_v)
-        grad_x = torch.mm(grad, weight, out=_empty(rows, *rows.shape))
-        return grad_x.view(*shape, -1), grad.T @ rows, None, None, None
+        grad_x, grad_weight = _product_gradients(rows, weight, grad, ctx.bf16)
+        return grad_x.view(*shape, -1), grad_weight, None, None, None
 
 
 def query_key_value(x, weight, cos, sin, heads):
@@ -160,19 +185,72 @@ def query_key_value(x, weight, cos, sin, heads):
     fit = x.ndim == 3 and weight.shape[1:] == x.shape[-1:] and len(weight) % (2 * sum(heads)) == 0
     _check(fit, f"x {{}} and weight {{}} do not fit {heads} heads", x, weight)
     _check_angles(cos, sin, x.shape[1], len(weight) // sum(heads))
+    if not torch.is_grad_enabled():
+        x, weight = x.detach(), weight.detach()
     made = _QueryKeyValue.apply(x.float(), weight.float(), cos.float(), sin.float(), heads)
     return tuple(part.to(x.dtype) for part in made)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        rows, weight = _matrix(x), weight.contiguous()
+        ctx.save_for_backward(rows, weight)
+        return _product(rows, weight, bf16=True).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        rows, weight = ctx.saved_tensors
+        grad_x, grad_weight = _product_gradients(rows, weight, _matrix(grad), bf16=True)
+        return grad_x.view(*grad.shape[:-1], -1), grad_weight
+
+
+def linear(x, weight):
+    """x [..., D] @ weight [R, D]^T: [..., R], in bf16."""
+    _check_dtypes(x, weight)
+    _check(weight.shape[1:] == x.shape[-1:], "x {} and weight {} do not fit", x, weight)
+    return _Linear.apply(x.float(), weight.float()).to(x.dtype)
+
+
+def _product(rows, weight, bf16):
+    """rows [N, D] @ weight [R, D]^T."""
+    out = _empty(rows, len(rows), len(weight))
+    if not bf16:
+        return torch.mm(rows, weight.T, out=out)
+    _cpu.product(
+        *(*rows.shape, len(weight), *_rows(rows), _address(weight), False),
+        *(_address(out), True, torch.get_num_threads()),
+    )
+    return out
+
+
+def _product_gradients(rows, weight, grad, bf16):
+    """Of `_product`, for the gradient `grad` [N, R] of its result: those of rows and weight."""
+    grad_rows = _empty(rows, *rows.shape)
+    if not bf16:
+        return torch.mm(grad, weight, out=grad_rows), grad.T @ rows
+    threads = torch.get_num_threads()
+    _cpu.product(
+        *(*grad.shape, rows.shape[1], *_rows(grad), _address(weight), True),
+        *(_address(grad_rows), True, threads),
+    )
+    grad_weight = _empty(weight, *weight.shape)
+    _cpu.product_over_tokens(
+        *(*grad.shape, rows.shape[1], *_rows(grad), *_rows(rows), _address(grad_weight), True, threads)
+    )
+    return grad_rows, grad_weight
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, ends):
         q, k, v = (_gapless(x) for x in (q, k, v))
-        out = _empty(q, *q.shape)
+        out, ctx.bf16 = _empty(q, *q.shape), _in_bf16(ctx)
         lse = _empty(q, q.shape[0], q.shape[2], q.shape[1]) if any(ctx.needs_input_grad) else None
         _cpu.attention_forward(
             *(_attention_shape(q, k), _heads(q), _heads(k), _heads(v), _address(ends)),
-            *(_address(out), _address(lse), torch.get_num_threads()),
+            *(_address(out), _address(lse), ctx.bf16, torch.get_num_threads()),
         )
         ctx.save_for_backward(q, k, v, out, lse, ends)
         return out
@@ -185,7 +263,7 @@ class _Attention(torch.autograd.Function):
         grads = [_empty(x, *x.shape) for x in (q, k, v)]
         _cpu.attention_backward(
             *(_attention_shape(q, k), *(_heads(x) for x in (q, k, v, out, grad)), _address(ends)),
-            *(_address(lse), *(_address(x) for x in grads), torch.get_num_threads()),
+            *(_address(lse), *(_address(x) for x in grads), ctx.bf16, torch.get_num_threads()),
         )
         return *grads, None
 
@@ -209,6 +287,8 @@ def attention_until(q, k, v, ends):
     if ends is not None:
         _check(ends.shape == q.shape[:2], "ends {} does not fit q {}", ends, q)
         ends = ends.to(torch.int32).contiguous()
+    if not torch.is_grad_enabled():
+        q, k, v = q.detach(), k.detach(), v.detach()
     return _Attention.apply(q.float(), k.float(), v.float(), ends).to(q.dtype)
 
 
@@ -252,11 +332,11 @@ class _MLP(torch.autograd.Function):
         out = _empty(x, *x.shape)
         shape = (*rows.shape, len(gate))
         padded = -(-len(rows) // _cpu.MLP_TOKENS) * _cpu.MLP_TOKENS
-        keep = any(ctx.needs_input_grad)
+        keep, ctx.bf16 = any(ctx.needs_input_grad), _in_bf16(ctx)
         gates, ups = (_empty(x, padded * len(gate)) if keep else None for _ in range(2))
         _cpu.mlp_forward(
             *(shape, *_rows(rows), _address(gate), _address(up), _address(down)),
-            *(_address(out), _address(gates), _address(ups), torch.get_num_threads()),
+            *(_address(out), _address(gates), _address(ups), ctx.bf16, torch.get_num_threads()),
         )
         ctx.save_for_backward(rows, gate, up, down, gates, ups)
         return out
@@ -270,7 +350,7 @@ class _MLP(torch.autograd.Function):
         _cpu.mlp_backward(
             *((*x.shape, len(weights[0])), *_rows(x), *(_address(w) for w in weights)),
             *(_address(gates), _address(ups), *_rows(grad_rows)),
-            *(*(_address(g) for g in grads), torch.get_num_threads()),
+            *(*(_address(g) for g in grads), ctx.bf16, torch.get_num_threads()),
         )
         return tuple(grads)
 
@@ -336,7 +416,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = hidden.new_empty(())
         _cpu.linear_cross_entropy(
             *(tokens, dim, vocab, *_rows(hidden), *_rows(weight), _address(targets), ignore_index),
-            *(_address(loss), _address(grad_hidden), _address(grad_weight), padded, torch.get_num_threads()),
+            *(_address(loss), _address(grad_hidden), _address(grad_weight), padded),
+            *(_in_bf16(ctx), torch.get_num_threads()),
         )
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight[:, :dim])
         return loss
@@ -377,6 +458,10 @@ def logit_summary(hidden, weight):
         *(_address(log_sum), _address(likeliest), torch.get_num_threads()),
     )
     return log_sum, likeliest
+
+
+def _in_bf16(ctx):
+    return _bf16.get() and any(ctx.needs_input_grad)
 
 
 def _empty(like, *shape):

@@ -115,7 +115,9 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None, starts=None):
         q, k, v = self._query_key_value(x, cos, sin)
-        return self.o_proj(self.mix(q, k, v, cache, starts))
+        mixed = self.mix(q, k, v, cache, starts)
+        faster = kernels.linear(mixed, self.o_proj.weight)
+        return self.o_proj(mixed) if faster is None else faster
 
     @property
     def weights(self):

@@ -7,6 +7,7 @@ import contextlib
 
 import torch
 
+from ant5m import kernels
 from ant5m.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,11 +48,17 @@ def choose_precision(name: str, device: torch.device) -> str:
     return name
 
 
+def casts(precision: str, device: torch.device) -> bool:
+    """Whether tensors are cast to the precision's dtype. Where kernels round as they multiply, none is."""
+    return precision != "fp32" and (precision != "bf16" or kernels.bf16_products(device) is None)
+
+
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
     """The context in which the forward pass runs."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, DTYPES[precision])
+    if casts(precision, device):
+        return torch.autocast(device.type, DTYPES[precision])
+    inside = kernels.bf16_products(device) if precision == "bf16" else None
+    return inside or contextlib.nullcontext()
 
 
 class LossScaler:

@@ -19,7 +19,7 @@ from ant5m.data.loader import document_starts
 from ant5m.model.ant import Ant
 from ant5m.train.losses import LoopLoss
 from ant5m.train.optimizer import Optimizer, clip, is_hidden
-from ant5m.train.precision import DTYPES, LossScaler, autocast
+from ant5m.train.precision import DTYPES, LossScaler, autocast, casts
 from ant5m.train.schedule import Schedule
 
 WARM_UP = 3
@@ -88,7 +88,7 @@ class Step:
 
     def _copies(self) -> dict[str, torch.Tensor]:
         """The matrices of the layers in the products' dtype; their gradients arrive in fp32."""
-        if self.precision == "fp32":
+        if not casts(self.precision, self.net.device):
             return {}
         matrices = {name: p for name, p in self.net.named_parameters() if is_hidden(name, p)}
         return dict(zip(matrices, _Copies.apply(DTYPES[self.precision], *matrices.values()), strict=True))

@@ -7,6 +7,7 @@
 // that the softmax is a power of two.
 #include <math.h>
 
+#include <initializer_list>
 #include <type_traits>
 
 #include "memory.h"
@@ -31,14 +32,53 @@ int64_t round_up(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
 struct Rows {
     const float* data;
     int64_t row;
-    Operand by_row() const { return {data, row, 1}; }
-    Operand by_dim() const { return {data, 1, row}; }
     Rows from(int64_t position) const { return {data + position * row, row}; }
 };
 
 Rows rows_of(const Heads& x, int64_t batch, int64_t head) {
     return {x.data + batch * x.batch + head * x.head, x.time};
 }
+
+// K or V as products read it, keys first or dimensions first: for fp32 where it lies, else the words along the other of
+// the two, of every head [batch, kv_heads, ..].
+template <typename Word>
+class Keys {
+  public:
+    enum Order { kKeysFirst, kDimensionsFirst };
+
+    Keys(const AttentionShape& shape, const Heads& x, Order order, int threads)
+        : shape_(shape),
+          x_(x),
+          order_(order),
+          row_(order == kKeysFirst ? Word::count(shape.dim) : shape.dim),
+          size_((order == kKeysFirst ? shape.length : Word::count(shape.length)) * row_),
+          memory_(Word::kNumbers == 1 ? 0 : shape.batch * shape.kv_heads * size_) {
+        if (Word::kNumbers == 1) return;
+        parallel(threads, shape.batch * shape.kv_heads, [&](int64_t i) {
+            const Rows rows = rows_of(x, i / shape.kv_heads, i % shape.kv_heads);
+            float* to = memory_.data() + i * size_;
+            if (order == kKeysFirst)
+                Word::pack_columns(shape.length, shape.dim, rows.data, rows.row, to, row_);
+            else
+                Word::pack_rows(shape.length, shape.dim, rows.data, rows.row, to, row_);
+        });
+    }
+
+    // From key `start` on, which is even.
+    Operand from(int64_t start, int64_t batch, int64_t head) const {
+        Rows rows = rows_of(x_, batch, head);
+        if (Word::kNumbers > 1) rows = {memory_.data() + (batch * shape_.kv_heads + head) * size_, row_};
+        if (order_ == kKeysFirst) return {rows.from(start).data, rows.row, 1};
+        return {rows.from(start / Word::kNumbers).data, 1, rows.row};
+    }
+
+  private:
+    const AttentionShape& shape_;
+    const Heads& x_;
+    Order order_;
+    int64_t row_, size_;
+    Memory memory_;
+};
 
 // Vectors of `lanes` positions from `rows` on: to [dim, kLanes], zero behind the last position.
 void load_lanes(const Rows& rows, int64_t lanes, int64_t dim, float scale, float* to) {
@@ -135,24 +175,25 @@ class Sights {
 };
 
 // The online softmax of one head's panel of positions, and its output so far.
+template <typename Word>
 struct Online {
     Vec highest[kVecs];
     Vec total[kVecs];
-    float* queries;  // [dim, kLanes]
+    float* queries;  // [dim, kLanes] in words along dim
     float* output;   // [dim, kLanes]
 
-    // One tile of n keys.
+    // One tile of n keys: k with the keys first, v with the dimensions first.
     template <int kDim, typename Visible>
-    void add(const Rows& k, const Rows& v, int64_t n, int64_t any_dim, const Visible& visible, float* tile) {
+    void add(const Operand& k, const Operand& v, int64_t n, int64_t any_dim, const Visible& visible, float* tile) {
         const int64_t dim = kDim ? kDim : any_dim;
         Vec now[kVecs];
         ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) now[j] = highest[j];
-        multiply_panel<kVecs, false>(n, dim, k.by_row(), queries, kLanes, tile, kLanes,
-                                     [&](Vec score, int64_t i, int j) {
-                                         score = visible(score, i, j);
-                                         now[j] = max(now[j], score);
-                                         return score;
-                                     });
+        multiply_panel<Word, kVecs, false>(n, dim, k, queries, kLanes, tile, kLanes,
+                                           [&](Vec score, int64_t i, int j) {
+                                               score = visible(score, i, j);
+                                               now[j] = max(now[j], score);
+                                               return score;
+                                           });
         Vec sum[kVecs];
         Vec shrink[kVecs];
         ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {
@@ -173,25 +214,24 @@ struct Online {
                 float* at = output + d * kLanes + j * kWidth;
                 store(at, load(at) * shrink[j]);
             }
-        multiply_panel<kVecs, true>(dim, n, v.by_dim(), tile, kLanes, output, kLanes);
+        Word::pack_rows(n, kLanes, tile, kLanes, tile, kLanes);
+        multiply_panel<Word, kVecs, true>(dim, n, v, tile, kLanes, output, kLanes);
     }
 };
 
 // All heads of key/value head `kv`, for the panel of positions from `first` on.
-template <int kDim>
-void forward_panel(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, const Sight& sight,
-                   int64_t batch, int64_t kv, int64_t first, float* out, float* lse) {
+template <typename Word, int kDim>
+void forward_panel(const AttentionShape& shape, const Heads& q, const Keys<Word>& k, const Keys<Word>& v,
+                   const Sight& sight, int64_t batch, int64_t kv, int64_t first, float* out, float* lse) {
     const int64_t dim = kDim ? kDim : shape.dim;
     const int64_t group = shape.heads / shape.kv_heads;
     const int64_t lanes = shape.length - first < kLanes ? shape.length - first : kLanes;
     float* tile = scratch(kForwardKeys * kLanes + kLanes * 2 + group * dim * kLanes * 2);
     float* last = tile + kForwardKeys * kLanes;
     float* state = last + kLanes * 2;
-    const Rows keys = rows_of(k, batch, kv);
-    const Rows values = rows_of(v, batch, kv);
     for (int64_t g = 0; g < group; ++g) {
         const int64_t head = kv * group + g;
-        Online online;
+        Online<Word> online;
         ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {
             online.highest[j] = broadcast(kLowest);
             online.total[j] = Vec{};
@@ -200,9 +240,10 @@ void forward_panel(const AttentionShape& shape, const Heads& q, const Heads& k, 
         online.output = state + dim * kLanes;
         load_lanes(rows_of(q, batch, head).from(first), lanes, dim, kLog2e / sqrtf(static_cast<float>(dim)),
                    online.queries);
+        Word::pack_rows(dim, kLanes, online.queries, kLanes, online.queries, kLanes);
         std::memset(online.output, 0, sizeof(float) * dim * kLanes);
         sight.for_tiles(first, lanes, kForwardKeys, [&](int64_t start, int64_t n, const auto& visible) {
-            online.add<kDim>(keys.from(start), values.from(start), n, dim, visible, tile);
+            online.template add<kDim>(k.from(start, batch, kv), v.from(start, batch, kv), n, dim, visible, tile);
         });
         ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {
             store(last + j * kWidth, online.highest[j]);
@@ -222,11 +263,11 @@ void forward_panel(const AttentionShape& shape, const Heads& q, const Heads& k, 
 
 // What the backward pass keeps of one head's panel of positions.
 struct Panel {
-    float* queries;    // [dim, kLanes], times scale and log2(e)
-    float* grad;       // [dim, kLanes], gradient of the output
+    float* queries;    // [dim, kLanes] in words along dim, times scale and log2(e)
+    float* grad;       // [dim, kLanes] in words along dim, gradient of the output
     float* grad_q;     // [dim, kLanes]
-    float* query_row;  // [kLanes, width], as `queries`
-    float* grad_row;   // [kLanes, width]
+    float* query_row;  // [kLanes, width] in words along the lanes, as `queries`
+    float* grad_row;   // [kLanes, width] in words along the lanes
     float* lse;        // [kLanes], +inf behind the last position, which makes the probabilities 0
     float* delta;      // [kLanes], sum over dim of output * gradient
 
@@ -248,6 +289,7 @@ void copy_rows(const Rows& rows, int64_t lanes, int64_t dim, float scale, float*
         for (int64_t d = 0; d < dim; ++d) to[i * width + d] = rows.data[i * rows.row + d] * scale;
 }
 
+template <typename Word>
 void load_panel(const Rows& q, const Rows& out, const Rows& grad, const float* lse, int64_t lanes, int64_t dim,
                 const Panel& panel) {
     const float scale = kLog2e / sqrtf(static_cast<float>(dim));
@@ -265,57 +307,75 @@ void load_panel(const Rows& q, const Rows& out, const Rows& grad, const float* l
         store(panel.delta + j * kWidth, delta);
     }
     std::memset(panel.grad_q, 0, sizeof(float) * dim * kLanes);
+    for (float* lanes_of_dim : {panel.queries, panel.grad})
+        Word::pack_rows(dim, kLanes, lanes_of_dim, kLanes, lanes_of_dim, kLanes);
+    const int64_t width = round_up(dim);
+    for (float* rows : {panel.query_row, panel.grad_row}) Word::pack_rows(kLanes, width, rows, width, rows, width);
 }
 
-// One tile of n keys by one panel: adds to the panel's grad_q and to grad_k, grad_v [n, width].
-template <int kDim, typename Visible>
-void backward_tile(const Rows& k, const Rows& v, int64_t n, int64_t any_dim, const Panel& panel, const Visible& visible,
-                   float* probabilities, float* grad_scores, float* grad_k, float* grad_v) {
+// K and V for the backward pass.
+template <typename Word>
+struct BackwardKeys {
+    Keys<Word> k, v, k_by_dimension;
+    BackwardKeys(const AttentionShape& shape, const Heads& k_, const Heads& v_, int threads)
+        : k(shape, k_, k.kKeysFirst, threads),
+          v(shape, v_, v.kKeysFirst, threads),
+          k_by_dimension(shape, k_, k.kDimensionsFirst, threads) {}
+};
+
+// One tile of n keys by one panel: adds to the panel's grad_q and to grad_k, grad_v [n, width]. k and v with the keys
+// first, k_by_dimension with the dimensions first.
+template <typename Word, int kDim, typename Visible>
+void backward_tile(const Operand& k, const Operand& v, const Operand& k_by_dimension, int64_t n, int64_t any_dim,
+                   const Panel& panel, const Visible& visible, float* probabilities, float* grad_k, float* grad_v) {
     const int64_t dim = kDim ? kDim : any_dim;
     const int64_t width = round_up(dim);
+    float* grad_scores = probabilities + kBackwardKeys * kLanes;
+    float* words = grad_scores + kBackwardKeys * kLanes;
     Vec lse[kVecs];
     Vec delta[kVecs];
     ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {
         lse[j] = load(panel.lse + j * kWidth);
         delta[j] = load(panel.delta + j * kWidth);
     }
-    multiply_panel<kVecs, false>(
-        n, dim, k.by_row(), panel.queries, kLanes, probabilities, kLanes,
+    multiply_panel<Word, kVecs, false>(
+        n, dim, k, panel.queries, kLanes, probabilities, kLanes,
         [&](Vec score, int64_t i, int j) { return exp2(visible(score - lse[j], i, j)); });
-    multiply_panel<kVecs, false>(n, dim, v.by_row(), panel.grad, kLanes, grad_scores, kLanes,
-                                 [&](Vec grad, int64_t i, int j) {
-                                     return (grad - delta[j]) * load(probabilities + i * kLanes + j * kWidth);
-                                 });
-    multiply_panel<kVecs, true>(dim, n, k.by_dim(), grad_scores, kLanes, panel.grad_q, kLanes);
-    multiply_add(n, width, kLanes, {probabilities, kLanes, 1}, panel.grad_row, width, grad_v, width);
-    multiply_add(n, width, kLanes, {grad_scores, kLanes, 1}, panel.query_row, width, grad_k, width);
+    multiply_panel<Word, kVecs, false>(n, dim, v, panel.grad, kLanes, grad_scores, kLanes,
+                                       [&](Vec grad, int64_t i, int j) {
+                                           return (grad - delta[j]) * load(probabilities + i * kLanes + j * kWidth);
+                                       });
+    const auto [columns, row] = panel_of<Word>(n, grad_scores, kLanes, words);
+    multiply_panel<Word, kVecs, true>(dim, n, k_by_dimension, columns, row, panel.grad_q, kLanes);
+    for (float* rows : {probabilities, grad_scores}) Word::pack_columns(n, kLanes, rows, kLanes, rows, kLanes);
+    multiply_add<Word>(n, width, kLanes, {probabilities, kLanes, 1}, panel.grad_row, width, grad_v, width);
+    multiply_add<Word>(n, width, kLanes, {grad_scores, kLanes, 1}, panel.query_row, width, grad_k, width);
 }
 
 // Everything of one key/value head of one sequence: panel by panel of the positions of its query heads, while K, V
 // and their gradients stay in L2.
-template <int kDim>
-void backward_head(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, const Heads& out,
+template <typename Word, int kDim>
+void backward_head(const AttentionShape& shape, const Heads& q, const BackwardKeys<Word>& keys, const Heads& out,
                    const Heads& grad, const Sight& sight, const float* lse, int64_t batch, int64_t kv, float* grad_q,
                    float* grad_k, float* grad_v) {
     const int64_t dim = kDim ? kDim : shape.dim;
     const int64_t width = round_up(dim);
     const int64_t group = shape.heads / shape.kv_heads;
-    float* probabilities = scratch(2 * kBackwardKeys * kLanes + Panel::size(dim) + 2 * shape.length * width);
-    float* grad_scores = probabilities + kBackwardKeys * kLanes;
-    const Panel panel(grad_scores + kBackwardKeys * kLanes, dim);
-    float* sum_k = grad_scores + kBackwardKeys * kLanes + Panel::size(dim);  // [length, width]
-    float* sum_v = sum_k + shape.length * width;                             // [length, width]
+    float* tiles = scratch(3 * kBackwardKeys * kLanes + Panel::size(dim) + 2 * shape.length * width);
+    const Panel panel(tiles + 3 * kBackwardKeys * kLanes, dim);
+    float* sum_k = tiles + 3 * kBackwardKeys * kLanes + Panel::size(dim);  // [length, width]
+    float* sum_v = sum_k + shape.length * width;                           // [length, width]
     std::memset(sum_k, 0, sizeof(float) * 2 * shape.length * width);
     for (int64_t first = 0; first < shape.length; first += kLanes)
         for (int64_t head = kv * group; head < (kv + 1) * group; ++head) {
             const int64_t lanes = shape.length - first < kLanes ? shape.length - first : kLanes;
-            load_panel(rows_of(q, batch, head).from(first), rows_of(out, batch, head).from(first),
+            load_panel<Word>(rows_of(q, batch, head).from(first), rows_of(out, batch, head).from(first),
                        rows_of(grad, batch, head).from(first),
                        lse + (batch * shape.heads + head) * shape.length + first, lanes, dim, panel);
             sight.for_tiles(first, lanes, kBackwardKeys, [&](int64_t start, int64_t n, const auto& visible) {
-                backward_tile<kDim>(rows_of(k, batch, kv).from(start), rows_of(v, batch, kv).from(start), n, dim,
-                                    panel, visible, probabilities, grad_scores, sum_k + start * width,
-                                    sum_v + start * width);
+                backward_tile<Word, kDim>(keys.k.from(start, batch, kv), keys.v.from(start, batch, kv),
+                                          keys.k_by_dimension.from(start, batch, kv), n, dim, panel, visible, tiles,
+                                          sum_k + start * width, sum_v + start * width);
             });
             transpose(dim, lanes, panel.grad_q, kLanes,
                       grad_q + ((batch * shape.length + first) * shape.heads + head) * dim, shape.heads * dim,
@@ -339,32 +399,51 @@ void with_dim(int64_t dim, const Body& body) {
     }
 }
 
-}  // namespace
-
-void attention_forward(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v,
-                       const int32_t* ends, float* out, float* lse, int threads) {
+template <typename Word>
+void forward(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, const int32_t* ends,
+             float* out, float* lse, int threads) {
     const int64_t panels = panels_of(shape.length);
     const Sights sights(shape, ends);
+    const Keys<Word> keys(shape, k, keys.kKeysFirst, threads);
+    const Keys<Word> values(shape, v, keys.kDimensionsFirst, threads);
     with_dim(shape.dim, [&](auto dim) {
         parallel(threads, shape.batch * shape.kv_heads * panels, [&](int64_t task) {
             const int64_t batch = task / panels / shape.kv_heads;
             const int64_t head = task / panels % shape.kv_heads;
             const int64_t panel = panels - 1 - task % panels;  // the longest first
-            forward_panel<dim.value>(shape, q, k, v, sights.of(batch), batch, head, panel * kLanes, out, lse);
+            forward_panel<Word, dim.value>(shape, q, keys, values, sights.of(batch), batch, head, panel * kLanes, out,
+                                           lse);
         });
     });
 }
 
-void attention_backward(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, const Heads& out,
-                        const Heads& grad, const int32_t* ends, const float* lse, float* grad_q, float* grad_k,
-                        float* grad_v, int threads) {
+template <typename Word>
+void backward(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, const Heads& out,
+              const Heads& grad, const int32_t* ends, const float* lse, float* grad_q, float* grad_k, float* grad_v,
+              int threads) {
     const Sights sights(shape, ends);
+    const BackwardKeys<Word> keys(shape, k, v, threads);
     with_dim(shape.dim, [&](auto dim) {
         parallel(threads, shape.batch * shape.kv_heads, [&](int64_t task) {
             const int64_t batch = task / shape.kv_heads;
-            backward_head<dim.value>(shape, q, k, v, out, grad, sights.of(batch), lse, batch, task % shape.kv_heads,
-                                     grad_q, grad_k, grad_v);
+            backward_head<Word, dim.value>(shape, q, keys, out, grad, sights.of(batch), lse, batch,
+                                           task % shape.kv_heads, grad_q, grad_k, grad_v);
         });
+    });
+}
+
+}  // namespace
+
+void attention_forward(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v,
+                       const int32_t* ends, float* out, float* lse, bool bf16, int threads) {
+    with_word(bf16, [&](auto word) { forward<decltype(word)>(shape, q, k, v, ends, out, lse, threads); });
+}
+
+void attention_backward(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, const Heads& out,
+                        const Heads& grad, const int32_t* ends, const float* lse, float* grad_q, float* grad_k,
+                        float* grad_v, bool bf16, int threads) {
+    with_word(bf16, [&](auto word) {
+        backward<decltype(word)>(shape, q, k, v, out, grad, ends, lse, grad_q, grad_k, grad_v, threads);
     });
 }
 

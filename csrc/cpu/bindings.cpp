@@ -105,5 +105,7 @@ PYBIND11_MODULE(_cpu, m) {
     define(m, "mlp_backward", &ant5m::Ops::mlp_backward);
     define(m, "norm_product", &ant5m::Ops::norm_product);
     define(m, "finish_layer", &ant5m::Ops::finish_layer);
+    define(m, "product", &ant5m::Ops::product);
+    define(m, "product_over_tokens", &ant5m::Ops::product_over_tokens);
     m.attr("MLP_TOKENS") = ant5m::kMlpTokens;
 }

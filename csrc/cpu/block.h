@@ -29,12 +29,15 @@ struct Block {
     int64_t lanes_of(int64_t panel) const { return smaller(kLanes, tokens - panel * kLanes); }
 };
 
-// x [tokens, dim] of a block to [panels, dim, kLanes], zero behind the last token.
-[[maybe_unused]] void load_lanes(const Block& block, const float* x, int64_t row, int64_t dim, float* to) {
+// x [tokens, dim] of a block to [panels, dim, kLanes], zero behind the last token; of each panel in place the words
+// along dim.
+template <typename Word>
+void load_lanes(const Block& block, const float* x, int64_t row, int64_t dim, float* to) {
     for (int64_t panel = 0; panel < block.panels; ++panel) {
         float* at = to + panel * dim * kLanes;
         if (block.lanes_of(panel) < kLanes) std::memset(at, 0, sizeof(float) * dim * kLanes);
         transpose(block.lanes_of(panel), dim, x + (block.first + panel * kLanes) * row, row, at, kLanes);
+        Word::pack_rows(dim, kLanes, at, kLanes, at, kLanes);
     }
 }
 
@@ -46,10 +49,12 @@ struct Block {
 
 constexpr int64_t kMlpScratch = 3 * kTile * kLanes;  // floats
 
-// Adds down (silu(gate x) * (up x)) to out; x and out are [panels, dim, kLanes].
-[[maybe_unused]] void add_mlp(const MlpShape& shape, const Block& block, const float* x, const float* gate,
-                              const float* up, const float* down, float* out, float* memory) {
+// Adds down (silu(gate x) * (up x)) to out; x and out are [panels, dim, kLanes], x and the weights' rows in words.
+template <typename Word>
+void add_mlp(const MlpShape& shape, const Block& block, const float* x, const float* gate, const float* up,
+             const float* down, float* out, float* memory) {
     const int64_t dim = shape.dim;
+    const int64_t row = Word::count(dim);
     float* hidden = memory;
     float* spare_gates = hidden + kTile * kLanes;
     float* spare_ups = spare_gates + kTile * kLanes;
@@ -60,16 +65,18 @@ constexpr int64_t kMlpScratch = 3 * kTile * kLanes;  // floats
             const int64_t at = (panel * shape.width + start) * kLanes;
             float* gates = block.gates ? block.gates + at : spare_gates;
             float* ups = block.ups ? block.ups + at : spare_ups;
-            multiply_panel<kVecs, false>(n, dim, {gate + start * dim, dim, 1}, from, kLanes, gates, kLanes);
-            multiply_panel<kVecs, false>(n, dim, {up + start * dim, dim, 1}, from, kLanes, ups, kLanes,
-                                         [&](Vec value, int64_t i, int j) {
-                                             const int64_t to = i * kLanes + j * kWidth;
-                                             const Vec g = load(gates + to);
-                                             store(hidden + to, g * sigmoid(g) * value);
-                                             return value;
-                                         });
-            multiply_panel<kVecs, true>(dim, n, {down + start, shape.width, 1}, hidden, kLanes,
-                                        out + panel * dim * kLanes, kLanes);
+            multiply_panel<Word, kVecs, false>(n, dim, {gate + start * row, row, 1}, from, kLanes, gates, kLanes);
+            multiply_panel<Word, kVecs, false>(n, dim, {up + start * row, row, 1}, from, kLanes, ups, kLanes,
+                                               [&](Vec value, int64_t i, int j) {
+                                                   const int64_t to = i * kLanes + j * kWidth;
+                                                   const Vec g = load(gates + to);
+                                                   store(hidden + to, g * sigmoid(g) * value);
+                                                   return value;
+                                               });
+            Word::pack_rows(n, kLanes, hidden, kLanes, hidden, kLanes);
+            multiply_panel<Word, kVecs, true>(dim, n,
+                                              {down + start / Word::kNumbers, Word::count(shape.width), 1}, hidden,
+                                              kLanes, out + panel * dim * kLanes, kLanes);
         }
     }
 }

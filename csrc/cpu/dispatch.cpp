@@ -16,17 +16,19 @@ struct Entry {
     {isa::gather,        isa::attention_forward, isa::attention_backward, isa::linear_cross_entropy, \
      isa::logit_summary, isa::rms_norm_forward,  isa::rms_norm_backward,  isa::rope,                 \
      isa::swiglu_forward, isa::swiglu_backward,  isa::mlp_forward,        isa::mlp_backward,         \
-     isa::norm_product,  isa::finish_layer}
+     isa::norm_product,  isa::finish_layer,      isa::product,            isa::product_over_tokens}
+
+#if defined(__x86_64__)
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+}
+#endif
 
 const Entry kEntries[] = {
 #if defined(__x86_64__)
-    {"avx512",
-     [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                __builtin_cpu_supports("fma");
-     },
-     ANT5M_OPS(avx512)},
+    {"avx512_bf16", [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }, ANT5M_OPS(avx512_bf16)},
+    {"avx512", has_avx512, ANT5M_OPS(avx512)},
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, ANT5M_OPS(avx2)},
 #endif
     {"portable", [] { return true; }, ANT5M_OPS(portable)},

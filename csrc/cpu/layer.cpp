@@ -30,7 +30,7 @@ void norm_lanes(const Block& block, const float* x, int64_t dim, float eps, cons
 template <bool kAdd>
 void multiply_lanes(const Block& block, int64_t rows, int64_t depth, const float* weight, const float* x, float* out) {
     for (int64_t panel = 0; panel < block.panels; ++panel)
-        multiply_panel<kVecs, kAdd>(rows, depth, {weight, depth, 1}, x + panel * depth * kLanes, kLanes,
+        multiply_panel<Fp32, kVecs, kAdd>(rows, depth, {weight, depth, 1}, x + panel * depth * kLanes, kLanes,
                                     out + panel * rows * kLanes, kLanes);
 }
 
@@ -42,7 +42,7 @@ void norm_product(int64_t tokens, int64_t dim, int64_t rows, const float* x, int
         const Block block(tokens, index);
         float* x_lanes = scratch(kTokens * (dim + rows));
         float* out_lanes = x_lanes + kTokens * dim;
-        load_lanes(block, x, x_row, dim, x_lanes);
+        load_lanes<Fp32>(block, x, x_row, dim, x_lanes);
         norm_lanes(block, x_lanes, dim, eps, norm, x_lanes);
         multiply_lanes<false>(block, rows, dim, weight, x_lanes, out_lanes);
         store_lanes(block, out_lanes, rows, out);
@@ -58,11 +58,11 @@ void finish_layer(const MlpShape& shape, int64_t inner, const float* mixed, int6
         float* total = memory + kMlpScratch;  // [panels, dim, kLanes]
         float* x = total + kTokens * shape.dim;
         float* mixed_lanes = x + kTokens * shape.dim;
-        load_lanes(block, mixed, mixed_row, inner, mixed_lanes);
-        load_lanes(block, residual, residual_row, shape.dim, total);
+        load_lanes<Fp32>(block, mixed, mixed_row, inner, mixed_lanes);
+        load_lanes<Fp32>(block, residual, residual_row, shape.dim, total);
         multiply_lanes<true>(block, shape.dim, inner, weight, mixed_lanes, total);
         norm_lanes(block, total, shape.dim, eps, norm, x);
-        add_mlp(shape, block, x, gate, up, down, total, memory);
+        add_mlp<Fp32>(shape, block, x, gate, up, down, total, memory);
         store_lanes(block, total, shape.dim, out);
     });
 }

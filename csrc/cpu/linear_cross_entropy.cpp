@@ -27,7 +27,8 @@ constexpr float kLog2e = 1.4426950408889634f;
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The operands; see ops.h.
+// The operands; see ops.h. by_dim [vocab, by_dim_row] are the weight's words along dim, by_entry [.., by_entry_row]
+// those along the vocabulary: for fp32 both are the weight itself.
 struct Head {
     const float* hidden;
     const float* weight;
@@ -35,16 +36,46 @@ struct Head {
     float* grad_hidden;
     float* grad_weight;
     int64_t tokens, dim, vocab, hidden_row, weight_row, grad_weight_row, ignore_index;
+    const float* by_dim = weight;
+    const float* by_entry = weight;
+    int64_t by_dim_row = weight_row, by_entry_row = weight_row;
+
+    bool wants_gradient() const { return grad_hidden || grad_weight; }
+
+    template <typename Word>
+    int64_t packed_size() const {
+        if (Word::kNumbers == 1) return 0;
+        return vocab * Word::count(dim) + (wants_gradient() ? Word::count(vocab) * dim : 0);
+    }
+
+    // Fills `memory` with the words of the weight, if they are not the weight itself.
+    template <typename Word>
+    void pack(float* memory, int threads) {
+        if (Word::kNumbers == 1) return;
+        by_dim_row = Word::count(dim), by_entry_row = dim;
+        float* rows = memory;
+        float* pairs = memory + vocab * by_dim_row;
+        parallel(threads, divide_up(vocab, kEntries), [&](int64_t tile) {
+            const int64_t first = tile * kEntries;
+            const int64_t n = smaller(kEntries, vocab - first);
+            const float* from = weight + first * weight_row;
+            Word::pack_columns(n, dim, from, weight_row, rows + first * by_dim_row, by_dim_row);
+            if (!wants_gradient()) return;
+            Word::pack_rows(n, dim, from, weight_row, pairs + first / Word::kNumbers * dim, dim);
+        });
+        by_dim = rows, by_entry = pairs;
+    }
 };
 
 // One block of tokens and where its intermediate results live.
+template <typename Word>
 struct Block {
     const Head& head;
     int64_t dim, row, tiles, chunks;  // row: stride of hidden_rows
     int64_t first = 0, tokens = 0, panels = 0;
     float inverse_count;
-    float* hidden_lanes;  // [panels, dim, kLanes], times log2(e)
-    float* hidden_rows;   // [kTokens, row], zero behind dim and behind the last token
+    float* hidden_lanes;  // [panels, dim, kLanes], times log2(e), of each panel in place the words along dim
+    float* hidden_rows;   // [kTokens, row], zero behind dim and behind the last token; words along the tokens
     float* highest;       // [tiles, kTokens]
     float* total;         // [tiles, kTokens]
     float* likeliest = nullptr;  // [tiles, kTokens], row of the tile's first largest logit; null when not wanted
@@ -56,11 +87,10 @@ struct Block {
 
     static int64_t row_of(int64_t dim) { return divide_up(dim, kWidth) * kWidth + kWidth; }
     static int64_t chunks_of(int64_t vocab) { return smaller(kChunks, divide_up(vocab, kEntries)); }
-    static bool wants_gradient(const Head& head) { return head.grad_hidden || head.grad_weight; }
     static int64_t size(const Head& head) {
         const int64_t tiles = divide_up(head.vocab, kEntries);
         const int64_t gradient = kEntries * tiles + chunks_of(head.vocab) * head.dim;
-        return kTokens * (head.dim + row_of(head.dim) + 2 * tiles + 3 + (wants_gradient(head) ? gradient : 0));
+        return kTokens * (head.dim + row_of(head.dim) + 2 * tiles + 3 + (head.wants_gradient() ? gradient : 0));
     }
 
     Block(const Head& head_, int64_t count, float* memory)
@@ -82,7 +112,7 @@ struct Block {
         shift = take(kTokens);
         scale = take(kTokens);
         target_logit = take(kTokens);
-        if (!wants_gradient(head)) return;
+        if (!head.wants_gradient()) return;
         exponentials = take(tiles * kEntries * kTokens);
         grad_lanes = take(chunks * kTokens * dim);
     }
@@ -109,10 +139,11 @@ struct Block {
         float* to = hidden_lanes + panel * dim * kLanes;
         if (lanes < kLanes) std::memset(to, 0, sizeof(float) * dim * kLanes);
         transpose(lanes, dim, hidden, head.hidden_row, to, kLanes, kLog2e);
-        float* rows = hidden_rows + panel * kLanes * row;
-        std::memset(rows, 0, sizeof(float) * kLanes * row);
-        for (int64_t i = 0; i < lanes; ++i)
-            std::memcpy(rows + i * row, hidden + i * head.hidden_row, sizeof(float) * dim);
+        Word::pack_rows(dim, kLanes, to, kLanes, to, kLanes);
+        constexpr int64_t kRowsOfWords = kLanes / Word::kNumbers;
+        float* rows = hidden_rows + panel * kRowsOfWords * row;
+        std::memset(rows, 0, sizeof(float) * kRowsOfWords * row);
+        Word::pack_rows(lanes, dim, hidden, head.hidden_row, rows, row);
     }
 
     // The block that begins with token `first`.
@@ -126,19 +157,20 @@ struct Block {
     template <bool kLikeliest = false>
     void exponentiate(int64_t tile) const {
         const int64_t n = entries_of(tile);
-        const Operand weight{head.weight + tile * kEntries * head.weight_row, head.weight_row, 1};
+        const Operand weight{head.by_dim + tile * kEntries * head.by_dim_row, head.by_dim_row, 1};
         for (int64_t panel = 0; panel < panels; ++panel) {
             float* logits = exponentials ? exponentials_of(tile, panel) : scratch(kEntries * kLanes);
             Vec most[kVecs];
             Vec where[kVecs] = {};
             ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) most[j] = broadcast(-__builtin_inff());
-            multiply_panel<kVecs, false>(n, dim, weight, hidden_lanes + panel * dim * kLanes, kLanes, logits, kLanes,
-                                         [&](Vec logit, int64_t i, int j) {
-                                             if constexpr (kLikeliest)
-                                                 where[j] = logit > most[j] ? broadcast(static_cast<float>(i)) : where[j];
-                                             most[j] = max(most[j], logit);
-                                             return logit;
-                                         });
+            multiply_panel<Word, kVecs, false>(
+                n, dim, weight, hidden_lanes + panel * dim * kLanes, kLanes, logits, kLanes,
+                [&](Vec logit, int64_t i, int j) {
+                    if constexpr (kLikeliest)
+                        where[j] = logit > most[j] ? broadcast(static_cast<float>(i)) : where[j];
+                    most[j] = max(most[j], logit);
+                    return logit;
+                });
             if constexpr (kLikeliest)
                 ANT5M_UNROLL for (int j = 0; j < kVecs; ++j)
                     store(likeliest + tile * kTokens + panel * kLanes + j * kWidth, where[j]);
@@ -204,8 +236,10 @@ struct Block {
     // Step 3 for one tile: exponentials to gradients of the logits, and these to both gradients.
     void differentiate(int64_t tile, float* grad_hidden_lanes) const {
         const int64_t n = entries_of(tile);
-        float* grad = scratch(kEntries * kStride);
-        const Operand weight{head.weight + tile * kEntries * head.weight_row, 1, head.weight_row};
+        float* grad = scratch(kEntries * (kStride + kLanes));
+        float* words = grad + kEntries * kStride;
+        const Operand weight{head.by_entry + tile * kEntries / Word::kNumbers * head.by_entry_row, 1,
+                             head.by_entry_row};
         for (int64_t panel = 0; panel < panels; ++panel) {
             const float* from = exponentials_of(tile, panel);
             float* columns = grad + panel * kLanes;
@@ -220,15 +254,18 @@ struct Block {
                     store(columns + i * kStride + j * kWidth,
                           ANT5M_ISA::load(from + i * kLanes + j * kWidth) * factor[j]);
             for_targets(tile, panel, [&](int64_t token, int64_t i) { grad[i * kStride + token] -= inverse_count; });
-            if (head.grad_hidden)
-                multiply_panel<kVecs, true>(dim, n, weight, columns, kStride, grad_hidden_lanes + panel * dim * kLanes,
-                                            kLanes);
+            if (head.grad_hidden) {
+                const auto [data, data_row] = panel_of<Word>(n, columns, kStride, words);
+                multiply_panel<Word, kVecs, true>(dim, n, weight, data, data_row,
+                                                  grad_hidden_lanes + panel * dim * kLanes, kLanes);
+            }
+            Word::pack_columns(n, kLanes, columns, kStride, grad + panel * kLanes / Word::kNumbers, kStride);
         }
         if (!head.grad_weight) return;
         float* grad_weight = head.grad_weight + tile * kEntries * head.grad_weight_row;
         if (first == 0) std::memset(grad_weight, 0, sizeof(float) * n * head.grad_weight_row);
-        multiply_add(n, divide_up(dim, kWidth) * kWidth, panels * kLanes, {grad, kStride, 1}, hidden_rows, row,
-                     grad_weight, head.grad_weight_row);
+        multiply_add<Word>(n, divide_up(dim, kWidth) * kWidth, panels * kLanes, {grad, kStride, 1}, hidden_rows,
+                           row, grad_weight, head.grad_weight_row);
     }
 
     void differentiate_chunk(int64_t chunk) const {
@@ -249,34 +286,42 @@ struct Block {
     }
 };
 
-}  // namespace
-
-void linear_cross_entropy(int64_t tokens, int64_t dim, int64_t vocab, const float* hidden, int64_t hidden_row,
-                          const float* weight, int64_t weight_row, const int64_t* targets, int64_t ignore_index,
-                          float* loss, float* grad_hidden, float* grad_weight, int64_t grad_weight_row, int threads) {
-    const Head head{hidden, weight, targets, grad_hidden, grad_weight,
-                    tokens, dim, vocab, hidden_row, weight_row, grad_weight_row, ignore_index};
+template <typename Word>
+float mean_loss(Head head, int threads) {
+    const Memory packed(head.packed_size<Word>());
+    head.pack<Word>(packed.data(), threads);
     int64_t count = 0;
     for (int64_t i = 0; i < head.tokens; ++i) count += head.targets[i] != head.ignore_index;
-    const Memory memory(Block::size(head));
-    Block block(head, count, memory.data());
+    const Memory memory(Block<Word>::size(head));
+    Block<Word> block(head, count, memory.data());
     double losses = 0;
     for (block.first = 0; block.first < head.tokens; block.first += kTokens) {
         block.begin(threads);
         parallel(threads, block.tiles, [&](int64_t tile) { block.exponentiate(tile); });
         losses += block.finish_softmax();
-        if (!Block::wants_gradient(head)) continue;
+        if (!head.wants_gradient()) continue;
         parallel(threads, block.chunks, [&](int64_t chunk) { block.differentiate_chunk(chunk); });
         if (head.grad_hidden) parallel(threads, block.panels, [&](int64_t panel) { block.store_grad_hidden(panel); });
     }
-    *loss = static_cast<float>(losses / static_cast<double>(count > 0 ? count : 1));
+    return static_cast<float>(losses / static_cast<double>(count > 0 ? count : 1));
+}
+
+}  // namespace
+
+void linear_cross_entropy(int64_t tokens, int64_t dim, int64_t vocab, const float* hidden, int64_t hidden_row,
+                          const float* weight, int64_t weight_row, const int64_t* targets, int64_t ignore_index,
+                          float* loss, float* grad_hidden, float* grad_weight, int64_t grad_weight_row, bool bf16,
+                          int threads) {
+    const Head head{hidden, weight, targets, grad_hidden, grad_weight,
+                    tokens, dim, vocab, hidden_row, weight_row, grad_weight_row, ignore_index};
+    with_word(bf16, [&](auto word) { *loss = mean_loss<decltype(word)>(head, threads); });
 }
 
 void logit_summary(int64_t tokens, int64_t dim, int64_t vocab, const float* hidden, int64_t hidden_row,
                    const float* weight, int64_t weight_row, float* log_sum, int64_t* likeliest, int threads) {
     const Head head{hidden, weight, nullptr, nullptr, nullptr, tokens, dim, vocab, hidden_row, weight_row, 0, 0};
-    const Memory memory(Block::size(head));
-    Block block(head, 0, memory.data());
+    const Memory memory(Block<Fp32>::size(head));
+    Block<Fp32> block(head, 0, memory.data());
     const Memory rows(block.tiles * kTokens);
     block.likeliest = rows.data();
     for (block.first = 0; block.first < tokens; block.first += kTokens) {

@@ -1,5 +1,7 @@
 // Llama's MLP, down (silu(gate x) * (up x)), for a block of tokens at a time, so that what lies between the three
 // products never leaves L2. Forward keeps gate x and up x; backward makes from them, tile by tile, everything else.
+#include <initializer_list>
+
 #include "block.h"
 #include "memory.h"
 #include "parallel.h"
@@ -11,50 +13,81 @@ namespace {
 constexpr int64_t kStride = kTokens + kWidth;
 constexpr int64_t kPartialFloats = 8 << 20;  // 32 MiB for the chunks' gradients of the weights, if that is 4 chunks
 
-// x [tokens, dim] of a block to [panels * kLanes, padded], zero behind dim and the last token.
+// x [tokens, dim] of a block to [panels * kLanes, padded], zero behind dim and the last token; words along the tokens.
+template <typename Word>
 void load_rows(const Block& block, const float* x, int64_t row, int64_t dim, float* to, int64_t padded) {
-    std::memset(to, 0, sizeof(float) * block.panels * kLanes * padded);
-    for (int64_t i = 0; i < block.tokens; ++i)
-        std::memcpy(to + i * padded, x + (block.first + i) * row, sizeof(float) * dim);
+    std::memset(to, 0, sizeof(float) * block.panels * kLanes / Word::kNumbers * padded);
+    Word::pack_rows(block.tokens, dim, x + block.first * row, row, to, padded);
 }
 
+// Calls of parallel() for so many rows of a matrix at a time.
+template <typename Body>
+void for_tiles(int threads, int64_t rows, const Body& body) {
+    parallel(threads, divide_up(rows, kTile), [&](int64_t tile) {
+        body(tile * kTile, smaller(kTile, rows - tile * kTile));
+    });
+}
+
+// The rows of a contiguous matrix in words; for fp32 where they lie.
+template <typename Word>
+class Packed {
+  public:
+    Packed(int64_t rows, int64_t columns, const float* from, int threads)
+        : memory_(Word::kNumbers == 1 ? 0 : rows * Word::count(columns)),
+          data_(Word::kNumbers == 1 ? from : memory_.data()) {
+        if (data_ == from) return;
+        const int64_t row = Word::count(columns);
+        for_tiles(threads, rows, [&](int64_t i, int64_t n) {
+            Word::pack_columns(n, columns, from + i * columns, columns, memory_.data() + i * row, row);
+        });
+    }
+    const float* data() const { return data_; }
+
+  private:
+    Memory memory_;
+    const float* data_;
+};
+
+template <typename Word>
 void forward_block(const MlpShape& shape, const Block& block, const float* x, int64_t x_row, const float* gate,
                    const float* up, const float* down, float* out) {
     const int64_t dim = shape.dim;
     float* memory = scratch(kMlpScratch + 2 * kTokens * dim);
     float* x_lanes = memory + kMlpScratch;
     float* out_lanes = x_lanes + kTokens * dim;
-    load_lanes(block, x, x_row, dim, x_lanes);
+    load_lanes<Word>(block, x, x_row, dim, x_lanes);
     std::memset(out_lanes, 0, sizeof(float) * block.panels * dim * kLanes);
-    add_mlp(shape, block, x_lanes, gate, up, down, out_lanes, memory);
+    add_mlp<Word>(shape, block, x_lanes, gate, up, down, out_lanes, memory);
     store_lanes(block, out_lanes, dim, out);
 }
 
-// The weights as the backward pass reads them, each [width, padded], down transposed. The odd stride keeps the elements
-// of a column out of one another's sets in L1.
+// The weights as the backward pass reads them, gate and up [width, padded] in words along width, down transposed
+// [width, padded] in words along dim. The odd stride keeps the elements of a column out of one another's sets in L1.
+template <typename Word>
 struct Weights {
     float *gate, *up, *down;
 
     Weights(const MlpShape& shape, const float* from_gate, const float* from_up, const float* from_down,
             int64_t padded, float* memory, int threads)
         : gate(memory), up(gate + shape.width * padded), down(up + shape.width * padded) {
-        parallel(threads, divide_up(shape.width, kTile), [&](int64_t tile) {
-            const int64_t start = tile * kTile;
-            const int64_t n = smaller(kTile, shape.width - start);
-            for (int64_t i = start; i < start + n; ++i) {
-                std::memcpy(gate + i * padded, from_gate + i * shape.dim, sizeof(float) * shape.dim);
-                std::memcpy(up + i * padded, from_up + i * shape.dim, sizeof(float) * shape.dim);
-            }
-            transpose(shape.dim, n, from_down + start, shape.width, down + start * padded, padded);
+        for_tiles(threads, shape.width, [&](int64_t i, int64_t n) {
+            const int64_t from = i * shape.dim;
+            const int64_t to = i / Word::kNumbers * padded;
+            Word::pack_rows(n, shape.dim, from_gate + from, shape.dim, gate + to, padded);
+            Word::pack_rows(n, shape.dim, from_up + from, shape.dim, up + to, padded);
+            float* rows = down + i * padded;
+            transpose(shape.dim, n, from_down + i, shape.width, rows, padded);
+            Word::pack_columns(n, shape.dim, rows, padded, rows, padded);
         });
     }
 };
 
 // A fixed number of blocks, whose gradients of the weights are summed apart: [3, width, padded] for gate, up and
 // (transposed) down.
+template <typename Word>
 struct Chunk {
     const MlpShape& shape;
-    const Weights& weights;
+    const Weights<Word>& weights;
     const float *x, *grad;
     int64_t x_row, grad_row;
     float* grad_x;
@@ -62,11 +95,13 @@ struct Chunk {
 
     int64_t dim = shape.dim;
     int64_t padded = padded_of(shape);
-    float* memory = scratch(kTile * kStride * 3 + kTokens * (2 * dim + 2 * padded));
+    float* memory = scratch(kTile * (3 * kStride + 2 * kLanes) + kTokens * (2 * dim + 2 * padded));
     float* grad_gates = memory;                       // [kTile, kStride]
     float* grad_ups = grad_gates + kTile * kStride;   // [kTile, kStride]
     float* hidden = grad_ups + kTile * kStride;       // [kTile, kStride]
-    float* grad_lanes = hidden + kTile * kStride;     // [panels, dim, kLanes]
+    float* gate_words = hidden + kTile * kStride;     // [kTile, kLanes]
+    float* up_words = gate_words + kTile * kLanes;    // [kTile, kLanes]
+    float* grad_lanes = up_words + kTile * kLanes;    // [panels, dim, kLanes]
     float* grad_x_lanes = grad_lanes + kTokens * dim;  // [panels, dim, kLanes]
     float* grad_rows = grad_x_lanes + kTokens * dim;  // [kTokens, padded]
     float* x_rows = grad_rows + kTokens * padded;     // [kTokens, padded]
@@ -75,9 +110,9 @@ struct Chunk {
     static int64_t size(const MlpShape& shape) { return 3 * shape.width * padded_of(shape); }
 
     void add(const Block& block) const {
-        load_lanes(block, grad, grad_row, dim, grad_lanes);
-        load_rows(block, grad, grad_row, dim, grad_rows, padded);
-        load_rows(block, x, x_row, dim, x_rows, padded);
+        load_lanes<Word>(block, grad, grad_row, dim, grad_lanes);
+        load_rows<Word>(block, grad, grad_row, dim, grad_rows, padded);
+        load_rows<Word>(block, x, x_row, dim, x_rows, padded);
         std::memset(grad_x_lanes, 0, sizeof(float) * block.panels * dim * kLanes);
         for (int64_t start = 0; start < shape.width; start += kTile) {
             const int64_t n = smaller(kTile, shape.width - start);
@@ -85,16 +120,17 @@ struct Chunk {
             const int64_t depth = block.panels * kLanes;
             const int64_t columns = padded - kWidth;
             float* to = grad_weights + start * padded;
-            multiply_add(n, columns, depth, {grad_gates, kStride, 1}, x_rows, padded, to, padded);
+            multiply_add<Word>(n, columns, depth, {grad_gates, kStride, 1}, x_rows, padded, to, padded);
             to += shape.width * padded;
-            multiply_add(n, columns, depth, {grad_ups, kStride, 1}, x_rows, padded, to, padded);
+            multiply_add<Word>(n, columns, depth, {grad_ups, kStride, 1}, x_rows, padded, to, padded);
             to += shape.width * padded;
-            multiply_add(n, columns, depth, {hidden, kStride, 1}, grad_rows, padded, to, padded);
+            multiply_add<Word>(n, columns, depth, {hidden, kStride, 1}, grad_rows, padded, to, padded);
         }
         store_lanes(block, grad_x_lanes, dim, grad_x);
     }
 
-    // Fills the panel's columns of grad_gates, grad_ups and hidden and adds to its gradient of x.
+    // Fills the panel's columns of grad_gates, grad_ups and hidden, words along the tokens, and adds to its gradient
+    // of x.
     void differentiate(const Block& block, int64_t panel, int64_t start, int64_t n) const {
         const int64_t at = (panel * shape.width + start) * kLanes;
         const float* gates = block.gates + at;
@@ -102,52 +138,64 @@ struct Chunk {
         float* panel_gates = grad_gates + panel * kLanes;
         float* panel_ups = grad_ups + panel * kLanes;
         float* panel_hidden = hidden + panel * kLanes;
-        float* grad_x_panel = grad_x_lanes + panel * dim * kLanes;
-        const float* grad_panel = grad_lanes + panel * dim * kLanes;
-        const int64_t row = start * padded;
-        multiply_panel<kVecs, false>(n, dim, {weights.down + row, padded, 1}, grad_panel, kLanes, panel_gates, kStride,
-                                     [&](Vec g, int64_t i, int j) {
-                                         const int64_t from = i * kLanes + j * kWidth;
-                                         const int64_t to = i * kStride + j * kWidth;
-                                         const SiluGradient silu(load(gates + from));
-                                         const Vec u = load(ups + from);
-                                         store(panel_hidden + to, silu.value * u);
-                                         store(panel_ups + to, g * silu.value);
-                                         return g * u * silu.slope;
-                                     });
-        multiply_panel<kVecs, true>(dim, n, {weights.gate + row, 1, padded}, panel_gates, kStride, grad_x_panel,
-                                    kLanes);
-        multiply_panel<kVecs, true>(dim, n, {weights.up + row, 1, padded}, panel_ups, kStride, grad_x_panel, kLanes);
+        multiply_panel<Word, kVecs, false>(n, dim, {weights.down + start * padded, padded, 1},
+                                           grad_lanes + panel * dim * kLanes, kLanes, panel_gates, kStride,
+                                           [&](Vec g, int64_t i, int j) {
+                                               const int64_t from = i * kLanes + j * kWidth;
+                                               const int64_t to = i * kStride + j * kWidth;
+                                               const SiluGradient silu(load(gates + from));
+                                               const Vec u = load(ups + from);
+                                               store(panel_hidden + to, silu.value * u);
+                                               store(panel_ups + to, g * silu.value);
+                                               return g * u * silu.slope;
+                                           });
+        const int64_t row = start / Word::kNumbers * padded;
+        add_grad_x(panel, n, weights.gate + row, panel_gates, gate_words);
+        add_grad_x(panel, n, weights.up + row, panel_ups, up_words);
+        for (float* columns : {grad_gates, grad_ups, hidden})
+            Word::pack_columns(n, kLanes, columns + panel * kLanes, kStride, columns + panel * kLanes / Word::kNumbers,
+                               kStride);
+    }
+
+    // `grads` [n, kLanes] of rows `weight` on.
+    void add_grad_x(int64_t panel, int64_t n, const float* weight, const float* grads, float* words) const {
+        const auto [data, row] = panel_of<Word>(n, grads, kStride, words);
+        multiply_panel<Word, kVecs, true>(dim, n, {weight, 1, padded}, data, row, grad_x_lanes + panel * dim * kLanes,
+                                          kLanes);
     }
 };
 
-}  // namespace
-
-void mlp_forward(const MlpShape& shape, const float* x, int64_t x_row, const float* gate, const float* up,
-                 const float* down, float* out, float* gates, float* ups, int threads) {
+template <typename Word>
+void forward(const MlpShape& shape, const float* x, int64_t x_row, const float* gate, const float* up,
+             const float* down, float* out, float* gates, float* ups, int threads) {
+    const Packed<Word> gate_rows(shape.width, shape.dim, gate, threads);
+    const Packed<Word> up_rows(shape.width, shape.dim, up, threads);
+    const Packed<Word> down_rows(shape.dim, shape.width, down, threads);
     parallel(threads, divide_up(shape.tokens, kTokens), [&](int64_t index) {
-        forward_block(shape, Block(shape.tokens, index, shape.width, gates, ups), x, x_row, gate, up, down, out);
+        forward_block<Word>(shape, Block(shape.tokens, index, shape.width, gates, ups), x, x_row, gate_rows.data(),
+                            up_rows.data(), down_rows.data(), out);
     });
 }
 
-void mlp_backward(const MlpShape& shape, const float* x, int64_t x_row, const float* gate, const float* up,
-                  const float* down, float* gates, float* ups, const float* grad, int64_t grad_row, float* grad_x,
-                  float* grad_gate, float* grad_up, float* grad_down, int threads) {
+template <typename Word>
+void backward(const MlpShape& shape, const float* x, int64_t x_row, const float* gate, const float* up,
+              const float* down, float* gates, float* ups, const float* grad, int64_t grad_row, float* grad_x,
+              float* grad_gate, float* grad_up, float* grad_down, int threads) {
     const int64_t blocks = divide_up(shape.tokens, kTokens);
-    const int64_t size = Chunk::size(shape);
+    const int64_t size = Chunk<Word>::size(shape);
     int64_t chunks = kPartialFloats / size;
     chunks = smaller(blocks, chunks < 4 ? 4 : chunks > 16 ? 16 : chunks);
     const Memory packed(size);
-    const Weights weights(shape, gate, up, down, Chunk::padded_of(shape), packed.data(), threads);
+    const Weights<Word> weights(shape, gate, up, down, Chunk<Word>::padded_of(shape), packed.data(), threads);
     const Memory partial(chunks * size);
     parallel(threads, chunks, [&](int64_t index) {
         float* sum = partial.data() + index * size;
         std::memset(sum, 0, sizeof(float) * size);
-        const Chunk chunk{shape, weights, x, grad, x_row, grad_row, grad_x, sum};
+        const Chunk<Word> chunk{shape, weights, x, grad, x_row, grad_row, grad_x, sum};
         for (int64_t block = index * blocks / chunks; block < (index + 1) * blocks / chunks; ++block)
             chunk.add(Block(shape.tokens, block, shape.width, gates, ups));
     });
-    const int64_t row = Chunk::padded_of(shape);
+    const int64_t row = Chunk<Word>::padded_of(shape);
     parallel_rows(threads, 3 * shape.width, 16, [&](int64_t, int64_t i) {
         float* sum = scratch(row);
         std::memset(sum, 0, sizeof(float) * row);
@@ -159,6 +207,24 @@ void mlp_backward(const MlpShape& shape, const float* x, int64_t x_row, const fl
             std::memcpy((which ? grad_up : grad_gate) + w * shape.dim, sum, sizeof(float) * shape.dim);
         else
             for (int64_t d = 0; d < shape.dim; ++d) grad_down[d * shape.width + w] = sum[d];
+    });
+}
+
+}  // namespace
+
+void mlp_forward(const MlpShape& shape, const float* x, int64_t x_row, const float* gate, const float* up,
+                 const float* down, float* out, float* gates, float* ups, bool bf16, int threads) {
+    with_word(bf16, [&](auto word) {
+        forward<decltype(word)>(shape, x, x_row, gate, up, down, out, gates, ups, threads);
+    });
+}
+
+void mlp_backward(const MlpShape& shape, const float* x, int64_t x_row, const float* gate, const float* up,
+                  const float* down, float* gates, float* ups, const float* grad, int64_t grad_row, float* grad_x,
+                  float* grad_gate, float* grad_up, float* grad_down, bool bf16, int threads) {
+    with_word(bf16, [&](auto word) {
+        backward<decltype(word)>(shape, x, x_row, gate, up, down, gates, ups, grad, grad_row, grad_x, grad_gate,
+                                 grad_up, grad_down, threads);
     });
 }
 

@@ -3,7 +3,8 @@
 //
 // Strides count elements; those named *_row are a matrix's distance between rows, whose elements are neighbours. No
 // pointer needs more alignment than its type. Outputs are contiguous unless they have a stride, and are written whole.
-// Results do not depend on `threads`.
+// Results do not depend on `threads`. With `bf16` the factors of products are rounded to bf16, and their sums are in
+// fp32, where the instruction set has that (avx512_bf16); elsewhere it changes nothing.
 #pragma once
 #include <cstdint>
 
@@ -43,12 +44,12 @@ using Gather = void(const uint16_t* const* windows, int64_t rows, int64_t length
 // out [batch, length, heads, dim] and lse [batch, heads, length], the log2 of the softmax's denominator; null when there
 // will be no backward pass.
 using AttentionForward = void(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v,
-                              const int32_t* ends, float* out, float* lse, int threads);
+                              const int32_t* ends, float* out, float* lse, bool bf16, int threads);
 
 // grad_q [batch, length, heads, dim]; grad_k and grad_v [batch, length, kv_heads, dim].
 using AttentionBackward = void(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v,
                                const Heads& out, const Heads& grad, const int32_t* ends, const float* lse,
-                               float* grad_q, float* grad_k, float* grad_v, int threads);
+                               float* grad_q, float* grad_k, float* grad_v, bool bf16, int threads);
 
 // The head: mean cross-entropy in nats of hidden [tokens, dim] weight [vocab, dim]^T against the targets [tokens],
 // each of [0, vocab) or equal to ignore_index, over those that are not ignored; 0 when all are.
@@ -57,7 +58,7 @@ using AttentionBackward = void(const AttentionShape& shape, const Heads& q, cons
 using LinearCrossEntropy = void(int64_t tokens, int64_t dim, int64_t vocab, const float* hidden, int64_t hidden_row,
                                 const float* weight, int64_t weight_row, const int64_t* targets, int64_t ignore_index,
                                 float* loss, float* grad_hidden, float* grad_weight, int64_t grad_weight_row,
-                                int threads);
+                                bool bf16, int threads);
 
 // Of each row of logits hidden [tokens, dim] weight [vocab, dim]^T: log(sum(exp)) and the first of its largest entries.
 using LogitSummary = void(int64_t tokens, int64_t dim, int64_t vocab, const float* hidden, int64_t hidden_row,
@@ -91,12 +92,13 @@ using SwigluBackward = void(int64_t rows, int64_t width, const float* gate, int6
 // out [tokens, dim] = down (silu(gate x) * (up x)). What backward needs goes to gates and ups, each of width times
 // tokens (rounded up to a multiple of kMlpTokens) floats in an order of their own; both may be null.
 using MlpForward = void(const MlpShape& shape, const float* x, int64_t x_row, const float* gate, const float* up,
-                        const float* down, float* out, float* gates, float* ups, int threads);
+                        const float* down, float* out, float* gates, float* ups, bool bf16, int threads);
 
 // Gradients contiguous and of their operand's shape.
 using MlpBackward = void(const MlpShape& shape, const float* x, int64_t x_row, const float* gate, const float* up,
                          const float* down, float* gates, float* ups, const float* grad, int64_t grad_row,
-                         float* grad_x, float* grad_gate, float* grad_up, float* grad_down, int threads);
+                         float* grad_x, float* grad_gate, float* grad_up, float* grad_down, bool bf16,
+                         int threads);
 
 // The next two are a layer around its attention, without what a backward pass needs. Matrices are contiguous.
 // out [tokens, rows] = RMSNorm of x [tokens, dim], with the gains `norm` [dim], times weight [rows, dim]^T.
@@ -109,6 +111,14 @@ using FinishLayer = void(const MlpShape& shape, int64_t inner, const float* mixe
                          const float* residual, int64_t residual_row, const float* weight, float eps,
                          const float* norm, const float* gate, const float* up, const float* down, float* out,
                          int threads);
+
+// out [tokens, rows] = x [tokens, depth] weight^T, of weight [rows, depth] or, `transposed`, of [depth, rows].
+using Product = void(int64_t tokens, int64_t depth, int64_t rows, const float* x, int64_t x_row, const float* weight,
+                     bool transposed, float* out, bool bf16, int threads);
+
+// out [rows, columns] = a [tokens, rows]^T b [tokens, columns].
+using ProductOverTokens = void(int64_t tokens, int64_t rows, int64_t columns, const float* a, int64_t a_row,
+                               const float* b, int64_t b_row, float* out, bool bf16, int threads);
 
 struct Ops {
     Gather* gather;
@@ -125,10 +135,12 @@ struct Ops {
     MlpBackward* mlp_backward;
     NormProduct* norm_product;
     FinishLayer* finish_layer;
+    Product* product;
+    ProductOverTokens* product_over_tokens;
 };
 
-// The table in use. `use` switches to "portable", "avx2" or "avx512" and returns false when this processor
-// (or this build) does not have it.
+// The table in use. `use` switches to "portable", "avx2", "avx512" or "avx512_bf16" and returns false when this
+// processor (or this build) does not have it.
 const Ops& ops();
 const char* instruction_set();
 bool use(const char* name);
@@ -149,11 +161,14 @@ bool use(const char* name);
     MlpBackward mlp_backward;                \
     NormProduct norm_product;                \
     FinishLayer finish_layer;                \
+    Product product;                         \
+    ProductOverTokens product_over_tokens;   \
     }
 ANT5M_DECLARE(portable)
 #if defined(__x86_64__)
 ANT5M_DECLARE(avx2)
 ANT5M_DECLARE(avx512)
+ANT5M_DECLARE(avx512_bf16)
 #endif
 #undef ANT5M_DECLARE
 

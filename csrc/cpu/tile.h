@@ -1,9 +1,9 @@
-// The one matrix product that attention and the head are made of: small operands in L1 and L2, vectors along the
-// columns of B and C, elements of A broadcast.
+// The one matrix product that attention, the MLP and the head are made of: small operands in L1 and L2, vectors along
+// the columns of B and C, elements of A broadcast.
 #pragma once
 #include <type_traits>
 
-#include "simd.h"
+#include "words.h"
 
 namespace ant5m::ANT5M_ISA {
 
@@ -18,7 +18,7 @@ struct Keep {
     Vec operator()(Vec c, int64_t, int) const { return c; }
 };
 
-// A matrix operand read element by element: (i, k) is at data[i * row + k * column].
+// A matrix operand read word by word: (i, k) is at data[i * row + k * column].
 struct Operand {
     const float* data;
     int64_t row, column;
@@ -26,18 +26,18 @@ struct Operand {
 
 // Never inlined: inside a larger function the accumulators are the first to be spilled, and the product runs at half
 // its speed (measured with GCC 12 on AVX2).
-template <int R, int V, bool kAdd>
-[[gnu::noinline]] void register_tile(int64_t depth, const float* a, int64_t row, int64_t column, const float* b,
+template <typename Word, int R, int V, bool kAdd>
+[[gnu::noinline]] void register_tile(int64_t words, const float* a, int64_t row, int64_t column, const float* b,
                                      int64_t ldb, float* c, int64_t ldc) {
     Vec sum[R][V];
     ANT5M_UNROLL for (int i = 0; i < R; ++i)
         ANT5M_UNROLL for (int j = 0; j < V; ++j) sum[i][j] = kAdd ? load(c + i * ldc + j * kWidth) : Vec{};
-    for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t k = 0; k < words; ++k) {
         Vec from[V];
         ANT5M_UNROLL for (int j = 0; j < V; ++j) from[j] = load(b + k * ldb + j * kWidth);
         ANT5M_UNROLL for (int i = 0; i < R; ++i) {
-            const Vec element = broadcast(a[i * row + k * column]);
-            ANT5M_UNROLL for (int j = 0; j < V; ++j) sum[i][j] += element * from[j];
+            const Vec element = Word::broadcast(a + i * row + k * column);
+            ANT5M_UNROLL for (int j = 0; j < V; ++j) sum[i][j] = Word::multiply_add(element, from[j], sum[i][j]);
         }
     }
     ANT5M_UNROLL for (int i = 0; i < R; ++i)
@@ -45,11 +45,13 @@ template <int R, int V, bool kAdd>
 }
 
 // C [rows, V * kWidth] = (C +) A [rows, depth] B [depth, V * kWidth]; `finish(value, row, vector)` is what is stored.
-template <int V, bool kAdd, int R = kRows, typename Finish = Keep>
+// Depth counts numbers, the strides of A and B words.
+template <typename Word, int V, bool kAdd, int R = kRows, typename Finish = Keep>
 inline void multiply_panel(int64_t rows, int64_t depth, Operand a, const float* b, int64_t ldb, float* c, int64_t ldc,
                            const Finish& finish = {}, int64_t i = 0) {
     for (; i + R <= rows; i += R) {
-        register_tile<R, V, kAdd>(depth, a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc, ldc);
+        register_tile<Word, R, V, kAdd>(Word::count(depth), a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc,
+                                        ldc);
         if constexpr (std::is_same_v<Finish, Keep>) continue;
         for (int r = 0; r < R; ++r)
             ANT5M_UNROLL for (int j = 0; j < V; ++j) {
@@ -57,15 +59,31 @@ inline void multiply_panel(int64_t rows, int64_t depth, Operand a, const float* 
                 store(at, finish(load(at), i + r, j));
             }
     }
-    if constexpr (R > 1) multiply_panel<V, kAdd, R == 6 ? 4 : R / 2>(rows, depth, a, b, ldb, c, ldc, finish, i);
+    if constexpr (R > 1) multiply_panel<Word, V, kAdd, R == 6 ? 4 : R / 2>(rows, depth, a, b, ldb, c, ldc, finish, i);
 }
 
 // C [rows, columns] += A [rows, depth] B [depth, columns]; columns is a multiple of kWidth.
+template <typename Word>
 inline void multiply_add(int64_t rows, int64_t columns, int64_t depth, Operand a, const float* b, int64_t ldb, float* c,
                          int64_t ldc) {
     int64_t j = 0;
-    for (; j + kLanes <= columns; j += kLanes) multiply_panel<kVecs, true>(rows, depth, a, b + j, ldb, c + j, ldc);
-    if (j < columns) multiply_panel<1, true>(rows, depth, a, b + j, ldb, c + j, ldc);
+    for (; j + kLanes <= columns; j += kLanes)
+        multiply_panel<Word, kVecs, true>(rows, depth, a, b + j, ldb, c + j, ldc);
+    if (j < columns) multiply_panel<Word, 1, true>(rows, depth, a, b + j, ldb, c + j, ldc);
+}
+
+// B's columns for a product, at `data`, rows `row` apart.
+struct Columns {
+    const float* data;
+    int64_t row;
+};
+
+// Of a panel [depth, kLanes] of numbers: where they lie for fp32, else their words in `spare`.
+template <typename Word>
+inline Columns panel_of(int64_t depth, const float* from, int64_t row, float* spare) {
+    if (Word::kNumbers == 1) return {from, row};
+    Word::pack_rows(depth, kLanes, from, row, spare, kLanes);
+    return {spare, kLanes};
 }
 
 }  // namespace ant5m::ANT5M_ISA
