@@ -348,8 +348,8 @@ void backward_tile(const Operand& k, const Operand& v, const Operand& k_by_dimen
     const auto [columns, row] = panel_of<Word>(n, grad_scores, kLanes, words);
     multiply_panel<Word, kVecs, true>(dim, n, k_by_dimension, columns, row, panel.grad_q, kLanes);
     for (float* rows : {probabilities, grad_scores}) Word::pack_columns(n, kLanes, rows, kLanes, rows, kLanes);
-    multiply_add<Word>(n, width, kLanes, {probabilities, kLanes, 1}, panel.grad_row, width, grad_v, width);
-    multiply_add<Word>(n, width, kLanes, {grad_scores, kLanes, 1}, panel.query_row, width, grad_k, width);
+    multiply<Word, true>(n, width, kLanes, {probabilities, kLanes, 1}, panel.grad_row, width, grad_v, width);
+    multiply<Word, true>(n, width, kLanes, {grad_scores, kLanes, 1}, panel.query_row, width, grad_k, width);
 }
 
 // Everything of one key/value head of one sequence: panel by panel of the positions of its query heads, while K, V

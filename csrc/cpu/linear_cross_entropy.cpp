@@ -264,8 +264,8 @@ struct Block {
         if (!head.grad_weight) return;
         float* grad_weight = head.grad_weight + tile * kEntries * head.grad_weight_row;
         if (first == 0) std::memset(grad_weight, 0, sizeof(float) * n * head.grad_weight_row);
-        multiply_add<Word>(n, divide_up(dim, kWidth) * kWidth, panels * kLanes, {grad, kStride, 1}, hidden_rows,
-                           row, grad_weight, head.grad_weight_row);
+        multiply<Word, true>(n, divide_up(dim, kWidth) * kWidth, panels * kLanes, {grad, kStride, 1}, hidden_rows,
+                             row, grad_weight, head.grad_weight_row);
     }
 
     void differentiate_chunk(int64_t chunk) const {

@@ -109,6 +109,8 @@ struct Chunk {
     static int64_t padded_of(const MlpShape& shape) { return divide_up(shape.dim, kWidth) * kWidth + kWidth; }
     static int64_t size(const MlpShape& shape) { return 3 * shape.width * padded_of(shape); }
 
+    // The gradients of a block, those of the weights beside (kAdd) or in place of what is there.
+    template <bool kAdd>
     void add(const Block& block) const {
         load_lanes<Word>(block, grad, grad_row, dim, grad_lanes);
         load_rows<Word>(block, grad, grad_row, dim, grad_rows, padded);
@@ -120,11 +122,11 @@ struct Chunk {
             const int64_t depth = block.panels * kLanes;
             const int64_t columns = padded - kWidth;
             float* to = grad_weights + start * padded;
-            multiply_add<Word>(n, columns, depth, {grad_gates, kStride, 1}, x_rows, padded, to, padded);
+            multiply<Word, kAdd>(n, columns, depth, {grad_gates, kStride, 1}, x_rows, padded, to, padded);
             to += shape.width * padded;
-            multiply_add<Word>(n, columns, depth, {grad_ups, kStride, 1}, x_rows, padded, to, padded);
+            multiply<Word, kAdd>(n, columns, depth, {grad_ups, kStride, 1}, x_rows, padded, to, padded);
             to += shape.width * padded;
-            multiply_add<Word>(n, columns, depth, {hidden, kStride, 1}, grad_rows, padded, to, padded);
+            multiply<Word, kAdd>(n, columns, depth, {hidden, kStride, 1}, grad_rows, padded, to, padded);
         }
         store_lanes(block, grad_x_lanes, dim, grad_x);
     }
@@ -184,23 +186,23 @@ void backward(const MlpShape& shape, const float* x, int64_t x_row, const float*
     const int64_t blocks = divide_up(shape.tokens, kTokens);
     const int64_t size = Chunk<Word>::size(shape);
     int64_t chunks = kPartialFloats / size;
-    chunks = smaller(blocks, chunks < 4 ? 4 : chunks > 16 ? 16 : chunks);
+    chunks = smaller(divide_up(blocks, 2), chunks < 4 ? 4 : chunks > 16 ? 16 : chunks);
     const Memory packed(size);
     const Weights<Word> weights(shape, gate, up, down, Chunk<Word>::padded_of(shape), packed.data(), threads);
     const Memory partial(chunks * size);
     parallel(threads, chunks, [&](int64_t index) {
-        float* sum = partial.data() + index * size;
-        std::memset(sum, 0, sizeof(float) * size);
-        const Chunk<Word> chunk{shape, weights, x, grad, x_row, grad_row, grad_x, sum};
-        for (int64_t block = index * blocks / chunks; block < (index + 1) * blocks / chunks; ++block)
-            chunk.add(Block(shape.tokens, block, shape.width, gates, ups));
+        const Chunk<Word> chunk{shape, weights, x, grad, x_row, grad_row, grad_x, partial.data() + index * size};
+        int64_t block = index * blocks / chunks;
+        chunk.template add<false>(Block(shape.tokens, block, shape.width, gates, ups));
+        while (++block < (index + 1) * blocks / chunks)
+            chunk.template add<true>(Block(shape.tokens, block, shape.width, gates, ups));
     });
     const int64_t row = Chunk<Word>::padded_of(shape);
     parallel_rows(threads, 3 * shape.width, 16, [&](int64_t, int64_t i) {
-        float* sum = scratch(row);
-        std::memset(sum, 0, sizeof(float) * row);
+        float* sum = scratch(shape.dim);
+        std::memset(sum, 0, sizeof(float) * shape.dim);
         for (int64_t chunk = 0; chunk < chunks; ++chunk)
-            for (int64_t j = 0; j < row; ++j) sum[j] += partial.data()[chunk * size + i * row + j];
+            for (int64_t d = 0; d < shape.dim; ++d) sum[d] += partial.data()[chunk * size + i * row + d];
         const int64_t which = i / shape.width;
         const int64_t w = i % shape.width;
         if (which < 2)

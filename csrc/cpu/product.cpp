@@ -10,8 +10,8 @@ namespace {
 constexpr int64_t kDepth = 512;  // tokens of a sum at a time: their words and 64 rows of the result stay in L2
 
 template <typename Word>
-void multiply(int64_t tokens, int64_t depth, int64_t rows, const float* x, int64_t x_row, const float* weight,
-              bool transposed, float* out, int threads) {
+void multiply_rows(int64_t tokens, int64_t depth, int64_t rows, const float* x, int64_t x_row, const float* weight,
+                   bool transposed, float* out, int threads) {
     const int64_t row = transposed ? rows : Word::count(depth);
     const int64_t stored_rows = transposed ? depth : rows;
     const Memory packed((transposed ? Word::count(depth) : rows) * row);
@@ -64,9 +64,9 @@ void multiply_over_tokens(int64_t tokens, int64_t rows, int64_t columns, const f
         std::memset(sum, 0, sizeof(float) * n * padded);
         for (int64_t start = 0; start < tokens; start += kDepth) {
             const int64_t word = start / Word::kNumbers;
-            multiply_add<Word>(n, padded, smaller(kDepth, tokens - start),
-                               {packed.data() + word * rows + first, 1, rows}, b_words + word * padded, padded, sum,
-                               padded);
+            multiply<Word, true>(n, padded, smaller(kDepth, tokens - start),
+                                 {packed.data() + word * rows + first, 1, rows}, b_words + word * padded, padded, sum,
+                                 padded);
         }
         for (int64_t i = 0; i < n; ++i)
             std::memcpy(out + (first + i) * columns, sum + i * padded, sizeof(float) * columns);
@@ -78,7 +78,7 @@ void multiply_over_tokens(int64_t tokens, int64_t rows, int64_t columns, const f
 void product(int64_t tokens, int64_t depth, int64_t rows, const float* x, int64_t x_row, const float* weight,
              bool transposed, float* out, bool bf16, int threads) {
     with_word(bf16, [&](auto word) {
-        multiply<decltype(word)>(tokens, depth, rows, x, x_row, weight, transposed, out, threads);
+        multiply_rows<decltype(word)>(tokens, depth, rows, x, x_row, weight, transposed, out, threads);
     });
 }
 

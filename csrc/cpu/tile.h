@@ -62,14 +62,14 @@ inline void multiply_panel(int64_t rows, int64_t depth, Operand a, const float* 
     if constexpr (R > 1) multiply_panel<Word, V, kAdd, R == 6 ? 4 : R / 2>(rows, depth, a, b, ldb, c, ldc, finish, i);
 }
 
-// C [rows, columns] += A [rows, depth] B [depth, columns]; columns is a multiple of kWidth.
-template <typename Word>
-inline void multiply_add(int64_t rows, int64_t columns, int64_t depth, Operand a, const float* b, int64_t ldb, float* c,
-                         int64_t ldc) {
+// C [rows, columns] = (C +) A [rows, depth] B [depth, columns]; columns is a multiple of kWidth.
+template <typename Word, bool kAdd>
+inline void multiply(int64_t rows, int64_t columns, int64_t depth, Operand a, const float* b, int64_t ldb, float* c,
+                     int64_t ldc) {
     int64_t j = 0;
     for (; j + kLanes <= columns; j += kLanes)
-        multiply_panel<Word, kVecs, true>(rows, depth, a, b + j, ldb, c + j, ldc);
-    if (j < columns) multiply_panel<Word, 1, true>(rows, depth, a, b + j, ldb, c + j, ldc);
+        multiply_panel<Word, kVecs, kAdd>(rows, depth, a, b + j, ldb, c + j, ldc);
+    if (j < columns) multiply_panel<Word, 1, kAdd>(rows, depth, a, b + j, ldb, c + j, ldc);
 }
 
 // B's columns for a product, at `data`, rows `row` apart.
