@@ -35,7 +35,8 @@ class Arm:
 
     Args:
         name: transformers, transformers-compiled, transformers-liger, a kernel backend in the same loop, or
-            trainer: the step of `ant5m train`.
+            trainer: the step of `ant5m train`. With -bf16 behind it in that precision, else in the one that
+            this machine trains in.
     """
 
     def __init__(self, name: str, preset: str, batch_size: int, sequence_length: int):
@@ -79,6 +80,7 @@ def _serve(settings: dict[str, Any]) -> None:
     import torch
 
     from ant5m.model.config import load_config
+    from ant5m.train.precision import choose_precision
 
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -86,10 +88,12 @@ def _serve(settings: dict[str, Any]) -> None:
     shape = (settings["batch_size"], settings["sequence_length"] + 1)
     batch = torch.randint(config.vocab_size, shape, device=device)
     batch = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+    name = settings["name"].removesuffix("-bf16")
+    precision = choose_precision("auto" if name == settings["name"] else "bf16", device)
     take_step, rows = None, 0
     for _ in sys.stdin:
         if take_step is None:
-            take_step, rows = _fitting(settings["name"], config, device, batch)
+            take_step, rows = _fitting(name, config, device, precision, batch)
         start = time.perf_counter()
         loss = take_step(*batch).item()  # waits for the device
         seconds = time.perf_counter() - start
@@ -97,15 +101,22 @@ def _serve(settings: dict[str, Any]) -> None:
         print(json.dumps(answer), flush=True)
 
 
-def _fitting(name: str, config, device, batch):
-    """The step with the largest micro-batches that fit, and how many sequences these are."""
+def _fitting(name: str, config, device, precision, batch):
+    """The step with the largest micro-batches that fit, the trainer's with those that it plans, and how many
+    sequences these are."""
     import torch
 
-    rows = len(batch[0])
+    from ant5m.train.plan import micro_batch
+
+    rows, length = batch[0].shape
+    if name == "trainer":
+        rows = micro_batch(config, rows, length, device, precision)
     while True:
         try:
             take_step = (
-                _trainer(config, device, rows) if name == "trainer" else _loop(name, config, device, rows)
+                _trainer(config, device, precision, rows)
+                if name == "trainer"
+                else _loop(name, config, device, precision, rows)
             )
             take_step(*batch)
             return take_step, rows
@@ -119,27 +130,31 @@ def _fitting(name: str, config, device, batch):
         torch.cuda.reset_peak_memory_stats()
 
 
-def _trainer(config, device, rows: int):
+def _trainer(config, device, precision: str, rows: int):
     """What `ant5m train` does: on a GPU one CUDA graph, the fastest kernels, Muon."""
     from ant5m.model.ant import Ant
     from ant5m.train.optimizer import Optimizer
-    from ant5m.train.precision import LossScaler, choose_precision
+    from ant5m.train.precision import LossScaler
     from ant5m.train.schedule import Schedule
     from ant5m.train.step import Step, make_step
 
-    net, precision = Ant(config).to(device), choose_precision("auto", device)
+    net = Ant(config).to(device)
     scaler = LossScaler(device) if precision == "fp16" else None
     step = make_step(Step(net, Optimizer(net, "muon"), Schedule(1_000), rows, 1.0, precision, scaler))
     return lambda inputs, targets: step(inputs, targets)[0]
 
 
-def _loop(name: str, config, device, rows: int):
+def _loop(name: str, config, device, precision: str, rows: int):
     """The usual loop in PyTorch: autocast, clipping, AdamW in one launch, a loss scale where it is fp16."""
     import torch
 
-    from ant5m.train.precision import FIRST_SCALE, autocast, choose_precision
+    from ant5m.train.precision import DTYPES, FIRST_SCALE, autocast
 
-    precision = choose_precision("auto", device)
+    def inside():
+        if name.startswith("transformers") and precision != "fp32":
+            return torch.autocast(device.type, DTYPES[precision])  # it does not know our kernels' way
+        return autocast(precision, device)
+
     loss_of, parameters = _model(name, config, device)
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
     scaler = torch.amp.GradScaler(device.type, FIRST_SCALE, enabled=precision == "fp16")
@@ -148,7 +163,7 @@ def _loop(name: str, config, device, rows: int):
         total = torch.zeros((), device=device)
         share = rows / len(inputs)
         for part, part_targets in zip(inputs.split(rows), targets.split(rows), strict=True):
-            with autocast(precision, device):
+            with inside():
                 loss = loss_of(part, part_targets)
             scaler.scale(loss * share).backward()
             total += loss.detach() * share

@@ -7,7 +7,7 @@ import torch
 from devices import Rates, measure
 from provenance import RESULTS, provenance
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from telemetry import Telemetry
 
 from ant5m.files import write_json
@@ -64,8 +64,9 @@ def pytest_terminal_summary(terminalreporter, config):
     if not hasattr(config, "_ant5m_report"):
         return
     path, rows = config._ant5m_report
+    names = (Column(name, no_wrap=True) for name in ("preset", "arm"))
     table = Table(
-        "preset", "arm", "tokens/s", "x transformers", "peak MB", "x transformers", "hours for 655.36M tokens"
+        *names, "tokens/s", "x transformers", "peak MB", "x transformers", "hours for 655.36M tokens"
     )
     for row in rows:
         for arm, figures in row["info"].get("arms", {}).items():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from arm import Arm, backends
 
+from ant5m import kernels
 from ant5m.model.config import PRESETS
 from ant5m.model.doctor import count_flops
 from ant5m.train.precision import choose_precision, peak_flops
@@ -19,13 +20,16 @@ RUN_TOKENS = 655_360_000  # 10,000 steps of 64 x 1,024: the published run
 GPU = torch.cuda.is_available()
 LIGER = GPU and importlib.util.find_spec("liger_kernel") is not None
 PEERS = ("transformers", "transformers-compiled", *(("transformers-liger",) if LIGER else ()))
+# A GPU trains in 16 bits anyway.
+ALSO_BF16 = not GPU and kernels.multiplies_bf16(torch.device("cpu"))
 WARM_UP = 6 if GPU else 2  # compilation, and the capture of a CUDA graph
 
 
 @pytest.mark.parametrize("preset", ["ant-5m", "ant-5m-fit"])
 def test_training_step(benchmark, pytestconfig, device, rates, preset, sequence_length=1_024):
     batch_size, rounds = pytestconfig.getoption("--batch-size"), 20 if GPU else 5
-    names = (*PEERS, *backends(), "trainer")
+    bf16 = ("transformers-bf16", "trainer-bf16") if ALSO_BF16 else ()
+    names = (*PEERS, *backends(), *bf16, "trainer")
     arms = [Arm(name, preset, batch_size, sequence_length) for name in names]
     arms = [arm for arm in arms if _warm_up(arm)]
     failed = sorted(set(names) - {arm.name for arm in arms})
@@ -66,7 +70,7 @@ def _figures(arm: Arm, peer: Arm, flops: int, peak: float) -> dict[str, float | 
         "peak_bytes": arm.peak_bytes,
         "memory_over_transformers": round(arm.peak_bytes / peer.peak_bytes, 3),
         "micro_batch_size": arm.micro_batch_size,
-        "optimizer": "muon" if arm.name == "trainer" else "adamw",
+        "optimizer": "muon" if arm.name.startswith("trainer") else "adamw",
         "hours_for_655M_tokens": round(RUN_TOKENS * seconds / arm.tokens / 3_600, 2),
     }
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -96,6 +97,15 @@ def test_help_shows_examples(command, capsys, monkeypatch):
     usage, rest = page.split("\n", 1)
     assert f"ant5m {command}" in usage
     assert f"ant5m {command}" in rest or f"ant5m-{command}" in rest, "no example in the help"
+
+
+def test_a_reader_who_has_seen_enough():
+    command = [sys.executable, "-c", "from ant5m.cli import main_train; main_train()", "--help"]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_help_needs_no_torch():

@@ -162,5 +162,5 @@ def test_it_sets_in_with_the_last_part(kind, config):  # noqa: F811
 def test_a_second_pass_halves_what_a_gpu_computes_at_once(monkeypatch):
     monkeypatch.setattr(plan, "_memory", lambda device: 4 << 30)
     shape, gpu = plan.ModelConfig(), torch.device("cuda")
-    fits = [plan._micro_batch(shape, 64, 1_024, gpu, "fp16", 0, kind) for kind in ("none", "ditto")]
+    fits = [plan.micro_batch(shape, 64, 1_024, gpu, "fp16", 0, kind) for kind in ("none", "ditto")]
     assert fits[1] <= fits[0] / 2

@@ -7,6 +7,7 @@ docstring is the help text. Modules are imported only when their command is call
 import errno
 import importlib
 import inspect
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -35,7 +36,7 @@ COMMANDS = {
     "export": ("ant5m.cli.export:Export", "write a Hugging Face folder from a checkpoint"),
 }
 
-OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
+OK, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141  # 128 + SIGINT, 128 + SIGPIPE
 
 
 def main() -> None:
@@ -67,6 +68,9 @@ def guarded(action: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         _stderr().print("interrupted", style="yellow")
         return INTERRUPTED
+    except BrokenPipeError:  # whoever reads what we print has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left has somewhere to go
+        return BROKEN_PIPE
     except OSError as error:
         if error.errno == errno.ENOSPC:
             what = error.filename or "a file"

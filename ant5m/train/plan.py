@@ -66,7 +66,7 @@ def complete(
         learning_rate=config.learning_rate or _learning_rate(config),
         batch_size=batch,
         micro_batch_size=config.micro_batch_size
-        or _micro_batch(model, batch, length, device, config.precision, num_tokens, config.loop_loss),
+        or micro_batch(model, batch, length, device, config.precision, num_tokens, config.loop_loss),
         sequence_length=length,
         eval_every=eval_every,
         eval_tokens=config.eval_tokens or max(length, round(0.015 * tokens)),
@@ -99,7 +99,7 @@ def measure_speed(net: Ant, config: TrainConfig, precision: str) -> float:
     length = net.config.max_position_embeddings
     twin = copy.deepcopy(net)
     probe = LEAST_BATCH_TOKENS if net.device.type == "cpu" else GPU_PROBE_TOKENS
-    rows = _micro_batch(net.config, max(1, probe // length), length, net.device, precision)
+    rows = micro_batch(net.config, max(1, probe // length), length, net.device, precision)
     tokens = torch.zeros(rows, length, dtype=torch.int64, device=net.device)
     tokens += torch.arange(length, device=net.device) % net.config.vocab_size
     scaler = LossScaler(net.device) if precision == "fp16" else None
@@ -128,7 +128,7 @@ def _learning_rate(config: TrainConfig) -> float:
     return BUILTIN_LEARNING_RATE if short else LEARNING_RATE
 
 
-def _micro_batch(
+def micro_batch(
     model: ModelConfig,
     batch: int,
     length: int,
