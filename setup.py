@@ -2,12 +2,14 @@
 CUDA sources, which are compiled where they run, go along as they are.
 
 `bindings.cpp`, `dispatch.cpp` and `parallel.cpp` are compiled once. Every other file is an op: it is
-compiled once for each instruction set below, and `dispatch.cpp` picks one at run time by what the processor
+compiled once for each of `instruction_sets`, and `dispatch.cpp` picks one at run time by what the processor
 has. The environment variable ANT5M_SANITIZE=address,undefined makes a build for the sanitizers.
 """
 
 import os
 import platform
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,14 +22,20 @@ from setuptools.command.build_py import build_py
 
 SOURCES, CUDA_SOURCES = Path("csrc/cpu"), Path("csrc/cuda")
 ONCE = {"bindings", "dispatch", "memory", "parallel"}
-INSTRUCTION_SETS = {"portable": ""}
-if platform.machine() in ("x86_64", "AMD64"):
-    AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"
-    INSTRUCTION_SETS |= {
-        "avx2": "-mavx2 -mfma -mf16c",
-        "avx512": AVX512,
-        "avx512_bf16": f"{AVX512} -mavx512bf16",
-    }
+COMPILER = os.environ.get("CXX", "c++")
+
+
+def instruction_sets() -> dict[str, str]:
+    """Name and flags of each that this compiler knows for this machine's architecture."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return {"portable": ""}
+    avx512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"
+    known = {"portable": "", "avx2": "-mavx2 -mfma -mf16c", "avx512": avx512}
+    bf16 = "-mavx512bf16"  # from GCC 10 and Clang 9 on
+    probe = [*shlex.split(COMPILER), bf16, "-x", "c++", "-fsyntax-only", os.devnull]
+    if subprocess.run(probe, capture_output=True, check=False).returncode == 0:
+        known["avx512_bf16"] = f"{avx512} {bf16}"
+    return known
 
 
 class NinjaBuild(build_ext):
@@ -50,10 +58,12 @@ def write_ninja(ninja: Writer, target: Path) -> None:
     includes = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')} -I{SOURCES.absolute()}"
     sanitize = os.environ.get("ANT5M_SANITIZE", "")
     sanitizer = f"-O1 -fsanitize={sanitize} -fno-omit-frame-pointer -g" if sanitize else ""
-    ninja.variable("cxx", os.environ.get("CXX", "c++"))
+    sets = instruction_sets()
+    bf16 = "-DANT5M_AVX512_BF16" if "avx512_bf16" in sets else ""
+    ninja.variable("cxx", COMPILER)
     ninja.variable(
         "flags",
-        f"-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra {sanitizer} {includes}",
+        f"-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra {sanitizer} {includes} {bf16}",
     )
     ninja.rule("compile", "$cxx $flags $isa -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
     apple = "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
@@ -63,7 +73,7 @@ def write_ninja(ninja: Writer, target: Path) -> None:
         if source.stem in ONCE:
             objects += ninja.build(f"{source.stem}.o", "compile", str(source))
             continue
-        for name, flags in INSTRUCTION_SETS.items():
+        for name, flags in sets.items():
             isa = {"isa": f"{flags} -DANT5M_ISA={name}"}
             objects += ninja.build(f"{source.stem}.{name}.o", "compile", str(source), variables=isa)
     ninja.build(str(target), "link", objects)

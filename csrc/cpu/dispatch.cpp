@@ -27,7 +27,9 @@ bool has_avx512() {
 
 const Entry kEntries[] = {
 #if defined(__x86_64__)
+#ifdef ANT5M_AVX512_BF16
     {"avx512_bf16", [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }, ANT5M_OPS(avx512_bf16)},
+#endif
     {"avx512", has_avx512, ANT5M_OPS(avx512)},
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, ANT5M_OPS(avx2)},
 #endif

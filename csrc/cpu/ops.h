@@ -168,7 +168,9 @@ ANT5M_DECLARE(portable)
 #if defined(__x86_64__)
 ANT5M_DECLARE(avx2)
 ANT5M_DECLARE(avx512)
+#ifdef ANT5M_AVX512_BF16
 ANT5M_DECLARE(avx512_bf16)
+#endif
 #endif
 #undef ANT5M_DECLARE
 
