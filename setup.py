@@ -61,10 +61,8 @@ def write_ninja(ninja: Writer, target: Path) -> None:
     sets = instruction_sets()
     bf16 = "-DANT5M_AVX512_BF16" if "avx512_bf16" in sets else ""
     ninja.variable("cxx", COMPILER)
-    ninja.variable(
-        "flags",
-        f"-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra {sanitizer} {includes} {bf16}",
-    )
+    usual = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra"
+    ninja.variable("flags", f"{usual} {sanitizer} {includes} {bf16}")
     ninja.rule("compile", "$cxx $flags $isa -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
     apple = "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
     ninja.rule("link", f"$cxx -shared $in -o $out {sanitizer} {apple} -pthread")
