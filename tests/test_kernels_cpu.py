@@ -688,6 +688,16 @@ class TestBf16Products:
         assert_equal(run(getattr(cpu, name), CASES[name]()), alone)
 
     @pytest.mark.parametrize("name", ["attention", "linear_cross_entropy", "mlp"])
+    def test_bf16_tensors_are_multiplied_as_they_are(self, name):
+        floats = [x.detach().bfloat16() if x.is_floating_point() else x for x in CASES[name]()]
+        wide = [x.float().requires_grad_() if x.is_floating_point() else x for x in floats]
+        op = getattr(cpu, name)
+        expected = op(*wide)
+        cpu._bf16.set(False)
+        got = op(*floats)
+        assert torch.equal(got, expected.to(got.dtype)) and not torch.equal(got, op(*wide).to(got.dtype))
+
+    @pytest.mark.parametrize("name", ["attention", "linear_cross_entropy", "mlp"])
     def test_fp32_where_no_gradient_is_wanted(self, name):
         inputs = CASES[name]()
         with torch.no_grad():
@@ -717,7 +727,7 @@ BF16 = {
 
 
 @pytest.mark.parametrize("name", BF16)
-def test_bf16_is_widened_and_rounded_only_at_the_edges(name):
+def test_bf16_tensors(name):
     def halve(x):
         floats = isinstance(x, torch.Tensor) and x.requires_grad
         return x.detach().bfloat16().requires_grad_() if floats else x
@@ -730,7 +740,7 @@ def test_bf16_is_widened_and_rounded_only_at_the_edges(name):
     results = run(getattr(cpu, name), inputs)
     truth = run(getattr(cpu, name), [widen(x) for x in inputs])
     for got, expected in zip(results, truth, strict=True):
-        # The gradient that comes in is drawn in the dtype of the output, so it was rounded too.
+        # What goes out is rounded, the gradient that comes in, too, and factors between two products.
         assert got.dtype == (torch.float32 if got.ndim == 0 else torch.bfloat16)
         assert (got - expected).square().mean().sqrt() <= 1e-2 * expected.square().mean().sqrt()
 

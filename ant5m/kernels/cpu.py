@@ -1,7 +1,8 @@
 """The ops in C++ (csrc/cpu): fp32 on the CPU, one source compiled for AVX-512, AVX2 and anything else.
 
-bf16 tensors are widened on the way in and rounded on the way out, so everything inside is fp32; within
-`bf16_products` it is but the factors of products, which are rounded to bf16 and summed in fp32.
+bf16 tensors are widened on the way in and rounded on the way out. What lies between is fp32, but the factors
+of products are rounded to bf16 where the processor multiplies it, as they are for fp32 tensors in
+`bf16_products`; sums are in fp32.
 
 Each op is an `autograd.Function` around calls of `ant5m._cpu` with addresses, shapes and strides. What the
 C++ takes for granted is made true here: dtype, device, shapes, a last dimension without gaps. The number of
@@ -61,11 +62,8 @@ def multiplies_bf16() -> bool:
 
 @contextlib.contextmanager
 def bf16_products():
-    """Within it, `attention`, `mlp` and `linear_cross_entropy` that are to give gradients multiply in bf16.
-
-    So do `query_key_value` and `linear`. What comes in and goes out stays as it is, and so do sums, softmax,
-    norms and rotation.
-    """
+    """Within it, ops with products that are to give gradients multiply in bf16, and `linear` takes what is
+    else torch's. What comes in and goes out stays in fp32, and so do sums, softmax, norms and rotation."""
     token = _bf16.set(True)
     try:
         yield
@@ -157,10 +155,10 @@ class _QueryKeyValue(torch.autograd.Function):
     # q, k and v share one tensor, in which q and k are turned where they lie: turned q and k beside the
     # product would be two thirds more to keep for the backward pass.
     @staticmethod
-    def forward(ctx, x, weight, cos, sin, heads):
+    def forward(ctx, x, weight, cos, sin, heads, bf16):
         rows, weight, cos, sin = _matrix(x), weight.contiguous(), cos.contiguous(), sin.contiguous()
         ctx.save_for_backward(rows, weight, cos, sin)
-        ctx.heads, ctx.bf16 = heads, _in_bf16(ctx)
+        ctx.heads, ctx.bf16 = heads, bf16
         made = _product(rows, weight, ctx.bf16)
         q, k, v = made.view(*x.shape[:2], sum(heads), -1).split(heads, 2)
         _rotate_into(q, k, q, k, cos, sin, 1.0)
@@ -176,7 +174,7 @@ class _QueryKeyValue(torch.autograd.Function):
         _rotate_into(q, k, _gapless(grad_q), _gapless(grad_k), cos, sin, -1.0)
         v.copy_(grad_v)
         grad_x, grad_weight = _product_gradients(rows, weight, grad, ctx.bf16)
-        return grad_x.view(*shape, -1), grad_weight, None, None, None
+        return grad_x.view(*shape, -1), grad_weight, None, None, None, None
 
 
 def query_key_value(x, weight, cos, sin, heads):
@@ -185,9 +183,8 @@ def query_key_value(x, weight, cos, sin, heads):
     fit = x.ndim == 3 and weight.shape[1:] == x.shape[-1:] and len(weight) % (2 * sum(heads)) == 0
     _check(fit, f"x {{}} and weight {{}} do not fit {heads} heads", x, weight)
     _check_angles(cos, sin, x.shape[1], len(weight) // sum(heads))
-    if not torch.is_grad_enabled():
-        x, weight = x.detach(), weight.detach()
-    made = _QueryKeyValue.apply(x.float(), weight.float(), cos.float(), sin.float(), heads)
+    bf16 = _in_bf16(x, weight)
+    made = _QueryKeyValue.apply(x.float(), weight.float(), cos.float(), sin.float(), heads, bf16)
     return tuple(part.to(x.dtype) for part in made)
 
 
@@ -244,9 +241,9 @@ def _product_gradients(rows, weight, grad, bf16):
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, ends):
+    def forward(ctx, q, k, v, ends, bf16):
         q, k, v = (_gapless(x) for x in (q, k, v))
-        out, ctx.bf16 = _empty(q, *q.shape), _in_bf16(ctx)
+        out, ctx.bf16 = _empty(q, *q.shape), bf16
         lse = _empty(q, q.shape[0], q.shape[2], q.shape[1]) if any(ctx.needs_input_grad) else None
         _cpu.attention_forward(
             *(_attention_shape(q, k), _heads(q), _heads(k), _heads(v), _address(ends)),
@@ -265,7 +262,7 @@ class _Attention(torch.autograd.Function):
             *(_attention_shape(q, k), *(_heads(x) for x in (q, k, v, out, grad)), _address(ends)),
             *(_address(lse), *(_address(x) for x in grads), ctx.bf16, torch.get_num_threads()),
         )
-        return *grads, None
+        return *grads, None, None
 
 
 def attention(q, k, v, starts=None):
@@ -287,9 +284,10 @@ def attention_until(q, k, v, ends):
     if ends is not None:
         _check(ends.shape == q.shape[:2], "ends {} does not fit q {}", ends, q)
         ends = ends.to(torch.int32).contiguous()
+    bf16 = _in_bf16(q, k, v)
     if not torch.is_grad_enabled():
         q, k, v = q.detach(), k.detach(), v.detach()
-    return _Attention.apply(q.float(), k.float(), v.float(), ends).to(q.dtype)
+    return _Attention.apply(q.float(), k.float(), v.float(), ends, bf16).to(q.dtype)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -326,13 +324,13 @@ def swiglu(gate, up):
 
 class _MLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gate, up, down):
+    def forward(ctx, x, gate, up, down, bf16):
         rows = _matrix(x)
         gate, up, down = (w.contiguous() for w in (gate, up, down))
         out = _empty(x, *x.shape)
         shape = (*rows.shape, len(gate))
         padded = -(-len(rows) // _cpu.MLP_TOKENS) * _cpu.MLP_TOKENS
-        keep, ctx.bf16 = any(ctx.needs_input_grad), _in_bf16(ctx)
+        keep, ctx.bf16 = any(ctx.needs_input_grad), bf16
         gates, ups = (_empty(x, padded * len(gate)) if keep else None for _ in range(2))
         _cpu.mlp_forward(
             *(shape, *_rows(rows), _address(gate), _address(up), _address(down)),
@@ -352,7 +350,7 @@ class _MLP(torch.autograd.Function):
             *(_address(gates), _address(ups), *_rows(grad_rows)),
             *(*(_address(g) for g in grads), ctx.bf16, torch.get_num_threads()),
         )
-        return tuple(grads)
+        return *grads, None
 
 
 def mlp(x, gate, up, down):
@@ -360,9 +358,10 @@ def mlp(x, gate, up, down):
     _check_dtypes(x, gate, up, down)
     fit = gate.shape == up.shape == down.shape[::-1] and x.shape[-1:] == gate.shape[1:]
     _check(fit, "x {}, gate {}, up {}, down {} do not fit", x, gate, up, down)
+    bf16 = _in_bf16(x, gate, up, down)
     if not torch.is_grad_enabled():
         x, gate, up, down = (t.detach() for t in (x, gate, up, down))
-    return _MLP.apply(x.float(), gate.float(), up.float(), down.float()).to(x.dtype)
+    return _MLP.apply(x.float(), gate.float(), up.float(), down.float(), bf16).to(x.dtype)
 
 
 def norm_product(x, norm, eps, weight):
@@ -404,7 +403,7 @@ def finish_layer(residual, mixed, weight, norm, eps, gate, up, down):
 class _LinearCrossEntropy(torch.autograd.Function):
     # The gradients are computed with the loss, because only then are the logits at hand.
     @staticmethod
-    def forward(ctx, hidden, weight, targets, ignore_index):
+    def forward(ctx, hidden, weight, targets, ignore_index, bf16):
         hidden, weight, targets = _matrix(hidden), _matrix(weight), targets.contiguous()
         (tokens, dim), vocab = hidden.shape, len(weight)
         padded = -(-dim // 16) * 16
@@ -417,7 +416,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         _cpu.linear_cross_entropy(
             *(tokens, dim, vocab, *_rows(hidden), *_rows(weight), _address(targets), ignore_index),
             *(_address(loss), _address(grad_hidden), _address(grad_weight), padded),
-            *(_in_bf16(ctx), torch.get_num_threads()),
+            *(bf16, torch.get_num_threads()),
         )
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight[:, :dim])
         return loss
@@ -429,7 +428,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Times 1, the usual case, is not worth another pass over both.
         if grad.item() != 1:
             grads = (None if x is None else x * grad for x in grads)
-        return *grads, None, None
+        return *grads, None, None, None
 
 
 def linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
@@ -440,9 +439,10 @@ def linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
     outside = (targets != ignore_index) & ((targets < 0) | (targets >= len(weight)))
     if outside.any():
         raise IndexError(f"target {targets[outside][0].item()} is outside a vocabulary of {len(weight)}")
+    bf16 = _in_bf16(hidden, weight)
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
-    return _LinearCrossEntropy.apply(hidden.float(), weight.float(), targets, ignore_index)
+    return _LinearCrossEntropy.apply(hidden.float(), weight.float(), targets, ignore_index, bf16)
 
 
 def logit_summary(hidden, weight):
@@ -460,8 +460,11 @@ def logit_summary(hidden, weight):
     return log_sum, likeliest
 
 
-def _in_bf16(ctx):
-    return _bf16.get() and any(ctx.needs_input_grad)
+def _in_bf16(*tensors):
+    """Whether an op of these tensors multiplies in bf16."""
+    if tensors[0].dtype == torch.bfloat16:
+        return multiplies_bf16()
+    return _bf16.get() and torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _empty(like, *shape):
