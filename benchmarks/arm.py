@@ -15,16 +15,22 @@ from pathlib import Path
 from typing import Any
 
 
+def training_precision(device) -> str:
+    """What arms are compared in: that in which a GPU trains, fp32 on a CPU."""
+    from ant5m.train.precision import choose_precision
+
+    return choose_precision("auto" if device.type == "cuda" else "fp32", device)
+
+
 def backends() -> list[str]:
     """Of `ant5m.kernels`, those that can take a whole step on this machine's device in its precision."""
     import torch
 
     from ant5m import kernels
-    from ant5m.train.precision import choose_precision
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     others = {"cpu"} if device.type == "cuda" else {"triton", "cuda"}
-    if choose_precision("auto", device) != "fp16":
+    if training_precision(device) != "fp16":
         others.add("cuda")  # its attention takes nothing else
     ready = kernels.available().values()
     return [b for b in kernels.BACKENDS if b not in others and all(row[b] == "ready" for row in ready)]
@@ -35,8 +41,8 @@ class Arm:
 
     Args:
         name: transformers, transformers-compiled, transformers-liger, a kernel backend in the same loop, or
-            trainer: the step of `ant5m train`. With -bf16 behind it in that precision, else in the one that
-            this machine trains in.
+            trainer: the step of `ant5m train`. With -bf16 behind it in that precision, else on a GPU in the
+            one that it trains in, on a CPU in fp32.
     """
 
     def __init__(self, name: str, preset: str, batch_size: int, sequence_length: int):
@@ -80,7 +86,6 @@ def _serve(settings: dict[str, Any]) -> None:
     import torch
 
     from ant5m.model.config import load_config
-    from ant5m.train.precision import choose_precision
 
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -89,7 +94,7 @@ def _serve(settings: dict[str, Any]) -> None:
     batch = torch.randint(config.vocab_size, shape, device=device)
     batch = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
     name = settings["name"].removesuffix("-bf16")
-    precision = choose_precision("auto" if name == settings["name"] else "bf16", device)
+    precision = training_precision(device) if name == settings["name"] else "bf16"
     take_step, rows = None, 0
     for _ in sys.stdin:
         if take_step is None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import peers
 import pytest
 import torch
+from arm import training_precision
 from devices import Rates, Stopwatch
 from rich.console import Console
 from rich.table import Table
@@ -23,7 +24,7 @@ from rich.table import Table
 from ant5m import kernels
 from ant5m.kernels import reference
 from ant5m.model.config import PRESETS
-from ant5m.train.precision import DTYPES, FIRST_SCALE, choose_precision
+from ant5m.train.precision import DTYPES, FIRST_SCALE
 
 GPU = torch.cuda.is_available()
 BATCH, LENGTH, ROUNDS = (64, 1_024, 30) if GPU else (8, 1_024, 7)
@@ -130,7 +131,7 @@ def _ours(op: str, backend: str) -> Callable:
 
 @pytest.mark.parametrize("name", CASES)
 def test_op(benchmark, capsys, device, rates, name):
-    case, dtype = CASES[name], DTYPES[choose_precision("auto", device)]
+    case, dtype = CASES[name], DTYPES[training_precision(device)]
     torch.manual_seed(0)
     sets = [case.make(device, dtype)]
     copies = math.ceil(CACHE / _bytes(sets[0]))

@@ -9,12 +9,12 @@ import statistics
 
 import pytest
 import torch
-from arm import Arm, backends
+from arm import Arm, backends, training_precision
 
 from ant5m import kernels
 from ant5m.model.config import PRESETS
 from ant5m.model.doctor import count_flops
-from ant5m.train.precision import choose_precision, peak_flops
+from ant5m.train.precision import peak_flops
 
 RUN_TOKENS = 655_360_000  # 10,000 steps of 64 x 1,024: the published run
 GPU = torch.cuda.is_available()
@@ -39,7 +39,7 @@ def test_training_step(benchmark, pytestconfig, device, rates, preset, sequence_
     benchmark.pedantic(ours.step, setup=lambda: [arm.step() for arm in others] and None, rounds=rounds)
     for arm in arms:
         arm.close()
-    precision = choose_precision("auto", device)
+    precision = training_precision(device)
     benchmark.extra_info |= {"preset": preset, "batch": [batch_size, sequence_length], "failed": failed}
     benchmark.extra_info["dtype"] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
     peak = peak_flops(device, precision) or rates.flops

@@ -1,5 +1,7 @@
 """Which precision a device gets, devices that are not there, and the loss scaler."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -30,7 +32,6 @@ def gpu(monkeypatch):
 
 
 def test_capability_decides(gpu):
-    assert choose_precision("auto", CPU) == "fp32"
     gpu("Tesla T4", (7, 5))
     assert choose_precision("auto", CUDA) == "fp16"
     assert choose_precision("fp32", CUDA) == "fp32"
@@ -40,6 +41,13 @@ def test_capability_decides(gpu):
     assert choose_precision("auto", CUDA) == "bf16"
     with pytest.raises(UserError, match="no precision 'int8'"):
         choose_precision("int8", CPU)
+
+
+@pytest.mark.parametrize("inside", [None, contextlib.nullcontext()])
+def test_a_cpu_takes_bf16_only_where_kernels_multiply_it(inside, monkeypatch):
+    monkeypatch.setattr(kernels, "bf16_products", lambda device: inside)
+    assert choose_precision("auto", CPU) == ("fp32" if inside is None else "bf16")
+    assert choose_precision("fp32", CPU) == "fp32" and choose_precision("bf16", CPU) == "bf16"
 
 
 def test_a_peak_is_never_guessed(gpu):

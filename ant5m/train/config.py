@@ -78,8 +78,8 @@ class TrainConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1"""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: fp32 on a CPU, bf16 on compute capability 8.0 and above, fp16 below; on a CPU with
-    AVX512-BF16, bf16 rounds the factors of products only"""
+    """auto: bf16 where the device multiplies it, else fp16 on a GPU and fp32 on a CPU; on a CPU, bf16 rounds
+    the factors of products only"""
     kernels: str | None = None
     """kernel backend, or auto; default: what ANT5M_KERNELS says, else auto"""
 

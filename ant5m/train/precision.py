@@ -34,13 +34,16 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """auto: fp32 on a CPU, bf16 on compute capability >= 8.0, fp16 below. A name is checked and kept.
+    """auto: on a GPU bf16 from compute capability 8.0 on, fp16 below; on a CPU bf16 where the kernels in use
+    multiply it and keep everything else in fp32, else fp32. A name is checked and kept.
 
     Capability decides, because `torch.cuda.is_bf16_supported()` is also True where bf16 is emulated.
     """
     native = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
     if name == "auto":
-        return "fp32" if device.type == "cpu" else "bf16" if native else "fp16"
+        if device.type == "cpu":
+            return "fp32" if casts("bf16", device) else "bf16"
+        return "bf16" if native else "fp16"
     if name not in DTYPES:
         raise UserError(f"there is no precision '{name}' (use auto, {', '.join(DTYPES)})")
     if name == "bf16" and not native:

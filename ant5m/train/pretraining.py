@@ -48,9 +48,9 @@ def pretrain(config: TrainConfig) -> Result:
     started = time.monotonic()
     run = Run.open(config) if config.resume else Run.create(config)
     device = choose_device(run.config.device)
-    precision = choose_precision(run.config.precision, device)
     if run.config.kernels is not None:
         kernels.select(run.config.kernels)
+    precision = choose_precision(run.config.precision, device)
     if run.config.data is None:
         run.write()
         _pack_default_text(run)
