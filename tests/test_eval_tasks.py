@@ -1,6 +1,7 @@
 """The 0-shot table: lm-eval's own figures, kept, shown and continued."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -225,7 +226,8 @@ def test_the_table_reaches_terminal_run_report_and_card(run, data_dir, tmp_path,
     assert call(words) == 0
     page = capsys.readouterr().out
     for text in (page, (run / "report.md").read_text(), (run / "hf" / "README.md").read_text()):
-        assert "piqa" in text and "48.9" in text and "26.4" in text and "9 items" in text and "±" in text
+        assert "piqa" in text and "48.9" in text and "26.4" in text and "±" in text
+        assert re.search(r"\b9\b" if text is page else "9 items", text)
     kept = read_json(run / "eval.json")["tasks"]
     assert [one["task"] for one in kept] == ["piqa", "arc_easy"]
     assert (

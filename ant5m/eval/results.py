@@ -200,6 +200,7 @@ def _rows(benchmark: Benchmark, result: TaskResult) -> Iterator[Row]:
 
 
 def _with_error(value: float, error: float | None, digits: int) -> str:
+    digits = digits if value < 10_000 else 0
     return f"{value:,.{digits}f}" + ("" if error is None else f" ± {error:,.{digits}f}")
 
 
