@@ -90,6 +90,11 @@ def _side_by_side(parts):
     return first.as_strided((*first.shape[:-1], width), first.stride())
 
 
+def _linear(x, weight):
+    faster = kernels.linear(x, weight)
+    return F.linear(x, weight) if faster is None else faster
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -115,9 +120,7 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None, starts=None):
         q, k, v = self._query_key_value(x, cos, sin)
-        mixed = self.mix(q, k, v, cache, starts)
-        faster = kernels.linear(mixed, self.o_proj.weight)
-        return self.o_proj(mixed) if faster is None else faster
+        return _linear(self.mix(q, k, v, cache, starts), self.o_proj.weight)
 
     @property
     def weights(self):
@@ -127,7 +130,7 @@ class Attention(nn.Module):
     def _query_key_value(self, x, cos, sin):
         weight = torch.cat(self.weights)
         fused = kernels.query_key_value(x, weight, cos, sin, [size // self.head_size for size in self.sizes])
-        return self.turn(F.linear(x, weight), cos, sin) if fused is None else fused
+        return self.turn(_linear(x, weight), cos, sin) if fused is None else fused
 
     def turn(self, qkv, cos, sin):
         """q, k, v [B, T, heads, head size] of the product [B, T, ...], q and k turned."""
@@ -166,8 +169,8 @@ class MLP(nn.Module):
         if size != self.size:
             more = size - self.size  # silu(0) * 0 = 0, and so are all its gradients
             gate, up, down = F.pad(gate, (0, 0, 0, more)), F.pad(up, (0, 0, 0, more)), F.pad(down, (0, more))
-        both = F.linear(x, torch.cat((gate, up)))
-        return F.linear(kernels.swiglu(*_split(both, [size, size])), down)
+        both = _linear(x, torch.cat((gate, up)))
+        return _linear(kernels.swiglu(*_split(both, [size, size])), down)
 
 
 def _product_size(size: int, x: torch.Tensor) -> int:
