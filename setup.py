@@ -1,8 +1,8 @@
 """Builds `ant5m._cpu` from csrc/cpu with ninja; torch is not needed, and no torch header is included. The
 CUDA sources, which are compiled where they run, go along as they are.
 
-`bindings.cpp`, `dispatch.cpp` and `parallel.cpp` are compiled once. Every other file is an op: it is
-compiled once for each of `instruction_sets`, and `dispatch.cpp` picks one at run time by what the processor
+The files of `ONCE` are compiled once. Every other file is an op: it is compiled once for each of
+`instruction_sets`, and `dispatch.cpp` picks one at run time by what the processor
 has. The environment variable ANT5M_SANITIZE=address,undefined makes a build for the sanitizers.
 """
 

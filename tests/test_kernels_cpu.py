@@ -687,6 +687,23 @@ class TestBf16Products:
         torch.set_num_threads(1)
         assert_equal(run(getattr(cpu, name), CASES[name]()), alone)
 
+    @pytest.mark.parametrize(
+        ("width", "products"), [(32, 1), (320, 3)]
+    )  # o alone, or gate with up and down, too
+    def test_a_model_leaves_no_product_to_torch(self, width, products, monkeypatch):
+        torch.manual_seed(0)
+        net = Ant(ModelConfig(97, width, 44, 2, 4, 2, max_position_embeddings=24))
+        tokens, calls, linear = torch.arange(48).reshape(2, 24) % 97, [], cpu.linear
+        monkeypatch.setattr(cpu, "linear", lambda *inputs: calls.append(1) or linear(*inputs))
+        loss = net(tokens, tokens.roll(-1))
+        gradients = torch.autograd.grad(loss, list(net.parameters()))
+        assert len(calls) == 2 * products
+        cpu._bf16.set(False)
+        exact = net(tokens, tokens.roll(-1))
+        assert len(calls) == 2 * products and 0 < abs(loss - exact) < 1e-3
+        for got, expected in zip(gradients, torch.autograd.grad(exact, list(net.parameters())), strict=True):
+            assert (got - expected).square().mean().sqrt() <= 2e-2 * expected.square().mean().sqrt()
+
     @pytest.mark.parametrize("name", ["attention", "linear_cross_entropy", "mlp"])
     def test_bf16_tensors_are_multiplied_as_they_are(self, name):
         floats = [x.detach().bfloat16() if x.is_floating_point() else x for x in CASES[name]()]

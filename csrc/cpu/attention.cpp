@@ -370,8 +370,8 @@ void backward_head(const AttentionShape& shape, const Heads& q, const BackwardKe
         for (int64_t head = kv * group; head < (kv + 1) * group; ++head) {
             const int64_t lanes = shape.length - first < kLanes ? shape.length - first : kLanes;
             load_panel<Word>(rows_of(q, batch, head).from(first), rows_of(out, batch, head).from(first),
-                       rows_of(grad, batch, head).from(first),
-                       lse + (batch * shape.heads + head) * shape.length + first, lanes, dim, panel);
+                             rows_of(grad, batch, head).from(first),
+                             lse + (batch * shape.heads + head) * shape.length + first, lanes, dim, panel);
             sight.for_tiles(first, lanes, kBackwardKeys, [&](int64_t start, int64_t n, const auto& visible) {
                 backward_tile<Word, kDim>(keys.k.from(start, batch, kv), keys.v.from(start, batch, kv),
                                           keys.k_by_dimension.from(start, batch, kv), n, dim, panel, visible, tiles,
