@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bars import draw_file
 from devices import Rates, measure
 from provenance import RESULTS, provenance
 from rich.console import Console
@@ -57,6 +58,7 @@ def pytest_sessionfinish(session):
     measured_rates = {} if rates is None else {"rates": rates.to_dict()}
     logged = {"telemetry": telemetry} if telemetry else {}
     write_json(path, {"provenance": where, **logged, **measured_rates, "benchmarks": rows})
+    draw_file(path, path.with_suffix(".png"))
     session.config._ant5m_report = (path, rows)
 
 

@@ -7,16 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.image import imread
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import peers
 import test_ops as ops
 from arm import backends
+from bars import draw_file
 from devices import Stopwatch
 from telemetry import QUERY, Telemetry
 
 from ant5m import kernels
+from ant5m.files import write_json
 
 
 @pytest.fixture
@@ -97,3 +100,16 @@ def test_arms_of_this_machine(cases):
         assert found["cpu"] is None
         assert found["reference"] == (None if case.op == "rope" else "cannot run: there is no mlp")
     assert backends()[0] == "reference" and "triton" not in backends()
+
+
+def test_steps_are_drawn_and_ops_are_not(tmp_path):
+    arms = {
+        name: {"tokens_per_second": 10, "peak_bytes": 10**6} for name in ("transformers", "cpu", "trainer")
+    }
+    where = {"device": "a device", "commit": "abc"}
+    steps = {"info": {"preset": "ant-5m", "arms": arms}}
+    for name, rows in (("steps", [steps, {"info": {}}]), ("ops", [{"info": {}}])):
+        write_json(tmp_path / f"{name}.json", {"provenance": where, "benchmarks": rows})
+        draw_file(tmp_path / f"{name}.json", tmp_path / f"{name}.png")
+    assert imread(tmp_path / "steps.png").shape[1] == 960
+    assert not (tmp_path / "ops.png").exists()

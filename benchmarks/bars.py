@@ -1,0 +1,53 @@
+"""A picture of the training steps in a results file: tokens a second and peak memory of every arm.
+
+`python benchmarks/bars.py benchmarks/results/FILE.json docs/step.png` draws it again.
+"""
+
+import sys
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ant5m.files import read_json
+from ant5m.kernels import BACKENDS
+
+TRAINER, BACKEND, PEER = "tab:green", "lightgreen", "tab:gray"
+PANELS = (("tokens_per_second", 1, "tokens/s"), ("peak_bytes", 1e-6, "peak memory, MB"))
+
+
+def draw_file(source: Path, path: Path) -> None:
+    """To `path`, if `source` has steps. `ant5m train` is green, backends in the usual loop light, peers grey."""
+    results = read_json(source)
+    rows = [row["info"] for row in results["benchmarks"] if "arms" in row["info"]]
+    if not rows:
+        return
+    sizes = [len(row["arms"]) + 2 for row in rows]
+    figure = Figure(figsize=(8, 0.5 + 0.24 * sum(sizes)), layout="constrained")
+    where = results["provenance"]
+    figure.suptitle(f"a training step on {where['device']}, commit {where['commit'][:9]}", fontsize="medium")
+    grid = figure.subplots(len(rows), len(PANELS), squeeze=False, height_ratios=sizes)
+    for row, line in zip(rows, grid, strict=True):
+        for axes, (key, scale, label) in zip(line, PANELS, strict=True):
+            _draw_bars(axes, {name: arm[key] * scale for name, arm in row["arms"].items()})
+            axes.set_title(f"{row['preset']}: {label}", fontsize="small")
+        line[1].set_yticklabels([])
+    figure.savefig(path, dpi=120)
+
+
+def _draw_bars(axes: Axes, values: dict[str, float]) -> None:
+    bars = axes.barh(list(values), list(values.values()), color=list(map(_color, values)))
+    axes.bar_label(bars, [f"{value:,.0f}" for value in values.values()], padding=3, fontsize="small")
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.xaxis.set_visible(False)
+    axes.tick_params(left=False, labelsize="small")
+
+
+def _color(arm: str) -> str:
+    return TRAINER if arm.startswith("trainer") else BACKEND if arm in BACKENDS else PEER
+
+
+if __name__ == "__main__":
+    draw_file(*map(Path, sys.argv[1:]))
