@@ -17,7 +17,7 @@ PANELS = (("tokens_per_second", 1, "tokens/s"), ("peak_bytes", 1e-6, "peak memor
 
 
 def draw_file(source: Path, path: Path) -> None:
-    """To `path`, if `source` has steps. `ant5m train` is green, backends in the usual loop light, peers grey."""
+    """To `path`, if `source` has steps. `ant5m train` is green, a backend in the usual loop light."""
     results = read_json(source)
     rows = [row["info"] for row in results["benchmarks"] if "arms" in row["info"]]
     if not rows:
