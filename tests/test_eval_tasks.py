@@ -1,15 +1,19 @@
 """The 0-shot table: lm-eval's own figures, kept, shown and continued."""
 
+import io
 import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from ant5m.cli import call
+from ant5m.cli.evaluate import _task_table
 from ant5m.data.tokenizer import Tokenizer, train_tokenizer
 from ant5m.errors import UserError
 from ant5m.eval import results, tasks
@@ -292,6 +296,22 @@ def test_figures_near_chance_are_marked():
     assert row(0.61, None).verdict == ""
     (inner,) = parts([TaskResult("blimp_x", {"acc": (0.5, 0.1)}, 10, 0.5, SETTINGS)])
     assert inner.task == "blimp_x" and inner.published == ""
+
+
+def test_no_word_is_broken_on_a_terminal_of_80_columns():
+    over = {"tokens": 1_302_638}
+    found = [
+        TaskResult("truthfulqa_mc2", {"acc_norm": (0.449, 0.016)}, 817, 0.5, SETTINGS),
+        TaskResult("lambada_openai", {"perplexity": (847_437.0, 77_596.0)}, 5_153, None, SETTINGS),
+        TaskResult(
+            "wikitext", {"token_perplexity": (443.85, None)}, 60, None, SETTINGS, {"tokens": 1_302_638}
+        ),
+    ]
+    console = Console(width=80, file=io.StringIO())
+    console.print(_task_table(found, Path("runs/mine/checkpoints/step-00001221")))
+    words = console.file.getvalue().split()
+    for word in ("truthfulqa_mc2", "acc_norm", "below", "847,437", "77,596", "token_perplexity", "1,302,638"):
+        assert word in words
 
 
 def test_names_stand_for_tasks_in_the_tables_order():

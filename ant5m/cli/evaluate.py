@@ -160,13 +160,13 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _task_table(found: "list[TaskResult]", folder: Path) -> Table:
-    """Short enough for 80 columns; where those do not do, a word is broken and nothing left out."""
+    """Short enough for 80 columns."""
     from ant5m.eval.results import rows
 
     table = Table(
         title=f"{folder}, 0-shot",
         caption="accuracies in percent ± standard error, over so many items; at: within two of\n"
-        "these of chance; published: the original Ant-5M's",
+        "these errors of chance; published: the original Ant-5M's",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -174,15 +174,14 @@ def _task_table(found: "list[TaskResult]", folder: Path) -> Table:
         show_edge=False,
     )
     table.add_column("task", no_wrap=True)
-    table.add_column("metric", overflow="fold", min_width=8)
+    table.add_column("metric", no_wrap=True)
     table.add_column("value", overflow="fold", min_width=11, justify="right")
-    table.add_column("chance", min_width=6, justify="right")
-    table.add_column("against", min_width=5)
-    table.add_column("over", overflow="fold", justify="right")
+    table.add_column("chance", no_wrap=True, justify="right")
+    table.add_column("over", overflow="fold", min_width=9, justify="right")
     table.add_column("published", justify="right")
     for row in rows(found):
-        short = row._replace(
-            verdict=row.verdict.removesuffix(" chance"), over=row.over.removesuffix(" items")
-        )
-        table.add_row(*short, style="dim" if row.verdict == "at chance" else None)
+        chance = f"{row.verdict.removesuffix('chance')}{row.chance}"
+        over = row.over.removesuffix(" items")
+        style = "dim" if row.verdict == "at chance" else None
+        table.add_row(row.task, row.metric, row.value, chance, over, row.published, style=style)
     return table
