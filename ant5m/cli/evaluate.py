@@ -165,7 +165,7 @@ def _task_table(found: "list[TaskResult]", folder: Path) -> Table:
 
     table = Table(
         title=f"{folder}, 0-shot",
-        caption="accuracies in percent ± standard error, over so many items; at: within two of\n"
+        caption="accuracies in percent ± standard error, over so many items; at: within two of "
         "these errors of chance; published: the original Ant-5M's",
         title_justify="left",
         caption_justify="left",
