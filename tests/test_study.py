@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from ant5m.cli import call
 from ant5m.data.corpus import Corpus
@@ -25,6 +26,7 @@ from ant5m.study.config import CompareConfig
 from ant5m.study.materials import Materials
 from ant5m.study.statistics import SMALLEST_EFFECT, Interval, interval, judge, paired, t_quantile
 from ant5m.study.studies import STUDIES, TOLERANCE, Arm, arms_of_study, fill
+from ant5m.train.precision import choose_precision
 from ant5m.train.pretraining import Result
 
 CONTROLLED = [name for name, study in STUDIES.items() if study.parameters is not None]
@@ -279,6 +281,9 @@ def test_an_experiment_stopped_after_one_arm_goes_on(config, monkeypatch):
     assert two["bytes_seen"] == pytest.approx(one["bytes_seen"], rel=0.15)
     assert values["planned"]["steps"]["one"] == 4 and one["texts"] > 0
     assert (config.folder / "study.png").stat().st_size > 5_000
+    (device,) = {run["device"] for run in values["runs"]}
+    assert device.endswith(choose_precision("auto", torch.device("cpu")))
+    assert f"Run on: {device}." in (config.folder / "study.md").read_text()
     with pytest.raises(UserError, match="other settings"):
         experiment.compare(dataclasses.replace(config, tokens=512))
 
@@ -317,7 +322,7 @@ def stopping_after(steps):
 
 
 def test_a_stopped_run_begins_no_other(config, monkeypatch):
-    stopped = Result(config.folder, 1, 4, "interrupted", None)
+    stopped = Result(config.folder, 1, 4, "interrupted", None, "a device")
     calls = []
     monkeypatch.setattr(experiment, "pretrain", lambda run: calls.append(run) or stopped)
     assert experiment.compare(config) == "interrupted" and len(calls) == 1

@@ -253,6 +253,7 @@ def run_job(job: Job, threads: int = 0) -> str | None:
             **{key: value for key, value in trained.evaluation.to_dict().items() if key != "text"},
             "training_tokens": last["tokens"],
             "training_seconds": last["seconds"],
+            "device": trained.device,
             "loops": count_loops(out).to_dict(),
         },
     )

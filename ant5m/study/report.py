@@ -87,7 +87,7 @@ def write_report(
         **origin,
     }
     write_json(config.folder / "study.json", values)
-    write_file(config.folder / "study.md", text(config, study, rows, verdicts, planned, len(results)))
+    write_file(config.folder / "study.md", text(config, study, rows, verdicts, planned, results))
     title = f"{config.name}: {config.tokens:,} tokens a run, {len(results)} of {planned['runs']} runs"
     draw(rows, config.baseline, factor, title, config.folder / "study.png")
 
@@ -204,7 +204,7 @@ def text(
     rows: list[Row],
     verdicts: list[dict[str, Any]],
     planned: dict[str, Any],
-    done: int,
+    results: list[dict[str, Any]],
 ) -> str:
     """The content of study.md."""
     same = len({row.vocab_size for row in rows}) == 1
@@ -215,6 +215,7 @@ def text(
         else f"Each arm at the best of the rate factors {', '.join(f'{f:g}' for f in config.rate_factors)}, "
         "chosen on the validation split: its interval is a little too good."
     )
+    done, devices = len(results), sorted({one["device"] for one in results if "device" in one})
     unfinished = "" if done == planned["runs"] else f"\n**{done} of {planned['runs']} runs are done.**\n"
     return _REPORT.format(
         name=config.name,
@@ -226,6 +227,7 @@ def text(
         tokens=f"{config.tokens:,}",
         seeds=config.seeds,
         optimizer=config.optimizer,
+        devices=f" Run on: {'; '.join(devices)}." if devices else "",
         rates=f"AdamW {config.learning_rate:g}, Muon {config.muon_learning_rate:g}",
         grid=grid,
         baseline=config.baseline,
@@ -329,7 +331,7 @@ Varied: {factor}.
 {note}{unfinished}
 Held: {held}; {amount}; the same evaluation: bits per byte over the whole validation split, documents that no
 run saw. Budget: {tokens} training tokens a run of `{baseline}`, {seeds} seeds, optimizer {optimizer} unless
-the study varies it ({rates}). {grid}
+the study varies it ({rates}). {grid}{devices}
 
 ![bits per byte, differences, loops](study.png)
 

@@ -19,7 +19,7 @@ from ant5m.train.config import TrainConfig
 from ant5m.train.default_text import pack_default_text
 from ant5m.train.plan import complete, measure_speed
 from ant5m.train.precision import choose_device, choose_precision
-from ant5m.train.report import finish
+from ant5m.train.report import device_of, finish
 from ant5m.train.run import Run
 from ant5m.train.stop import Stop
 from ant5m.train.trainer import Trainer
@@ -37,6 +37,8 @@ class Result:
     """why the run ended before its last step (see `ant5m.train.stop.EXIT_CODES`), or None"""
     evaluation: Evaluation | None
     """over the whole validation split; None when the run was stopped"""
+    device: str
+    """what it ran on and in which precision, for people"""
 
 
 def pretrain(config: TrainConfig) -> Result:
@@ -71,7 +73,8 @@ def pretrain(config: TrainConfig) -> Result:
         trainer.fit(stop)
     done = trainer.step == trainer.steps
     evaluation = finish(run, trainer) if done else None
-    return Result(run.folder, trainer.step, trainer.steps, None if done else stop.reason, evaluation)
+    stopped = None if done else stop.reason
+    return Result(run.folder, trainer.step, trainer.steps, stopped, evaluation, device_of(trainer))
 
 
 def _pack_default_text(run: Run) -> None:

@@ -83,8 +83,6 @@ def report(
     model, config, data = run.model, run.config, run.data
     parameters = sum(p.numel() for p in trainer.net.parameters())
     seconds = max((line["seconds"] for line in lines if line["kind"] == "train"), default=0.0)
-    gpu = trainer.net.device.type == "cuda"
-    device = torch.cuda.get_device_name(trainer.net.device) if gpu else _processor()
     source = "the built-in text" if config.data is None else str(config.data.name)
     return _REPORT.format(
         name=run.folder.name,
@@ -100,8 +98,7 @@ def report(
         steps=f"{trainer.step:,}",
         batch=f"{config.batch_size} x {config.sequence_length}",
         optimizer="Muon and AdamW" if config.optimizer == "muon" else "AdamW",
-        device=device,
-        precision=trainer.precision,
+        device=device_of(trainer),
         minutes=f"{seconds / 60:.1f}",
         speed=f"{trainer.tokens / seconds:,.0f}" if seconds else "?",
         versions=", ".join(f"{name} {version}" for name, version in versions().items()),
@@ -111,6 +108,13 @@ def report(
         loops=_remark(samples),
         folder=run.folder,
     )
+
+
+def device_of(trainer: Trainer) -> str:
+    """What the training ran on, for people: the processor with its threads or the GPU, and the precision."""
+    gpu = trainer.net.device.type == "cuda"
+    name = torch.cuda.get_device_name(trainer.net.device) if gpu else _processor()
+    return f"{name}, {trainer.precision}"
 
 
 def _results(evaluation: Evaluation) -> str:
@@ -168,7 +172,8 @@ def _processor() -> str:
         )
     except (OSError, StopIteration):
         name = "CPU"
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' * (threads != 1)}"
 
 
 _REPORT = """\
@@ -182,7 +187,7 @@ _REPORT = """\
 | text | {source}: {documents} documents, {megabytes} MB, {unique} tokens |
 | trained on | {tokens} tokens ({epochs} epochs): {steps} steps of {batch} |
 | optimizer | {optimizer} |
-| device | {device}, {precision} |
+| device | {device} |
 | time | {minutes} minutes of training, {speed} tokens/s with validation and saving |
 | versions | {versions} |
 
