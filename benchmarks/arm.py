@@ -145,7 +145,9 @@ def _trainer(config, device, precision: str, rows: int):
 
     net = Ant(config).to(device)
     scaler = LossScaler(device) if precision == "fp16" else None
-    step = make_step(Step(net, Optimizer(net, "muon"), Schedule(1_000), rows, 1.0, precision, scaler))
+    step = make_step(
+        Step(net, Optimizer(net, "muon", precision=precision), Schedule(1_000), rows, 1.0, precision, scaler)
+    )
     return lambda inputs, targets: step(inputs, targets)[0]
 
 

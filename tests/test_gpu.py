@@ -51,7 +51,16 @@ def make(
     scaler = LossScaler("cuda", scale) if precision == "fp16" else None
     loop_loss = make_loop_loss(loop, 1.0) if loop else None
     schedule = Schedule(steps)
-    return Step(net, Optimizer(net, kind), schedule, rows, 1.0, precision, scaler, loop_loss=loop_loss)
+    return Step(
+        net,
+        Optimizer(net, kind, precision=precision),
+        schedule,
+        rows,
+        1.0,
+        precision,
+        scaler,
+        loop_loss=loop_loss,
+    )
 
 
 def batches(count, rows, vocab, length=LENGTH):

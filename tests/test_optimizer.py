@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from ant5m import kernels
 from ant5m.errors import UserError
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
@@ -38,14 +39,14 @@ def distance(one, other):
     return max((a - b).abs().max().item() for a, b in zip(one, other, strict=True))
 
 
-def test_muon_is_torchs_when_the_products_have_the_same_dtype(monkeypatch):
-    monkeypatch.setattr(module, "_product_dtype", lambda device: torch.bfloat16)
+def test_muon_is_torchs_when_the_products_have_the_same_dtype():
     torch.manual_seed(0)
     shapes = [(16, 16), (16, 16), (24, 16), (16, 24), (8, 16)]
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = copy.deepcopy(ours)
     options = {"lr": 0.02, "weight_decay": 0.3}
     one, other = Muon(ours, **options), torch.optim.Muon(theirs, **options)
+    one.product_dtype = torch.bfloat16
     for seed in range(3):
         for a, b in zip(ours, theirs, strict=True):
             a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(seed))
@@ -79,6 +80,27 @@ def test_adamw_is_torchs_and_norms_do_not_decay(net):
         ours.step(factor=0.5)
         theirs.step()
     assert distance(net.parameters(), twin.parameters()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("precision", "multiplies", "dtype"),
+    [
+        ("fp32", True, torch.float32),
+        ("bf16", True, torch.bfloat16),
+        ("fp16", True, torch.bfloat16),
+        ("fp16", False, torch.float32),
+    ],
+)
+def test_muon_multiplies_in_bf16_only_where_the_training_may_and_the_device_does(
+    net, monkeypatch, precision, multiplies, dtype
+):
+    monkeypatch.setattr(kernels, "multiplies_bf16", lambda device: multiplies)
+    seen = []
+    monkeypatch.setattr(module, "newton_schulz", lambda x, *rest: seen.append(x.dtype) or x)
+    optimizer = Optimizer(net, "muon", precision=precision)
+    fill_gradients(net, 0)
+    optimizer.step()
+    assert set(seen) == {dtype}
 
 
 def test_muon_takes_the_matrices_of_the_layers_only(net):

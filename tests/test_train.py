@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 
+from ant5m import kernels
 from ant5m.cli import call
 from ant5m.data.corpus import Corpus
 from ant5m.data.packing import pack
@@ -17,7 +18,7 @@ from ant5m.files import write_json
 from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import latest_checkpoint, load
 from ant5m.model.config import PRESETS, ModelConfig
-from ant5m.train import TrainConfig, plan, pretrain, trainer
+from ant5m.train import TrainConfig, optimizer, plan, pretrain, trainer
 from ant5m.train.metrics import read_metrics
 from ant5m.train.precision import LossScaler
 from ant5m.train.run import Run
@@ -142,6 +143,15 @@ def test_checkpoints_are_pruned(config):
     run = pretrain(dataclasses.replace(config, keep_last=3)).run
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["step-00000004", "step-00000006", "step-00000008"]
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_precision_of_a_run_is_that_of_muon(config, monkeypatch, precision, dtype):
+    monkeypatch.setattr(kernels, "multiplies_bf16", lambda device: True)
+    seen = []
+    monkeypatch.setattr(optimizer, "newton_schulz", lambda x, *rest: seen.append(x.dtype) or x)
+    pretrain(dataclasses.replace(config, precision=precision, optimizer="muon", steps=2))
+    assert set(seen) == {dtype}
 
 
 def test_fp16_skips_overflows_without_counting_them(config, monkeypatch):

@@ -19,6 +19,8 @@ class Muon(torch.optim.Muon):
     sqrt(max(1, rows / columns)). Source: Jordan et al., "Muon", 2024.
     """
 
+    product_dtype = torch.float32
+    """of the iteration's products"""
     found_inf: torch.Tensor | None = None
     """As torch's AdamW takes it: 0-dim, 1 where this step must change nothing, else 0."""
 
@@ -40,7 +42,10 @@ class Muon(torch.optim.Muon):
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"]) if group["nesterov"] else momenta
         orthogonal = newton_schulz(
-            torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"]
+            torch.stack(updates).to(self.product_dtype),
+            group["ns_coefficients"],
+            group["ns_steps"],
+            group["eps"],
         ).to(parameters[0].dtype)
         rows, columns = parameters[0].shape
         orthogonal *= rate * -(max(1.0, rows / columns) ** 0.5)
@@ -57,15 +62,10 @@ class Muon(torch.optim.Muon):
 def newton_schulz(
     matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> torch.Tensor:
-    """Nearly orthogonal matrices U V^T of `matrices` [N, R, C] = U S V^T, each one by itself.
-
-    Computed in bfloat16 where the device multiplies it, which takes half the time, in fp32 elsewhere.
-    """
+    """Nearly orthogonal matrices U V^T of `matrices` [N, R, C] = U S V^T, one by one, in their dtype."""
     a, b, c = coefficients
     tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.to(_product_dtype(matrices.device))
-    if tall:
-        x = x.mT
+    x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.mT
@@ -80,6 +80,8 @@ class Optimizer:
         net: the model; 1-D parameters get no weight decay.
         kind: "adamw", or "muon": Muon on the matrices of the layers, AdamW on embedding, head and norms.
         learning_rate: of AdamW. muon_learning_rate: of Muon. weight_decay: decoupled, for both.
+        precision: of the training; where it is not "fp32", Muon's iteration multiplies in bfloat16 if the
+            device does, which takes half the time.
 
     States are fp32 and live beside their parameters.
     """
@@ -93,6 +95,7 @@ class Optimizer:
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
+        precision: str = "fp32",
     ):
         self.parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
         hidden = {name for name, p in self.parameters.items() if kind == "muon" and is_hidden(name, p)}
@@ -112,7 +115,10 @@ class Optimizer:
         self.parts: list[torch.optim.Optimizer] = [adamw]
         if hidden:
             matrices = [self.parameters[name] for name in sorted(hidden)]
-            self.parts.append(Muon(matrices, lr=muon_learning_rate, weight_decay=weight_decay))
+            muon = Muon(matrices, lr=muon_learning_rate, weight_decay=weight_decay)
+            if precision != "fp32" and kernels.multiplies_bf16(matrices[0].device):
+                muon.product_dtype = torch.bfloat16
+            self.parts.append(muon)
         # On the device, as is the factor: a CUDA graph would keep a number of Python's for ever.
         device = next(iter(self.parameters.values())).device
         self._rates = [torch.tensor(part.param_groups[0]["lr"], device=device) for part in self.parts]
@@ -192,7 +198,3 @@ def _by_shape(parameters: list[torch.Tensor]) -> dict[torch.Size, list[torch.Ten
         if parameter.grad is not None:
             same[parameter.shape].append(parameter)
     return same
-
-
-def _product_dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if kernels.multiplies_bf16(device) else torch.float32

@@ -103,7 +103,7 @@ def measure_speed(net: Ant, config: TrainConfig, precision: str) -> float:
     tokens = torch.zeros(rows, length, dtype=torch.int64, device=net.device)
     tokens += torch.arange(length, device=net.device) % net.config.vocab_size
     scaler = LossScaler(net.device) if precision == "fp16" else None
-    optimizer, schedule = Optimizer(twin, config.optimizer), Schedule(WARM_UP + 4)
+    optimizer, schedule = Optimizer(twin, config.optimizer, precision=precision), Schedule(WARM_UP + 4)
     step = make_step(Step(twin, optimizer, schedule, rows, config.grad_clip, precision, scaler))
     warm_up = 1 if net.device.type == "cpu" else WARM_UP + 1
     for number in range(warm_up + 3):

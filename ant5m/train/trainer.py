@@ -74,6 +74,7 @@ class Trainer:
             config.betas,
             config.eps,
             config.weight_decay,
+            self.precision,
         )
         self.schedule = Schedule(
             config.steps, config.schedule, config.warmup, config.decay, config.final_rate
