@@ -26,9 +26,9 @@ struct Operand {
 
 // Never inlined: inside a larger function the accumulators are the first to be spilled, and the product runs at half
 // its speed (measured with GCC 12 on AVX2).
-template <typename Word, int R, int V, bool kAdd>
+template <typename Word, int R, int V, bool kAdd, typename Finish>
 [[gnu::noinline]] void register_tile(int64_t words, const float* a, int64_t row, int64_t column, const float* b,
-                                     int64_t ldb, float* c, int64_t ldc) {
+                                     int64_t ldb, float* c, int64_t ldc, const Finish& finish, int64_t first) {
     Vec sum[R][V];
     ANT5M_UNROLL for (int i = 0; i < R; ++i)
         ANT5M_UNROLL for (int j = 0; j < V; ++j) sum[i][j] = kAdd ? load(c + i * ldc + j * kWidth) : Vec{};
@@ -40,6 +40,9 @@ template <typename Word, int R, int V, bool kAdd>
             ANT5M_UNROLL for (int j = 0; j < V; ++j) sum[i][j] = Word::multiply_add(element, from[j], sum[i][j]);
         }
     }
+    // All of them before the first is stored, so that what `finish` gathers can stay in registers.
+    ANT5M_UNROLL for (int i = 0; i < R; ++i)
+        ANT5M_UNROLL for (int j = 0; j < V; ++j) sum[i][j] = finish(sum[i][j], first + i, j);
     ANT5M_UNROLL for (int i = 0; i < R; ++i)
         ANT5M_UNROLL for (int j = 0; j < V; ++j) store(c + i * ldc + j * kWidth, sum[i][j]);
 }
@@ -49,16 +52,9 @@ template <typename Word, int R, int V, bool kAdd>
 template <typename Word, int V, bool kAdd, int R = kRows, typename Finish = Keep>
 inline void multiply_panel(int64_t rows, int64_t depth, Operand a, const float* b, int64_t ldb, float* c, int64_t ldc,
                            const Finish& finish = {}, int64_t i = 0) {
-    for (; i + R <= rows; i += R) {
+    for (; i + R <= rows; i += R)
         register_tile<Word, R, V, kAdd>(Word::count(depth), a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc,
-                                        ldc);
-        if constexpr (std::is_same_v<Finish, Keep>) continue;
-        for (int r = 0; r < R; ++r)
-            ANT5M_UNROLL for (int j = 0; j < V; ++j) {
-                float* at = c + (i + r) * ldc + j * kWidth;
-                store(at, finish(load(at), i + r, j));
-            }
-    }
+                                        ldc, finish, i);
     if constexpr (R > 1) multiply_panel<Word, V, kAdd, R == 6 ? 4 : R / 2>(rows, depth, a, b, ldb, c, ldc, finish, i);
 }
 
