@@ -201,12 +201,16 @@ struct Online {
             sum[j] = total[j] * shrink[j];
             highest[j] = now[j];
         }
-        for (int64_t i = 0; i < n; ++i)
+        for (int64_t i = n; i % Word::kNumbers; ++i)
+            ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) store(tile + i * kLanes + j * kWidth, broadcast(-kInfinity));
+        for (int64_t i = 0; i < n; i += Word::kNumbers)
             ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {
-                float* at = tile + i * kLanes + j * kWidth;
-                const Vec p = exp2(load(at) - now[j]);
-                sum[j] += p;
-                store(at, p);
+                Vec p[Word::kNumbers];
+                ANT5M_UNROLL for (int m = 0; m < Word::kNumbers; ++m) {
+                    p[m] = exp2(load(tile + (i + m) * kLanes + j * kWidth) - now[j]);
+                    sum[j] += p[m];
+                }
+                store(tile + i / Word::kNumbers * kLanes + j * kWidth, Word::of(p));
             }
         ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) total[j] = sum[j];
         for (int64_t d = 0; d < dim; ++d)
@@ -214,7 +218,6 @@ struct Online {
                 float* at = output + d * kLanes + j * kWidth;
                 store(at, load(at) * shrink[j]);
             }
-        Word::pack_rows(n, kLanes, tile, kLanes, tile, kLanes);
         multiply_panel<Word, kVecs, true>(dim, n, v, tile, kLanes, output, kLanes);
     }
 };

@@ -11,6 +11,7 @@ struct Fp32 {
     static constexpr int64_t count(int64_t depth) { return depth; }
     static Vec broadcast(const float* word) { return ANT5M_ISA::broadcast(*word); }
     static Vec multiply_add(Vec a, Vec b, Vec sum) { return sum + a * b; }
+    static Vec of(const Vec (&numbers)[1]) { return numbers[0]; }
 
     // to [rows, columns] = from, whose columns (or rows) are the depth of a product.
     static void pack_columns(int64_t rows, int64_t columns, const float* from, int64_t from_row, float* to,
@@ -34,6 +35,7 @@ struct Bf16 {
         return (Vec)_mm512_set1_epi32(bits);
     }
     static Vec multiply_add(Vec a, Vec b, Vec sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+    static Vec of(const Vec (&numbers)[2]) { return interleave(round(numbers[0], numbers[1])); }
 
     // to [rows, count(columns)]: each row's pairs of neighbours, and 0 beside the last of an odd number. `to` may be
     // `from`, with the same stride.
