@@ -1,73 +1,91 @@
 // The products between the ops, and their gradients. In fp32 torch's are as fast; these are for products in bf16 of
 // numbers that stay in fp32, which torch could only convert before and after.
-#include "block.h"
 #include "memory.h"
+#include "ops.h"
 #include "parallel.h"
+#include "tile.h"
 
 namespace ant5m::ANT5M_ISA {
 namespace {
 
-constexpr int64_t kDepth = 512;  // tokens of a sum at a time: their words and 64 rows of the result stay in L2
+constexpr int64_t kTokens = 64;  // of a block: their words stay in L1 beside a panel of the weight
+constexpr int64_t kDepth = 256;  // tokens of a sum at a time: so do their words of two panels
+
+int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// A matrix [depth, columns] as products read it: words along the depth, in panels [Word::count(depth), kLanes] of its
+// columns, zero behind the last.
+template <typename Word>
+class Panels {
+  public:
+    Panels(int64_t depth, int64_t columns, const float* x, int64_t x_row, int threads)
+        : size_(Word::count(depth) * kLanes), memory_(divide_up(columns, kLanes) * size_) {
+        parallel(threads, divide_up(depth, kDepth), [&](int64_t index) {
+            const int64_t first = index * kDepth;
+            const int64_t n = smaller(kDepth, depth - first);
+            for (int64_t column = 0; column < columns; column += kLanes) {
+                const int64_t lanes = smaller(kLanes, columns - column);
+                float* to = at(column, first);
+                if (lanes < kLanes) std::memset(to, 0, sizeof(float) * Word::count(n) * kLanes);
+                Word::pack_rows(n, lanes, x + first * x_row + column, x_row, to, kLanes);
+            }
+        });
+    }
+
+    // The panel that begins with `column`, from `depth` on, which is even.
+    float* at(int64_t column, int64_t depth = 0) const {
+        return memory_.data() + column / kLanes * size_ + depth / Word::kNumbers * kLanes;
+    }
+
+  private:
+    int64_t size_;
+    Memory memory_;
+};
 
 template <typename Word>
 void multiply_rows(int64_t tokens, int64_t depth, int64_t rows, const float* x, int64_t x_row, const float* weight,
                    bool transposed, float* out, int threads) {
-    const int64_t row = transposed ? rows : Word::count(depth);
-    const int64_t stored_rows = transposed ? depth : rows;
-    const Memory packed((transposed ? Word::count(depth) : rows) * row);
-    parallel(threads, divide_up(stored_rows, kTile), [&](int64_t tile) {
-        const int64_t first = tile * kTile;
-        const int64_t n = smaller(kTile, stored_rows - first);
-        if (transposed)
-            Word::pack_rows(n, rows, weight + first * rows, rows, packed.data() + first / Word::kNumbers * row, row);
-        else
-            Word::pack_columns(n, depth, weight + first * depth, depth, packed.data() + first * row, row);
-    });
-    const Operand operand = transposed ? Operand{packed.data(), 1, row} : Operand{packed.data(), row, 1};
-    parallel(threads, divide_up(tokens, kTokens), [&](int64_t index) {
-        const Block block(tokens, index);
-        float* x_lanes = scratch(kTokens * (depth + rows));
-        float* out_lanes = x_lanes + kTokens * depth;
-        load_lanes<Word>(block, x, x_row, depth, x_lanes);
-        for (int64_t panel = 0; panel < block.panels; ++panel)
-            multiply_panel<Word, kVecs, false>(rows, depth, operand, x_lanes + panel * depth * kLanes, kLanes,
-                                               out_lanes + panel * rows * kLanes, kLanes);
-        store_lanes(block, out_lanes, rows, out);
-    });
-}
-
-// a [tokens, columns] in words along the tokens: to [Word::count(tokens), row], zero behind the columns.
-template <typename Word>
-void pack_tokens(int64_t tokens, int64_t columns, const float* a, int64_t a_row, float* to, int64_t row, int threads) {
+    const Memory turned(transposed ? 0 : depth * rows);
+    if (!transposed) {
+        transpose(rows, depth, weight, depth, turned.data(), rows);
+        weight = turned.data();
+    }
+    const Panels<Word> panels(depth, rows, weight, rows, threads);
     parallel(threads, divide_up(tokens, kTokens), [&](int64_t index) {
         const int64_t first = index * kTokens;
         const int64_t n = smaller(kTokens, tokens - first);
-        float* words = to + first / Word::kNumbers * row;
-        if (row > columns) std::memset(words, 0, sizeof(float) * Word::count(n) * row);
-        Word::pack_rows(n, columns, a + first * a_row, a_row, words, row);
+        const int64_t words = Word::count(depth);
+        float* from = scratch(kTokens * (words + kLanes));
+        float* part = from + kTokens * words;
+        Word::pack_columns(n, depth, x + first * x_row, x_row, from, words);
+        for (int64_t row = 0; row < rows; row += kLanes) {
+            float* to = out + first * rows + row;
+            const bool whole = row + kLanes <= rows;
+            multiply_panel<Word, kVecs, false>(n, depth, {from, words, 1}, panels.at(row), kLanes, whole ? to : part,
+                                               whole ? rows : kLanes);
+            for (int64_t i = 0; !whole && i < n; ++i)
+                std::memcpy(to + i * rows, part + i * kLanes, sizeof(float) * (rows - row));
+        }
     });
 }
 
 template <typename Word>
 void multiply_over_tokens(int64_t tokens, int64_t rows, int64_t columns, const float* a, int64_t a_row, const float* b,
                           int64_t b_row, float* out, int threads) {
-    const int64_t padded = divide_up(columns, kWidth) * kWidth;
-    const Memory packed(Word::count(tokens) * (rows + padded));
-    float* b_words = packed.data() + Word::count(tokens) * rows;
-    pack_tokens<Word>(tokens, rows, a, a_row, packed.data(), rows, threads);
-    pack_tokens<Word>(tokens, columns, b, b_row, b_words, padded, threads);
-    const int64_t tile_rows = rows < 8 * kTile ? kTile / 2 : kTile;  // so many tasks that threads have like shares
-    parallel(threads, divide_up(rows, tile_rows), [&](int64_t tile) {
-        const int64_t first = tile * tile_rows;
-        const int64_t n = smaller(tile_rows, rows - first);
+    const Panels<Word> a_panels(tokens, rows, a, a_row, threads);
+    const Panels<Word> b_panels(tokens, columns, b, b_row, threads);
+    const int64_t padded = divide_up(columns, kLanes) * kLanes;
+    parallel(threads, divide_up(rows, kLanes), [&](int64_t panel) {
+        const int64_t first = panel * kLanes;
+        const int64_t n = smaller(kLanes, rows - first);
         float* sum = scratch(n * padded);
         std::memset(sum, 0, sizeof(float) * n * padded);
-        for (int64_t start = 0; start < tokens; start += kDepth) {
-            const int64_t word = start / Word::kNumbers;
-            multiply<Word, true>(n, padded, smaller(kDepth, tokens - start),
-                                 {packed.data() + word * rows + first, 1, rows}, b_words + word * padded, padded, sum,
-                                 padded);
-        }
+        for (int64_t start = 0; start < tokens; start += kDepth)
+            for (int64_t column = 0; column < columns; column += kLanes)
+                multiply_panel<Word, kVecs, true>(n, smaller(kDepth, tokens - start),
+                                                  {a_panels.at(first, start), 1, kLanes}, b_panels.at(column, start),
+                                                  kLanes, sum + column, padded);
         for (int64_t i = 0; i < n; ++i)
             std::memcpy(out + (first + i) * columns, sum + i * padded, sizeof(float) * columns);
     });
