@@ -10,7 +10,7 @@ namespace ant5m::ANT5M_ISA {
 namespace {
 
 constexpr int64_t kTokens = kMlpTokens;  // of a block
-constexpr int64_t kTile = 64;            // rows of gate and up
+constexpr int64_t kTile = 128;           // rows of gate and up
 
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -63,7 +63,7 @@ struct Bf16 {
             const float* high = i + 1 < rows ? low + from_row : nullptr;
             float* words = to + i / 2 * to_row;
             for_vectors(columns, [&](int64_t j, const auto& load, const auto& store) {
-                store(words + j, interleave(round(load(low + j), high ? load(high + j) : Vec{})));
+                store(words + j, of({load(low + j), high ? load(high + j) : Vec{}}));
             });
         }
     }
