@@ -25,7 +25,7 @@ MLP_SIZE = 256
 
 
 FEW_TOKENS = 32
-"""what vectors hold at once; for fewer, as in generation, plain products are faster"""
+"""what vectors hold at once; for fewer, as in generation, torch's products are faster"""
 
 _WITHOUT_GRADIENTS = ("norm_product", "finish_layer")
 
@@ -44,12 +44,10 @@ def why_not(op: str, *tensors: torch.Tensor) -> str | None:
             return f"it takes fp32 and bf16, not {str(x.dtype).removeprefix('torch.')}"
     if op in ("mlp", *_WITHOUT_GRADIENTS) and tensors and tensors[0].shape[-1] > MLP_SIZE:
         return f"it takes up to {MLP_SIZE} channels, not {tensors[0].shape[-1]}"
-    if op in _WITHOUT_GRADIENTS and tensors and tensors[0].numel() < FEW_TOKENS * tensors[0].shape[-1]:
-        return f"it computes for {FEW_TOKENS} tokens whatever comes"
-    if op in ("mlp", "query_key_value", *_WITHOUT_GRADIENTS) and torch.is_autocast_enabled("cpu"):
+    if op in ("linear", *_WITHOUT_GRADIENTS) and tensors and _count(tensors[0]) < FEW_TOKENS:
+        return f"for fewer than {FEW_TOKENS} tokens torch's products are faster"
+    if op in ("mlp", "query_key_value", "linear", *_WITHOUT_GRADIENTS) and torch.is_autocast_enabled("cpu"):
         return "its products are in fp32, whatever autocast says"
-    if op == "linear" and not (_bf16.get() and torch.is_grad_enabled()):
-        return "torch's products in fp32 are as fast"
     if op == "attention" and tensors and tensors[0].shape[1] != tensors[1].shape[1]:
         return f"it takes as many keys as queries, not {tensors[1].shape[1]} and {tensors[0].shape[1]}"
     return None
@@ -62,8 +60,8 @@ def multiplies_bf16() -> bool:
 
 @contextlib.contextmanager
 def bf16_products():
-    """Within it, ops with products that are to give gradients multiply in bf16, and `linear` takes what is
-    else torch's. What comes in and goes out stays in fp32, and so do sums, softmax, norms and rotation."""
+    """Within it, ops with products that are to give gradients multiply in bf16. What comes in and goes out
+    stays in fp32, and so do sums, softmax, norms and rotation."""
     token = _bf16.set(True)
     try:
         yield
@@ -190,53 +188,58 @@ def query_key_value(x, weight, cos, sin, heads):
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight):
+    def forward(ctx, x, weight, bf16):
         rows, weight = _matrix(x), weight.contiguous()
         ctx.save_for_backward(rows, weight)
-        return _product(rows, weight, bf16=True).view(*x.shape[:-1], -1)
+        ctx.bf16 = bf16
+        return _product(rows, weight, bf16).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         rows, weight = ctx.saved_tensors
-        grad_x, grad_weight = _product_gradients(rows, weight, _matrix(grad), bf16=True)
-        return grad_x.view(*grad.shape[:-1], -1), grad_weight
+        grad_x, grad_weight = _product_gradients(rows, weight, _matrix(grad), ctx.bf16)
+        return grad_x.view(*grad.shape[:-1], -1), grad_weight, None
 
 
 def linear(x, weight):
-    """x [..., D] @ weight [R, D]^T: [..., R], in bf16."""
+    """x [..., D] @ weight [R, D]^T: [..., R]."""
     _check_dtypes(x, weight)
     _check(weight.shape[1:] == x.shape[-1:], "x {} and weight {} do not fit", x, weight)
-    return _Linear.apply(x.float(), weight.float()).to(x.dtype)
+    return _Linear.apply(x.float(), weight.float(), _in_bf16(x, weight)).to(x.dtype)
 
 
 def _product(rows, weight, bf16):
     """rows [N, D] @ weight [R, D]^T."""
-    out = _empty(rows, len(rows), len(weight))
-    if not bf16:
-        return torch.mm(rows, weight.T, out=out)
-    _cpu.product(
-        *(*rows.shape, len(weight), *_rows(rows), _address(weight), False),
-        *(_address(out), True, torch.get_num_threads()),
-    )
-    return out
+    return _multiply(rows, weight, False, _empty(rows, len(rows), len(weight)), bf16)
 
 
 def _product_gradients(rows, weight, grad, bf16):
     """Of `_product`, for the gradient `grad` [N, R] of its result: those of rows and weight."""
-    grad_rows = _empty(rows, *rows.shape)
+    grad_rows = _multiply(grad, weight, True, _empty(rows, *rows.shape), bf16)
     if not bf16:
-        return torch.mm(grad, weight, out=grad_rows), grad.T @ rows
-    threads = torch.get_num_threads()
-    _cpu.product(
-        *(*grad.shape, rows.shape[1], *_rows(grad), _address(weight), True),
-        *(_address(grad_rows), True, threads),
-    )
+        return grad_rows, grad.T @ rows
     grad_weight = _empty(weight, *weight.shape)
     _cpu.product_over_tokens(
-        *(*grad.shape, rows.shape[1], *_rows(grad), *_rows(rows), _address(grad_weight), True, threads)
+        *(*grad.shape, rows.shape[1], *_rows(grad), *_rows(rows), _address(grad_weight)),
+        *(bf16, torch.get_num_threads()),
     )
     return grad_rows, grad_weight
+
+
+def _multiply(rows, weight, transposed, out, bf16):
+    """rows @ weight^T, or `transposed` rows @ weight, in `out`, which it returns.
+
+    In fp32, too, it is 6 to 19 % faster than torch's (MKL, on a Zen 4), but not for few rows, because it
+    reorders the weight.
+    """
+    if not bf16 and (len(rows) < FEW_TOKENS or _cpu.instruction_set() == "portable"):
+        return torch.mm(rows, weight if transposed else weight.T, out=out)
+    _cpu.product(
+        *(*rows.shape, out.shape[1], *_rows(rows), _address(weight), transposed),
+        *(_address(out), bf16, torch.get_num_threads()),
+    )
+    return out
 
 
 class _Attention(torch.autograd.Function):
@@ -473,6 +476,11 @@ def _empty(like, *shape):
     if size < LARGE:
         return like.new_empty(shape)
     return torch.frombuffer(_cpu.Memory(size), dtype=torch.float32).view(shape)
+
+
+def _count(x):
+    """Tokens of x [..., D]."""
+    return math.prod(x.shape[:-1])
 
 
 def _matrix(x):
