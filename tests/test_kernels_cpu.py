@@ -429,6 +429,20 @@ class TestLogitSummary:
 
 
 @pytest.mark.usefixtures("instruction_set")
+class TestLinear:
+    @pytest.mark.parametrize(
+        "shape", [(1, 16, 5), (31, 100, 33), (32, 1, 1), (129, 3, 33), (513, 100, 600), (1023, 256, 768)]
+    )
+    def test_outputs_and_gradients(self, shape):
+        tokens, dim, rows = shape
+        assert_true("linear", draw(1, tokens, dim), draw(rows, dim, seed=1))
+
+    def test_strided_and_misaligned(self):
+        assert_true("linear", draw(50, 203)[:, 1:102], draw(101, 60).T)
+        assert_true("linear", draw(40, 7, 30).transpose(0, 1), draw(60, 30))
+
+
+@pytest.mark.usefixtures("instruction_set")
 class TestWithoutGradients:
     @pytest.mark.parametrize(("tokens", "dim", "rows"), [(1, 16, 5), (70, 100, 33), (300, 7, 130)])
     def test_norm_product(self, tokens, dim, rows):
@@ -479,12 +493,12 @@ class TestWithoutGradients:
         torch.testing.assert_close(got, expected.detach(), rtol=1e-5, atol=1e-5)
 
 
-# Small enough that torch itself runs them on one thread: its own pool does not survive a fork. Without
-# query_key_value, whose products are torch's.
 CASES = {
     "rms_norm": lambda: [draw(3, 100, 100), draw(100)],
     "rope": lambda: [draw(2, 150, 4, 16), draw(2, 150, 2, 16), *angles(150, 8)],
     "attention": lambda: [draw(2, 150, 4, 16), draw(2, 150, 2, 16), draw(2, 150, 2, 16, seed=1)],
+    "query_key_value": lambda: [draw(2, 150, 24), draw(8 * 4, 24), *angles(150, 4), [2, 1, 1]],
+    "linear": lambda: [draw(2, 150, 24), draw(40, 24)],
     "swiglu": lambda: [draw(2, 90, 100), draw(2, 90, 100, seed=1)],
     "mlp": lambda: [draw(2, 300, 24), draw(40, 24), draw(40, 24, seed=1), draw(24, 40)],
     "linear_cross_entropy": lambda: [draw(300, 48), draw(500, 48), torch.arange(300)],

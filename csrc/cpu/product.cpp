@@ -1,5 +1,5 @@
 // The products between the ops, and their gradients: in bf16 of numbers that stay in fp32, which torch could only
-// convert before and after; in fp32 all but the sum over tokens are faster than torch's, too.
+// convert before and after, and in fp32, where torch's are no faster and their sums depend on the number of threads.
 #include "memory.h"
 #include "ops.h"
 #include "parallel.h"
@@ -73,7 +73,8 @@ void multiply_rows(int64_t tokens, int64_t depth, int64_t rows, const float* x, 
 template <typename Word>
 void multiply_over_tokens(int64_t tokens, int64_t rows, int64_t columns, const float* a, int64_t a_row, const float* b,
                           int64_t b_row, float* out, int threads) {
-    const Panels<Word> a_panels(tokens, rows, a, a_row, threads);
+    constexpr bool kWhereItLies = Word::kNumbers == 1;  // a, whose elements are broadcast
+    const Panels<Word> a_panels(kWhereItLies ? 0 : tokens, rows, a, a_row, threads);
     const Panels<Word> b_panels(tokens, columns, b, b_row, threads);
     const int64_t padded = divide_up(columns, kLanes) * kLanes;
     parallel(threads, divide_up(rows, kLanes), [&](int64_t panel) {
@@ -81,11 +82,13 @@ void multiply_over_tokens(int64_t tokens, int64_t rows, int64_t columns, const f
         const int64_t n = smaller(kLanes, rows - first);
         float* sum = scratch(n * padded);
         std::memset(sum, 0, sizeof(float) * n * padded);
-        for (int64_t start = 0; start < tokens; start += kDepth)
+        for (int64_t start = 0; start < tokens; start += kDepth) {
+            const Operand rows_of_a = kWhereItLies ? Operand{a + start * a_row + first, 1, a_row}
+                                                   : Operand{a_panels.at(first, start), 1, kLanes};
             for (int64_t column = 0; column < columns; column += kLanes)
-                multiply_panel<Word, kVecs, true>(n, smaller(kDepth, tokens - start),
-                                                  {a_panels.at(first, start), 1, kLanes}, b_panels.at(column, start),
-                                                  kLanes, sum + column, padded);
+                multiply_panel<Word, kVecs, true>(n, smaller(kDepth, tokens - start), rows_of_a,
+                                                  b_panels.at(column, start), kLanes, sum + column, padded);
+        }
         for (int64_t i = 0; i < n; ++i)
             std::memcpy(out + (first + i) * columns, sum + i * padded, sizeof(float) * columns);
     });
