@@ -1,5 +1,6 @@
 """Three numbers with three units, equal to what the logits say, over exactly the text that is named."""
 
+import itertools
 import json
 import math
 
@@ -71,6 +72,19 @@ def test_texts_are_scored_to_the_last_token(net, tokenizer, corpus):
         assert result.words == sum(len(text.split()) for text in DOCUMENTS)
         assert (result.text, result.window) == ("ants", window)
     assert evaluate(net, shards).window == 32
+
+
+def test_masked_documents_are_scored_as_if_alone(net, tokenizer, corpus):
+    shards, eos = encode_texts(corpus, tokenizer), tokenizer.eos_token_id
+    ids, nats = shards.tokens[:].tolist(), 0.0
+    for start in range(0, len(ids) - 1, 32):
+        window = ids[start : start + 33]
+        # An end-of-text token still sees its document, and begins none.
+        cuts = [0, *(i + 1 for i, token in enumerate(window[:-2]) if token == eos), len(window) - 1]
+        nats += sum(nats_by_hand(net, window[a : b + 1], 32) for a, b in itertools.pairwise(cuts))
+    result = evaluate(net, shards, 3, document_mask=True)
+    assert result.document_mask and result.nats == pytest.approx(nats, rel=1e-5)
+    assert result.nats != pytest.approx(evaluate(net, shards, 3).nats, rel=1e-3)
 
 
 def test_a_part_leaves_words_and_bytes_unknown(net, tokenizer, corpus):
@@ -145,15 +159,18 @@ def test_run_data(tmp_path):
 def test_record_keeps_what_else_is_known(tmp_path):
     first = Evaluation("a", 4.0, 2, 1, 5, 32)
     (tmp_path / "eval.json").write_text('{"zero_shot": {"blimp": 0.7}}')
-    record(tmp_path, "step-00000005", first)
-    record(tmp_path, "step-00000005", Evaluation("b", 4.0, 2, 1, 5, 32))
-    record(tmp_path, "step-00000010", Evaluation("a", 2.0, 2, 1, 5, 32))
+    record(tmp_path, "step-00000005", first, held_out=True)
+    record(tmp_path, "step-00000005", Evaluation("b", 4.0, 2, 1, 5, 32), held_out=False)
+    record(tmp_path, "step-00000010", first, held_out=True)
+    record(tmp_path, "step-00000010", Evaluation("a", 2.0, 2, 1, 5, 32), held_out=True)
     values = json.loads((tmp_path / "eval.json").read_text())
     assert values["zero_shot"] == {"blimp": 0.7}
-    assert [(one["text"], one["loss"], one["checkpoint"]) for one in values["perplexity"]] == [
-        ("b", 2.0, "step-00000005"),
-        ("a", 1.0, "step-00000010"),
+    kept = [(one["text"], one["loss"], one["checkpoint"], one["held_out"]) for one in values["perplexity"]]
+    assert kept == [
+        ("a", 2.0, "step-00000005", True),
+        ("b", 2.0, "step-00000005", False),
+        ("a", 1.0, "step-00000010", True),
     ]
     (tmp_path / "eval.json").write_text("[]")
     with pytest.raises(UserError, match="move it away"):
-        record(tmp_path, "step-00000010", first)
+        record(tmp_path, "step-00000010", first, held_out=True)

@@ -14,10 +14,12 @@ from ant5m.data.corpus import Corpus
 from ant5m.data.packing import pack
 from ant5m.data.tokenizer import train_tokenizer
 from ant5m.errors import UserError
+from ant5m.eval.perplexity import masks_documents, record
 from ant5m.files import write_json
 from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import latest_checkpoint, load
 from ant5m.model.config import PRESETS, ModelConfig
+from ant5m.model.huggingface import card_of_run
 from ant5m.train import TrainConfig, optimizer, plan, pretrain, trainer
 from ant5m.train.metrics import read_metrics
 from ant5m.train.precision import LossScaler
@@ -143,12 +145,30 @@ def test_the_cpu_kernels_follow_the_losses_of_the_reference(config, tmp_path, mo
     assert losses[0] == pytest.approx(losses[1], abs=3e-6, rel=0)
 
 
-def test_documents_can_be_masked(config, tmp_path):
+def test_documents_can_be_masked(config, tmp_path, capsys):
     losses = []
     for masked in (False, True):
         chosen = dataclasses.replace(config, document_mask=masked, out=tmp_path / str(masked))
-        losses.append([line["loss"] for line in of_kind(pretrain(chosen).run, "train")])
+        result = pretrain(chosen)
+        losses.append([line["loss"] for line in of_kind(result.run, "train")])
+        assert result.evaluation.document_mask == masked and masks_documents(result.run) == masked
+        capsys.readouterr()
+        assert call(["eval", str(result.run), "--json", "--device", "cpu"]) == 0
+        evaluated = json.loads(capsys.readouterr().out)
+        assert evaluated["loss"] == pytest.approx(result.evaluation.loss, rel=1e-4)
+        assert evaluated["document_mask"] == masked
     assert losses[0] != losses[1]
+
+
+def test_the_card_tells_of_the_runs_own_text_and_checkpoint(config):
+    result = pretrain(config)
+    newest, older = latest_checkpoint(result.run), result.run / "checkpoints" / "step-00000006"
+    other = dataclasses.replace(result.evaluation, text="validation split of elsewhere", nats=1.0)
+    record(result.run, newest.name, other, held_out=False)
+    record(result.run, older.name, dataclasses.replace(result.evaluation, nats=2.0), held_out=True)
+    validation = card_of_run("ant", result.run, newest).validation
+    assert validation["loss"] == pytest.approx(result.evaluation.loss)
+    assert card_of_run("ant", result.run, older).validation["loss"] < 1
 
 
 def test_checkpoints_are_pruned(config):

@@ -64,6 +64,9 @@ class AutopsyCommand:
             raise UserError(f"{self.model} is not of a run: say with --data on what text to examine it")
         names = self.data or (str(perplexity.run_data(run)),) if run else self.data
         shards, text = perplexity.open_data(names, tokenizer, self.text_column)
+        text = _plain(text)
+        if run and perplexity.masks_documents(run):
+            text += " (documents see each other, which --document-mask forbade in training)"
         prompts = list(loops.PROMPTS)
         if self.prompts:
             prompts = loops.validation_prompts(shards, tokenizer, self.prompts)
@@ -80,7 +83,7 @@ class AutopsyCommand:
                 shards,
                 _counts(shards, net.config.vocab_size),
                 name=_name(self.model.resolve()),
-                text=_plain(text),
+                text=text,
                 tokens=self.tokens,
                 prompts=prompts,
                 step=lambda what: progress.update(task, description=what),

@@ -82,10 +82,15 @@ class Evaluate:
         shards, text = perplexity.open_data(names, tokenizer, self.text_column)
         with _progress("tokens") as progress:
             evaluation = perplexity.evaluate(
-                net.to(device), shards, self.batch_size, text=text, progress=progress
+                net.to(device),
+                shards,
+                self.batch_size,
+                text=text,
+                progress=progress,
+                document_mask=run is not None and perplexity.masks_documents(run),
             )
         if run:
-            perplexity.record(run, folder.name, evaluation)
+            perplexity.record(run, folder.name, evaluation, held_out=not self.data)
         if self.json:
             _print_json({**evaluation.to_dict(), "model": str(folder)})
         else:
@@ -139,7 +144,8 @@ def _table(evaluation: "Evaluation", folder: Path) -> Table:
     table = Table(
         title=f"{folder} on {evaluation.text}",
         caption=f"{evaluation.tokens:,} tokens, {evaluation.words:,} words, {evaluation.bytes:,} bytes; "
-        f"windows of {evaluation.window:,} tokens that do not overlap",
+        f"windows of {evaluation.window:,} tokens that do not overlap"
+        + (", in which no document sees another" if evaluation.document_mask else ""),
         title_justify="left",
         caption_justify="left",
     )

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ant5m.data.corpus import Corpus
-from ant5m.data.loader import IGNORE, sequences
+from ant5m.data.loader import IGNORE, document_starts, sequences
 from ant5m.data.shards import COUNTS, META, TOKEN, Shards, Tokens
 from ant5m.data.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 from ant5m.errors import UserError
@@ -45,6 +45,8 @@ class Evaluation:
     """of the text in UTF-8; None when only a part of the text was scored"""
     window: int
     """tokens of one sequence; each begins without context"""
+    document_mask: bool = False
+    """whether documents in one window did not see each other"""
 
     @property
     def loss(self) -> float:
@@ -78,6 +80,7 @@ class Evaluation:
             "words": self.words,
             "bytes": self.bytes,
             "window": self.window,
+            "document_mask": self.document_mask,
         }
 
 
@@ -89,6 +92,7 @@ def evaluate(
     limit_tokens: int | None = None,
     text: str | None = None,
     progress: "Progress | None" = None,
+    document_mask: bool = False,
 ) -> Evaluation:
     """Score every token of a split but its first, in windows that do not overlap.
 
@@ -99,6 +103,7 @@ def evaluate(
         sequence_length: of a window; default: the model's context.
         limit_tokens: score only so many; words and bytes are unknown then.
         text: what the split is, for people; default: its name and folder.
+        document_mask: for a net that was trained so: no document sees another in its window.
     """
     window = sequence_length or net.config.max_position_embeddings
     scored = shards.num_tokens - 1
@@ -111,7 +116,9 @@ def evaluate(
     with torch.inference_mode():
         for input_ids, targets in sequences(shards, batch_size, window, limit_tokens):
             count = int((targets != IGNORE).sum())
-            nats += net(input_ids.to(net.device), targets.to(net.device)).item() * count
+            ids = input_ids.to(net.device)
+            starts = document_starts(ids, shards.eos_token_id) if document_mask else None
+            nats += net(ids, targets.to(net.device), starts=starts).item() * count
             tokens += count
             if progress and bar is not None:
                 progress.update(bar, completed=tokens)
@@ -124,6 +131,7 @@ def evaluate(
         words=shards.counts["words"] if whole else None,
         bytes=shards.counts["bytes"] if whole else None,
         window=window,
+        document_mask=document_mask,
     )
 
 
@@ -180,11 +188,15 @@ def encode_texts(corpus: Corpus, tokenizer: Tokenizer) -> Shards:
     return Shards(Path("memory"), "validation", meta, Tokens([tokens]))
 
 
+def masks_documents(run: Path) -> bool:
+    """Whether a run was trained with documents that do not see each other, as its config.json says."""
+    return bool(_train_config(run).get("document_mask"))
+
+
 def run_data(run: Path) -> Path:
     """The folder of shards that a run was trained on, as its config.json says."""
-    values = read_json(run / "config.json")
-    train = values.get("train") if isinstance(values, dict) else None
-    if not isinstance(train, dict):
+    train = _train_config(run)
+    if not train:
         raise UserError(f"{run / 'config.json'} does not say what the run was trained on: give --data")
     folder = Path(train["data"]) if train.get("data") else run / "data"
     if not folder.exists():
@@ -194,14 +206,26 @@ def run_data(run: Path) -> Path:
     return folder
 
 
-def record(run: Path, checkpoint: str, evaluation: Evaluation) -> None:
-    """Put an evaluation into the run's eval.json, in place of one over the same text; the rest stays."""
+def _train_config(run: Path) -> dict[str, Any]:
+    path = run / "config.json"
+    values = read_json(path) if path.exists() else None
+    train = values.get("train") if isinstance(values, dict) else None
+    return train if isinstance(train, dict) else {}
+
+
+def record(run: Path, checkpoint: str, evaluation: Evaluation, held_out: bool) -> None:
+    """Put an evaluation into the run's eval.json, in place of one of the same checkpoint over the same text.
+
+    `held_out`: the text is the validation split of what the run was trained on.
+    """
     path = run / "eval.json"
     values = read_json(path) if path.exists() else {}
     if not isinstance(values, dict) or not isinstance(values.setdefault("perplexity", []), list):
         raise UserError(f"{path} is not an eval.json of ant5m: move it away")
-    others = [old for old in values["perplexity"] if old.get("text") != evaluation.text]
-    values["perplexity"] = [*others, {**evaluation.to_dict(), "checkpoint": checkpoint}]
+    new = {**evaluation.to_dict(), "checkpoint": checkpoint, "held_out": held_out}
+    place = ("text", "checkpoint", "held_out")
+    others = [old for old in values["perplexity"] if any(old.get(key) != new[key] for key in place)]
+    values["perplexity"] = [*others, new]
     write_json(path, values)
 
 

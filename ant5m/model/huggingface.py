@@ -248,18 +248,16 @@ def card_of_run(name: str, run: Path, checkpoint: Path) -> ModelCard:
     """
     config, state = read_json(run / "config.json"), read_json(checkpoint / "state.json")
     evaluations = read_json(run / "eval.json").get("perplexity", []) if (run / "eval.json").exists() else []
-    measured = [one for one in evaluations if one.get("checkpoint") == checkpoint.name]
+    measured = [
+        one for one in evaluations if one.get("checkpoint") == checkpoint.name and one.get("held_out")
+    ]
     data = config.get("train", {}).get("data")
     return ModelCard(
         name=name,
         data=_sources(Path(data) if data else run / "data"),
         tokens=state.get("tokens"),
-        validation=next((_held_out(one) for one in measured if "validation split" in one["text"]), {}),
+        validation={**measured[-1], "text": "the held-out part of the same text"} if measured else {},
     )
-
-
-def _held_out(evaluation: dict[str, Any]) -> dict[str, Any]:
-    return {**evaluation, "text": "the held-out part of the same text"}
 
 
 def _sources(shards: Path) -> str | None:

@@ -34,7 +34,7 @@ def finish(run: Run, trainer: Trainer) -> Evaluation:
     """Evaluate on the whole validation split, let the model write, export it and write the report."""
     evaluation = trainer.evaluate(limit_tokens=None)
     checkpoint = run.checkpoints / f"step-{trainer.step:08d}"
-    record(run.folder, checkpoint.name, evaluation)
+    record(run.folder, checkpoint.name, evaluation, held_out=True)
     samples = write_samples(trainer)
     lines = read_metrics(run.folder / "metrics.jsonl")
     plot_loss(lines, (trainer.step, evaluation.loss), run.folder / "loss.png")

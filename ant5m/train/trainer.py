@@ -234,6 +234,7 @@ class Trainer:
                 batch_size=self.config.micro_batch_size,
                 sequence_length=self.config.sequence_length,
                 limit_tokens=limit_tokens,
+                document_mask=self.config.document_mask,
             )
 
     def _sample(self) -> None:
