@@ -143,11 +143,6 @@ def test_the_built_in_prompts():
     assert not find_loops(" ".join(loops.PROMPTS)).looping
 
 
-@pytest.mark.parametrize("successes, trials, low, high", [(0, 10, 0.0, 0.278), (5, 10, 0.237, 0.763)])
-def test_wilson_interval(successes, trials, low, high):
-    assert loops.wilson(successes, trials) == pytest.approx((low, high), abs=1e-3)
-
-
 def test_bad_input(tokenizer):
     net = successor_net(list(range(tokenizer.vocab_size)))
     with pytest.raises(UserError, match="no decoding 'beam'"):

@@ -24,7 +24,7 @@ from ant5m.study import experiment, report
 from ant5m.study.bigram import bigram_bits_per_byte, bigram_nats
 from ant5m.study.config import CompareConfig
 from ant5m.study.materials import Materials
-from ant5m.study.statistics import SMALLEST_EFFECT, Interval, interval, judge, paired, t_quantile
+from ant5m.study.statistics import SMALLEST_EFFECT, Interval, interval, judge, paired
 from ant5m.study.studies import STUDIES, TOLERANCE, Arm, arms_of_study, fill
 from ant5m.train.precision import choose_precision
 from ant5m.train.pretraining import Result
@@ -100,28 +100,6 @@ def test_every_claim_names_arms_of_its_study():
 def test_a_shape_that_cannot_be_filled_is_refused():
     with pytest.raises(UserError, match="no SwiGLU width"):
         fill(PRESETS["ant-5m"], 1_000_000)
-
-
-def student_cdf(t, freedom):
-    """Probability of |T| < t: the finite sums of Abramowitz and Stegun 26.7.3 and 26.7.4."""
-    angle = math.atan(t / math.sqrt(freedom))
-    cosine, term = math.cos(angle), 1.0
-    if freedom % 2:
-        total, term = 0.0, cosine
-        for k in range(1, (freedom - 1) // 2 + 1):
-            total += term
-            term *= cosine**2 * 2 * k / (2 * k + 1)
-        return 2 / math.pi * (angle + math.sin(angle) * total)
-    total = 0.0
-    for k in range(1, freedom // 2 + 1):
-        total += term
-        term *= cosine**2 * (2 * k - 1) / (2 * k)
-    return math.sin(angle) * total
-
-
-@pytest.mark.parametrize("freedom", [*range(1, 22), 30, 101])
-def test_quantiles_of_student(freedom):
-    assert student_cdf(t_quantile(freedom), freedom) == pytest.approx(0.95, abs=5e-6)
 
 
 def test_intervals():

@@ -38,7 +38,7 @@ class AutopsyCommand:
     """folder of shards (its validation split is used), or texts; default: the run's own shards"""
     text_column: str = "text"
     """field of .jsonl, .parquet and hf: rows that holds the text"""
-    tokens: int = 8_192
+    tokens: int = 16_384
     """held-out tokens to look at"""
     prompts: int = 0
     """take the beginnings of so many held-out documents as prompts for loops; 0: 56 built-in prompts"""

@@ -5,7 +5,6 @@ that the literature reports ("rep-n", "distinct-n"), under greedy decoding, samp
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from ant5m.errors import UserError
+from ant5m.eval.intervals import wilson
 from ant5m.model.generation import LoopReport, Sampling, find_loops, generate, words_of
 
 if TYPE_CHECKING:
@@ -212,14 +212,6 @@ def document_starts(shards: "Shards", tokens: int) -> np.ndarray:
     starts = np.concatenate([[0], ends + 1])
     lengths = np.concatenate([ends, [shards.num_tokens]]) - starts
     return starts[lengths >= tokens]
-
-
-def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a share (95 % by default): it holds near 0 and 1 too."""
-    share, square = successes / trials, z * z / trials
-    middle = (share + square / 2) / (1 + square)
-    half = z / (1 + square) * math.sqrt(share * (1 - share) / trials + square / (4 * trials))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ant5m.eval.loops import PROMPTS, wilson
+from ant5m.eval.intervals import wilson
+from ant5m.eval.loops import PROMPTS
 from ant5m.files import write_file, write_json
 from ant5m.model.doctor import count_flops
 from ant5m.study.config import CompareConfig

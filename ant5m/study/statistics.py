@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ant5m.eval.intervals import t_quantile
+
 SMALLEST_EFFECT = 0.01
 """bits per byte. A fifth of what a doubling of the tokens brought a public 17M run at 629M tokens (0.05)"""
 
@@ -18,12 +20,6 @@ RULE = (
     "supported: it lies below. Not decided at this budget: anything else; always with one seed; and always "
     "when the better of the two arms does not beat a bigram counted on the same training tokens, because "
     "such a model makes no use of its attention yet. One comparison a claim, named in advance."
-)
-
-# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
-_T = (
-    *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
-    *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
 )
 
 
@@ -40,21 +36,6 @@ class Interval:
         if self.low is None or self.high is None:
             return f"{self.mean:.4f}"
         return f"{self.mean:.4f} [{self.low:.4f}, {self.high:.4f}]"
-
-
-def t_quantile(freedom: int) -> float:
-    """Two-sided 95 % quantile of Student's t; beyond the table Cornish and Fisher's expansion (A&S 26.7.5),
-    right to four digits there."""
-    if freedom <= len(_T):
-        return _T[freedom - 1]
-    z = 1.959964
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return sum(term / freedom**power for power, term in enumerate(terms))
 
 
 def interval(values: Sequence[float]) -> Interval:

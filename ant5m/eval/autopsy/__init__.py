@@ -57,7 +57,7 @@ def examine(
     counts: Counts,
     name: str,
     text: str,
-    tokens: int = 8_192,
+    tokens: int = 16_384,
     prompts: Sequence[str] = PROMPTS,
     step: Step = lambda what: None,
 ) -> Autopsy:

@@ -14,10 +14,8 @@ from torch import Tensor
 from ant5m.data.shards import Shards
 from ant5m.errors import UserError
 from ant5m.eval.autopsy import forward
+from ant5m.eval.intervals import t_quantile
 from ant5m.model.ant import Ant
-
-BLOCK = 64
-"""tokens; the means of such blocks are taken as independent, single tokens are not"""
 
 Step = Callable[[str], object]
 """called with what is being looked at"""
@@ -75,12 +73,15 @@ class Estimate:
 
 
 def estimate(values: Tensor) -> Estimate:
-    """Mean of values [W, T] of tokens, its interval from blocks of `BLOCK` neighbours."""
-    width = min(BLOCK, values.shape[1])
-    whole = values[:, : values.shape[1] // width * width].double()
-    blocks = whole.unflatten(1, (-1, width)).mean(-1).flatten()
-    half = 1.96 * blocks.std().item() / len(blocks) ** 0.5 if len(blocks) > 1 else float("inf")
-    return Estimate(values.double().mean().item(), half)
+    """Mean of values [W, T] of tokens, with a t-interval over the windows.
+
+    Tokens of a window are of one document or a few: blocks of 64 of them, taken as independent, gave
+    intervals that held the mean of all windows 57 % of the time, not 95 (`ant-5m`, 8 of 165 windows).
+    """
+    windows = values.double().mean(1)
+    count = len(windows)
+    half = t_quantile(count - 1) * windows.std().item() / count**0.5 if count > 1 else float("inf")
+    return Estimate(windows.mean().item(), half)
 
 
 @dataclass(frozen=True)

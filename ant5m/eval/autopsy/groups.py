@@ -17,9 +17,9 @@ def examine(net: Ant, sample: Sample, step: Step) -> Organ:
     config = net.config
     step("groups: likeness of heads")
     patterns = overlaps(net, sample.input_ids[:WINDOWS])
-    random = overlaps(untrained(net), sample.input_ids[:WINDOWS])
-    queries = [layer.self_attn.q_proj.weight for layer in forward.layers(net)]
-    weights = torch.stack([_likeness(weight, config.head_size) for weight in queries])
+    other = untrained(net)
+    random = overlaps(other, sample.input_ids[:WINDOWS])
+    weights, random_weights = _likeness(net), _likeness(other)
     silenced = [
         [_silenced(net, sample, layer, head, step) for head in range(config.num_key_value_heads)]
         for layer in range(config.num_hidden_layers)
@@ -29,7 +29,7 @@ def examine(net: Ant, sample: Sample, step: Step) -> Organ:
         swapped = [_swapped(net, sample, layer, step) for layer in range(config.num_hidden_layers)]
     group = config.num_attention_heads // config.num_key_value_heads
     findings = [
-        *_likenesses(patterns, random, weights, group, config.hidden_size, config.head_size),
+        *_likenesses(patterns, random, weights, random_weights, group),
         _ablation(silenced),
         *_regrouping(swapped),
     ]
@@ -62,15 +62,18 @@ def overlaps(net: Ant, input_ids: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-def _likeness(weight: Tensor, size: int) -> Tensor:
-    """[H, H]: likeness of the heads' query matrices, whatever rotation lies between them.
+def _likeness(net: Ant) -> Tensor:
+    """[layers, H, H]: likeness of the heads' query matrices, whatever rotation lies between them.
 
     ||A B'||_F^2 / (||A A'||_F ||B B'||_F) for A, B [D, C]: linear CKA (Kornblith et al. 2019), uncentred.
     """
-    heads = weight.detach().double().unflatten(0, (-1, size))
-    product = torch.einsum("aic,bjc->abij", heads, heads).square().sum((-1, -2))
-    own = product.diagonal().sqrt()
-    return (product / (own[:, None] * own).clamp(min=1e-30)).cpu()
+    found = []
+    for layer in forward.layers(net):
+        heads = layer.self_attn.q_proj.weight.detach().double().unflatten(0, (-1, net.config.head_size))
+        product = torch.einsum("aic,bjc->abij", heads, heads).square().sum((-1, -2))
+        own = product.diagonal().sqrt()
+        found.append((product / (own[:, None] * own).clamp(min=1e-30)).cpu())
+    return torch.stack(found)
 
 
 def _only(layer: int, changed: forward.Attend, usual: forward.Attend) -> forward.Attend:
@@ -109,7 +112,7 @@ def split(likeness: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 
 def _likenesses(
-    patterns: Tensor, random: Tensor, weights: Tensor, group: int, width: int, size: int
+    patterns: Tensor, random: Tensor, weights: Tensor, random_weights: Tensor, group: int
 ) -> list[Finding]:
     if patterns.shape[-1] == 1:
         return []
@@ -134,7 +137,7 @@ def _likenesses(
             "likeness of query matrices",
             same.mean().item() if same.numel() else other.mean().item(),
             f"within groups {_mean(same)}, across groups {_mean(other)} (1: the same up to a rotation)",
-            f"about {size / width:.2f} for random matrices ({size} of {width} dimensions)",
+            f"{torch.cat(split(random_weights, group), 1).mean().item():.2f} with random weights",
             "Above chance, heads listen to the same directions of the stream.",
             "Rotations are not resolved: heads that are rotated copies may score differently under RoPE.",
         ),

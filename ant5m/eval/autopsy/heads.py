@@ -189,12 +189,7 @@ def _bins(losses: Tensor) -> list[tuple[int, int, Estimate]]:
     """(from, to, loss) over positions in the window, in bins that double."""
     length = losses.shape[1]
     edges = [0, *(2**n for n in range(2, 30) if 2**n < length), length]
-    return [(start, end, _over_windows(losses[:, start:end])) for start, end in itertools.pairwise(edges)]
-
-
-def _over_windows(losses: Tensor) -> Estimate:
-    """Windows lie apart in the text: each is one observation."""
-    return estimate(losses.double().mean(1, keepdim=True))
+    return [(start, end, estimate(losses[:, start:end])) for start, end in itertools.pairwise(edges)]
 
 
 def _span(values: Tensor) -> str:
@@ -299,14 +294,15 @@ def _turns(net: Ant) -> list[float]:
 
 
 def _context(far: Estimate, length: int) -> Finding:
-    helps = far.clear and far.mean > 0
+    verdict = "do not help this model beyond the uncertainty."
+    if far.clear:
+        verdict = "help this model." if far.mean > 0 else "cost this model more than they help."
     return Finding(
         "use of the far past",
         far.mean,
         f"{far} nats per token, lost by the last quarter of a window when its first half is hidden",
         "0: what lies further back than the near past changes nothing",
-        f"Tokens more than {length // 4:,} to {length // 2:,} positions back "
-        + ("help this model." if helps else "do not help this model beyond the uncertainty."),
+        f"Tokens more than {length // 4:,} to {length // 2:,} positions back {verdict}",
         "The same tokens with and without the far past, so difficulty cancels; it mixes what the text offers "
         "with what the model can use.",
     )

@@ -75,7 +75,7 @@ Evidence, not verdicts: every number stands beside a null, and says what it does
 architecture would do better takes a controlled run of both.
 
 Looked at {tokens} tokens ({windows} windows of {window}) of the {text}; loss {loss} nats per token. "±" and
-intervals are 95 %, from blocks of 64 tokens, so they hold for this text, not for another training seed.
+intervals are 95 %, from these windows, so they hold for this text, not for another training seed.
 
 {organs}
 """
