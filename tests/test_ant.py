@@ -49,3 +49,9 @@ def test_padding_changes_no_number(monkeypatch):
     for got, expected in zip(results(), plain, strict=True):
         assert got.shape == expected.shape
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("head_dim", [None, 14])
+def test_heads_that_do_not_divide_the_width_are_refused(head_dim):
+    with pytest.raises(UserError, match="must divide hidden_size"):
+        ModelConfig(hidden_size=40, num_attention_heads=6, num_key_value_heads=3, head_dim=head_dim)

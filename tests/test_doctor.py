@@ -218,6 +218,34 @@ def test_turns_are_those_of_the_models_own_table():
     assert min(doctor.rope_turns(dataclasses.replace(config, rope_theta=base))) == pytest.approx(1)
 
 
+@pytest.mark.parametrize(
+    "shape", [(128, 8, 2, 16), (96, 6, 3, 16), (128, 8, 8, 16), (40, 5, 5, 8), (64, 2, 1, 32)]
+)
+def test_remedies_hold(shape):
+    hidden, heads, keys, size = shape
+    config = dataclasses.replace(
+        PRESETS["ant-5m"],
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_key_value_heads=keys,
+        head_dim=size,
+    )
+    found = findings(config)
+    if named := re.search(
+        r"heads: (\d+) of 32, (\d+) of them .* cost (none|[\d,]+)", found["head size"].remedy
+    ):
+        larger = dataclasses.replace(
+            config, num_attention_heads=int(named[1]), num_key_value_heads=int(named[2]), head_dim=32
+        )
+        more = sum(doctor.count_parameters(larger).values()) - sum(doctor.count_parameters(config).values())
+        assert more == (0 if named[3] == "none" else int(named[3].replace(",", "")))
+    else:
+        assert size >= 32 or found["head size"].remedy == "Heads of 32 or more, if the width allows."
+    base = re.search(r"rope_theta ([\d,]+) every", found["RoPE base"].remedy)
+    turning = dataclasses.replace(config, rope_theta=float(base[1].replace(",", "")))
+    assert findings(turning)["RoPE base"].value == 0
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_config_gets_every_verdict(config):
     diagnosis = doctor.examine(config, max_params=1, device_memory=10**9)

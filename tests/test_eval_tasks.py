@@ -1,5 +1,6 @@
 """The 0-shot table: lm-eval's own figures, kept, shown and continued."""
 
+import dataclasses
 import io
 import json
 import re
@@ -9,19 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from rich.console import Console
+from tokenizers import processors
 
 from ant5m.cli import call
 from ant5m.cli.evaluate import _task_table
 from ant5m.data.tokenizer import Tokenizer, train_tokenizer
 from ant5m.errors import UserError
 from ant5m.eval import results, tasks
+from ant5m.eval.items import choose_files, find_files, read_rows
 from ant5m.eval.results import TaskResult, parts, rows
 from ant5m.eval.tasks import evaluate_tasks, known_tasks, lm_eval_tasks
 from ant5m.files import file_sha256, read_json, write_json
 from ant5m.model.ant import Ant
-from ant5m.model.checkpoint import FORMAT, VERSION
+from ant5m.model.checkpoint import FORMAT, VERSION, load
 from ant5m.model.config import ModelConfig
 from ant5m.model.huggingface import ModelCard, export, save_model
 
@@ -223,6 +227,57 @@ def test_arithmark_sums_the_tokens_of_endings_that_are_tokenised_apart(net, toke
         right += int(np.argmax(sums) == item["label"])
     (found,) = evaluate_tasks(net, tokenizer, ["ArithMark-2.0"], data_dir)
     assert found.metrics["acc"][0] == right / 9 and found.chance == 0.25 and found.items == 9
+
+
+def test_a_tokenizer_with_a_bos_of_its_own_scores_as_in_lm_eval(tokenizer, tmp_path):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from ant5m.eval.harness import AntLM
+
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+    )
+    foreign = Tokenizer(backend, "</s>", "<s>")
+    torch.manual_seed(0)
+    net = Ant(dataclasses.replace(CONFIG, vocab_size=foreign.vocab_size)).eval()
+    export(net, foreign, tmp_path / "hf", ModelCard("foreign"))
+    loaded, again = load(tmp_path / "hf")
+    assert (again.bos_token, again.eos_token_id) == ("<s>", foreign.eos_token_id)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["bos_token_id"] == foreign.bos_token_id
+    models = (
+        HFLM(pretrained=str(tmp_path / "hf"), device="cpu", dtype="float32"),
+        AntLM(net=loaded, tokenizer=again),
+    )
+    asked = [("", said(3)), ("<s>An", " ant"), (said(5), f" {said(7)}")]
+    pairs = [Instance("loglikelihood", {}, arguments, i) for i, arguments in enumerate(asked)]
+    texts = [Instance("loglikelihood_rolling", {}, (said(2, 40, 90),), 0)]
+    of_pairs = [model.loglikelihood(pairs) for model in models]
+    of_texts = [model.loglikelihood_rolling(texts) for model in models]
+    for (expected, _), (got, _) in zip(*of_pairs, strict=True):
+        assert got == pytest.approx(expected, abs=1e-3)
+    assert of_texts[0] == pytest.approx(of_texts[1], abs=1e-3)
+
+
+def test_files_in_the_layout_of_the_hub(tmp_path):
+    piqa = tmp_path / "piqa" / "plain_text"
+    for split, count in (("train", 1), ("validation", 2), ("test", 1)):
+        for number in range(count):
+            write(piqa / split / f"{number:04}.jsonl", [{"split": split, "number": number}])
+    found = choose_files(find_files(tmp_path), tmp_path, "piqa", "validation")
+    assert found[0] == piqa / "validation" / "0000.jsonl" and "train" not in str(found)
+    assert [row["number"] for row in read_rows(found[0], ("split",))] == [0, 1]
+    write(tmp_path / "sciq" / "test-00001-of-00003.jsonl", [{"number": 1}])
+    with pytest.raises(UserError, match=r"00000-of-00003\.jsonl is missing"):
+        read_rows(tmp_path / "sciq" / "test-00001-of-00003.jsonl", ())
+
+
+def test_another_split_than_lm_evals_is_named(net, tokenizer, data_dir, tmp_path):
+    shutil.copy(data_dir / "piqa" / "piqa_validation.jsonl", tmp_path / "piqa_test.jsonl")
+    with pytest.warns(UserWarning, match="taken, because lm-eval's validation split is not"):
+        evaluate_tasks(net, tokenizer, ["piqa"], tmp_path, 1)
 
 
 def test_the_table_reaches_terminal_run_report_and_card(run, data_dir, tmp_path, capsys):

@@ -177,6 +177,9 @@ def test_a_padded_table_generates_too(net, tokenizer):
     "arguments",
     [
         {"temperature": -1.0},
+        {"temperature": 1e-40},
+        {"repetition_penalty": 1e-40},
+        {"seed": 2**64},
         {"temperature": float("nan")},
         {"top_k": -1},
         {"top_p": 0.0},

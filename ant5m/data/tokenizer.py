@@ -48,17 +48,26 @@ PROBE = (
 
 
 class Tokenizer:
-    """A BPE tokenizer with an end-of-text token. Make one with `load` or `train_tokenizer`."""
+    """A BPE tokenizer with an end-of-text token. Make one with `load` or `train_tokenizer`.
 
-    def __init__(self, backend: tokenizers.Tokenizer, eos_token: str = END_OF_TEXT) -> None:
+    `bos_token` is what begins a text for whoever evaluates or exports, by default the end-of-text token;
+    packing and generation put none.
+    """
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, eos_token: str = END_OF_TEXT, bos_token: str | None = None
+    ) -> None:
         eos_token_id = backend.token_to_id(eos_token)
         if eos_token_id is None:
             raise UserError(f"the tokenizer has no end-of-text token '{eos_token}'")
+        bos_token_id = None if bos_token is None else backend.token_to_id(bos_token)
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # text that spells a special token stays text
         self.eos_token = eos_token
         self.eos_token_id: int = eos_token_id
+        self.bos_token = eos_token if bos_token is None or bos_token_id is None else bos_token
+        self.bos_token_id: int = eos_token_id if bos_token_id is None else bos_token_id
         self.backend = backend
         """the `tokenizers.Tokenizer` beneath"""
 
@@ -66,7 +75,8 @@ class Tokenizer:
     def load(cls, path: str | Path) -> "Tokenizer":
         """Open a tokenizer folder, or a `tokenizer.json` by its path.
 
-        The end-of-text token is `eos_token` in the `tokenizer_config.json` beside it, else `<|endoftext|>`.
+        The end-of-text token is `eos_token` in the `tokenizer_config.json` beside it, else `<|endoftext|>`;
+        `bos_token` is what stands there, else the end-of-text token.
         Raises `UserError` when there is none, or when the file is missing, broken, or not a BPE.
         """
         path = Path(path)
@@ -82,7 +92,8 @@ class Tokenizer:
         except Exception as error:  # the library raises nothing narrower
             raise UserError(f"{file} is broken ({error})") from None
         try:
-            return cls(backend, _eos_token(file.with_name("tokenizer_config.json")))
+            config = file.with_name("tokenizer_config.json")
+            return cls(backend, _special(config, "eos_token") or END_OF_TEXT, _special(config, "bos_token"))
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
 
@@ -93,7 +104,7 @@ class Tokenizer:
         """
         folder = Path(folder)
         write_file(folder / "tokenizer.json", self.backend.to_str(pretty=True) + "\n")
-        special = {"bos_token": self.eos_token, "eos_token": self.eos_token}
+        special = {"bos_token": self.bos_token, "eos_token": self.eos_token}
         write_json(folder / "special_tokens_map.json", special)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -137,7 +148,7 @@ class Tokenizer:
         model = content["model"]
         model["vocab"] = {token: i for token, i in model["vocab"].items() if i < vocab_size}
         model["merges"] = [[left, right] for left, right in model["merges"] if left + right in model["vocab"]]
-        return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)), self.eos_token)
+        return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)), self.eos_token, self.bos_token)
 
     @functools.cached_property
     def vocab(self) -> dict[str, int]:
@@ -171,11 +182,10 @@ class Tokenizer:
         return fast if agrees else None
 
 
-def _eos_token(config: Path) -> str:
-    if not config.exists():
-        return END_OF_TEXT
-    token = read_json(config).get("eos_token") or END_OF_TEXT
-    return token["content"] if isinstance(token, dict) else token
+def _special(config: Path, name: str) -> str | None:
+    """A token that a `tokenizer_config.json` names, if it is there and does."""
+    token = read_json(config).get(name) if config.exists() else None
+    return token["content"] if isinstance(token, dict) else token or None
 
 
 def train_tokenizer(

@@ -46,5 +46,5 @@ def _check(row: dict[str, Any], number: int) -> None:
     texts = isinstance(context, str) and bool(context) and isinstance(endings, list) and len(endings) == 4
     if not texts or not all(isinstance(ending, str) and ending for ending in endings):
         raise UserError(f"{NAME}, item {number}: needs a text in ctx and four in endings")
-    if str(row["label"]) not in "0123":
+    if str(row["label"]) not in ("0", "1", "2", "3"):
         raise UserError(f"{NAME}, item {number}: label is {row['label']!r}, not 0 to 3")

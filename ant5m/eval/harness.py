@@ -53,10 +53,10 @@ class AntLM(TemplateLM):
             net, tokenizer = load_with_tokenizer(pretrained)
             net = net.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.net = net
-        self.eos_token_id = tokenizer.eos_token_id
+        self.eos_token_id, self._bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
         # `Tokenizer` takes text that spells a special token for text; transformers, and so lm-eval, does not.
         self._encoder = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
-        self._eos_token = tokenizer.eos_token
+        self._bos_token = tokenizer.bos_token
         self.on_scored: Callable[[int], None] | None = None
         """called with a number of requests that are done"""
         self.rolling_tokens = 0
@@ -65,6 +65,11 @@ class AntLM(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         return self.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text without a context is scored behind, as lm-eval has it for `hf` models."""
+        return self._bos_token_id
 
     @property
     def max_length(self) -> int:
@@ -80,9 +85,9 @@ class AntLM(TemplateLM):
         """The ids of every text. Without a say on special tokens, a text that brings its own gets no more."""
         unique = list(dict.fromkeys(texts))
         if add_special_tokens is None:
-            own = [text for text in unique if text.startswith(self._eos_token)]
+            own = [text for text in unique if text.startswith(self._bos_token)]
             if own:
-                rest = [text for text in unique if not text.startswith(self._eos_token)]
+                rest = [text for text in unique if not text.startswith(self._bos_token)]
                 return self._encode_all(own, False) | self._encode_all(rest, True)
             add_special_tokens = True
         rows = self._encoder.encode_batch_fast(unique, add_special_tokens=add_special_tokens)
@@ -100,8 +105,8 @@ class AntLM(TemplateLM):
                 tokens.append(Request(first, whole[len(first) :]))
             else:
                 ids = alone[continuation]
-                begins = ids[:1] == [self.eot_token_id]
-                tokens.append(Request([self.eot_token_id], ids[1:] if begins else ids))
+                begins = ids[:1] == [self.prefix_token_id]
+                tokens.append(Request([self.prefix_token_id], ids[1:] if begins else ids))
         return [(one.log_likelihood, one.greedy) for one in self._score(tokens)]
 
     def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
@@ -112,13 +117,13 @@ class AntLM(TemplateLM):
         return score(self.net, requests, self.on_scored)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Each text in windows of the model's context that do not overlap, the first behind end-of-text."""
+        """Each text in windows of the model's context that do not overlap, the first behind the prefix."""
         texts = [request.args[0] for request in requests]
         ids = self._encode_all(texts)
         windows, owners = list[Request](), list[int]()
         for owner, text in enumerate(texts):
             self.rolling_tokens += len(ids[text])
-            for window in get_rolling_token_windows(ids[text], self.eot_token_id, self.max_length, 1):
+            for window in get_rolling_token_windows(ids[text], self.prefix_token_id, self.max_length, 1):
                 windows.append(Request(*make_disjoint_window(window)))
                 owners.append(owner)
         totals = [0.0] * len(texts)

@@ -9,7 +9,9 @@ counts as `_`, and capitals do not matter:
       blimp/adjunct_island.jsonl.gz       BLiMP: one file for each of its 67 parts
       mmlu/mmlu_test.jsonl                MMLU: one file, with the subject in the field `subject`
 
-Where a folder has several splits the one that lm-eval evaluates is taken; a training split never is.
+Where there are several splits, by the names of files or of the folders around them, the one that lm-eval
+evaluates is taken; a training split never is. A split in shards (`validation-00000-of-00002`, or `0000` and
+`0001` in a folder) is read whole.
 """
 
 import gzip
@@ -45,7 +47,7 @@ def choose_files(
     `exact`: a folder or file has that very name (a split may follow), as BLiMP's parts do.
     """
     named = [path for path in files if _belongs(path.relative_to(data_dir), name, exact)]
-    ranked = [(rank, path) for path in named if (rank := _rank(path, split)) is not None]
+    ranked = [(rank, path) for path in named if (rank := _rank(splits_of(path, data_dir), split)) is not None]
     return [path for _, path in sorted(ranked)]
 
 
@@ -61,8 +63,14 @@ def _plain(name: str) -> str:
     return name.lower().replace("-", "_")
 
 
-def _rank(path: Path, split: str) -> int | None:
-    found = re.findall(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])", path.name.lower())
+def splits_of(path: Path, data_dir: Path) -> list[str]:
+    """The splits that the name of a file, or of the folders around it, says it holds."""
+    in_name = re.findall(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])", path.name.lower())
+    folders = [part.lower() for part in path.relative_to(data_dir).parts[:-1]]
+    return in_name or [part for part in folders if part in SPLITS]
+
+
+def _rank(found: list[str], split: str) -> int | None:
     if split in found:
         return 0
     if not found:
@@ -70,8 +78,32 @@ def _rank(path: Path, split: str) -> int | None:
     return {"validation": 2, "valid": 2, "val": 2, "test": 3}.get(found[-1])
 
 
+def shards_of(path: Path) -> list[Path]:
+    """The files of the split that `path` is a shard of, or itself. `UserError` when one is missing."""
+    if numbered := re.fullmatch(r"(.+-)(\d+)(-of-)(\d+)(\..+)", path.name):
+        before, number, of, count, ending = numbered.groups()
+        names = [f"{before}{i:0{len(number)}}{of}{count}{ending}" for i in range(int(count))]
+        shards = [path.with_name(name) for name in names]
+        if missing := [shard for shard in shards if not shard.exists()]:
+            raise UserError(f"{missing[0]} is missing: it belongs to {path.name}")
+        return shards
+    if re.fullmatch(r"\d+\..+", path.name):
+        ending = path.name.partition(".")[2]
+        return sorted(
+            other for other in path.parent.glob(f"*.{ending}") if other.name.partition(".")[0].isdigit()
+        )
+    return [path]
+
+
 def read_rows(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
-    """The items of a file, each with at least `fields`. Raises `UserError` when it is broken or lacks one."""
+    """The items of a file, and of the other shards of its split, each with at least `fields`.
+
+    Raises `UserError` when a file is broken or missing, or lacks a field.
+    """
+    return [row for shard in shards_of(path) for row in _read_shard(shard, fields)]
+
+
+def _read_shard(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     rows = _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
     if not rows:
         raise UserError(f"{path} holds no items")

@@ -150,9 +150,16 @@ class _Source:
         reasons = []
         for path in named:
             try:
-                return path, _read_rows(path, benchmark.fields)
+                rows = _read_rows(path, benchmark.fields)
             except UserError as error:
                 reasons.append(error)
+                continue
+            if (found := items.splits_of(path, self.data_dir)) and split not in found:
+                warnings.warn(
+                    f"{benchmark.name}: {path.name} was taken, because lm-eval's {split} split is not there",
+                    stacklevel=2,
+                )
+            return path, rows
         raise reasons[0]
 
 

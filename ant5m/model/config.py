@@ -49,12 +49,13 @@ class ModelConfig:
                 f"num_key_value_heads ({self.num_key_value_heads}) must divide "
                 f"num_attention_heads ({self.num_attention_heads})"
             )
+        if self.hidden_size % self.num_attention_heads:
+            # Whatever head_dim says: transformers opens no other Llama.
+            raise UserError(
+                f"num_attention_heads ({self.num_attention_heads}) must divide "
+                f"hidden_size ({self.hidden_size})"
+            )
         if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                raise UserError(
-                    f"num_attention_heads ({self.num_attention_heads}) must divide "
-                    f"hidden_size ({self.hidden_size})"
-                )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.head_size % 2:
             raise UserError(f"the head size ({self.head_size}) must be even: RoPE rotates pairs")

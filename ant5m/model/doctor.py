@@ -254,14 +254,22 @@ def _head_size(config: ModelConfig) -> Finding:
     why = (
         "A head's size bounds the rank of its attention pattern, whatever the width; 32 is known to work "
         "in models of this size, 48-64 is usual. No controlled run has shown 16 to be ruinous: the cost is "
-        "estimated at 0.01-0.03 nats, and avoiding it costs no parameter."
+        "estimated at 0.01-0.03 nats."
     )
-    remedy = ""
-    if severity != "ok":
-        heads = max(1, config.num_attention_heads * size // 32)
-        same = config.num_attention_heads * size // heads
-        remedy = f"Fewer, larger heads: {heads} of {same} have the same parameters and the same FLOPs."
+    remedy = "" if severity == "ok" else _larger_heads(config)
     return Finding("head size", severity, size, number, why, remedy, "suggestive")
+
+
+def _larger_heads(config: ModelConfig) -> str:
+    """What heads of 32 would cost, with as many key/value heads as now where there are so many heads."""
+    heads, rest = divmod(config.num_attention_heads * config.head_size, 32)
+    keys = min(heads, config.num_key_value_heads)
+    if rest or not heads or heads % keys or config.hidden_size % heads:
+        return "Heads of 32 or more, if the width allows."
+    larger = dataclasses.replace(config, num_attention_heads=heads, num_key_value_heads=keys, head_dim=32)
+    before, after = (sum(count_parameters(one).values()) for one in (config, larger))
+    cost = f"{after - before:,} parameters more ({after / before - 1:.1%})" if after > before else "none more"
+    return f"Fewer, larger heads: {heads} of 32, {keys} of them for keys and values, cost {cost}."
 
 
 def rope_turns(config: ModelConfig) -> list[float]:
@@ -293,9 +301,9 @@ def _rope_base(config: ModelConfig) -> Finding:
     )
     base = turning_base(config)
     remedy = (
-        f"With rope_theta {base:,.0f} every pair would turn. Worth an experiment of its own, not a first "
-        "thing to fix."
-        if base is not None and base > 1
+        f"With rope_theta {math.floor(base):,} every pair would turn. Worth an experiment of its own, not a "
+        "first thing to fix."
+        if base is not None and base >= 2
         else "The context is too short for any base."
     )
     return Finding("RoPE base", "note", len(still), number, why, remedy, "weak")

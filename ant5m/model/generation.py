@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from ant5m.model.ant import Ant
 
 
+SMALLEST = 1e-3
+"""temperature, and repetition penalty: far below, logits divided by it would be infinite"""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn. The definitions and their order are those of transformers' logits
@@ -41,15 +45,18 @@ class Sampling:
     negative)"""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"the temperature must be 0 (no chance) or above, not {self.temperature}")
+        if self.temperature != 0 and not SMALLEST <= self.temperature < float("inf"):
+            raise UserError(
+                f"the temperature must be 0 (no chance) or at least {SMALLEST}, not {self.temperature}"
+            )
         if self.top_k < 0:
             raise UserError(f"top-k must be 0 (no limit) or above, not {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top-p must be above 0 and at most 1, not {self.top_p}")
-        if not 0 < self.repetition_penalty < float("inf"):
+        if not SMALLEST <= self.repetition_penalty <= 1 / SMALLEST:
             raise UserError(
-                f"the repetition penalty must be above 0 (1: none), not {self.repetition_penalty}"
+                f"the repetition penalty must be from {SMALLEST} to {1 / SMALLEST:g} (1: none), not "
+                f"{self.repetition_penalty}"
             )
 
 
@@ -81,6 +88,8 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     if max_new_tokens < 1:
         raise UserError(f"the number of new tokens must be at least 1, not {max_new_tokens}")
+    if not 0 <= seed < 2**62:
+        raise UserError(f"the seed must be at least 0 and below 2^62, not {seed}")
     rows = [tokenizer.encode(prompt) or [tokenizer.eos_token_id] for prompt in prompts]
     if not rows:
         return []

@@ -79,11 +79,14 @@ def _rope_theta(values: dict[str, Any]) -> float:
     return bases.pop() if bases else 10_000.0
 
 
-def config_to_huggingface(config: ModelConfig, eos_token_id: int) -> dict[str, Any]:
+def config_to_huggingface(
+    config: ModelConfig, eos_token_id: int, bos_token_id: int | None = None
+) -> dict[str, Any]:
     """The `config.json` that transformers 4.56 and later open as a `LlamaForCausalLM`.
 
-    RoPE stands there twice, as transformers 4 and 5 look for it. The end-of-text id also begins a text, as in
-    the packed data. There is no `pad_token_id`: it would exclude that row of the table from fine-tuning.
+    RoPE stands there twice, as transformers 4 and 5 look for it. Without `bos_token_id` the end-of-text id
+    also begins a text, as in the packed data. There is no `pad_token_id`: it would exclude that row of the
+    table from fine-tuning.
     """
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -96,7 +99,7 @@ def config_to_huggingface(config: ModelConfig, eos_token_id: int) -> dict[str, A
         "attention_dropout": 0.0,
         "mlp_bias": False,
         "pretraining_tp": 1,
-        "bos_token_id": eos_token_id,
+        "bos_token_id": eos_token_id if bos_token_id is None else bos_token_id,
         "eos_token_id": eos_token_id,
         "dtype": "float32",
         "use_cache": True,
@@ -321,9 +324,10 @@ def export(net: "Ant", tokenizer: "Tokenizer", folder: Path, card: ModelCard) ->
     Raises `UserError` when `folder` exists, or when the tokenizer has more entries than the model.
     """
     check_tokenizer(tokenizer, net.config)
-    ids = {name: tokenizer.eos_token_id for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
     with new_folder(folder) as aside:
-        write_json(aside / "config.json", config_to_huggingface(net.config, tokenizer.eos_token_id))
+        write_json(aside / "config.json", config_to_huggingface(net.config, eos, bos))
         write_json(aside / "generation_config.json", ids)
         save_model(net, aside)
         tokenizer.save(aside, net.config.max_position_embeddings)

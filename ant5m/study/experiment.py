@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
@@ -106,9 +107,14 @@ def count_bigram(run: TrainConfig, arm: Arm) -> float:
     loader = Loader(train, run.batch_size, arm.model.max_position_embeddings, run.seed)
     what = f"a bigram, {arm.model.vocab_size:,} entries"
     steps = track(range(run.steps), what, console=Console(stderr=True))
-    batches = (loader.next()[0].numpy() for _ in steps)
+    batches = (_whole(*loader.next()) for _ in steps)
     text = validation.tokens[: validation.num_tokens].astype(np.int64)
     return bigram_bits_per_byte(batches, text, arm.model.vocab_size, validation.counts["bytes"])
+
+
+def _whole(input_ids: torch.Tensor, targets: torch.Tensor) -> NDArray[np.int64]:
+    """The sequences [rows, length + 1] of a batch."""
+    return torch.cat((input_ids, targets[:, -1:]), 1).numpy()
 
 
 def plan_jobs(config: CompareConfig, arms: list[Arm], materials: Materials) -> list[Job]:

@@ -1,6 +1,7 @@
 """What an experiment says: study.json, study.md and study.png, from the results of its runs."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +46,13 @@ class Row:
     texts: int | None
 
     @property
+    def mean(self) -> float:
+        """Bits per byte over the seeds; infinite before the first run."""
+        return math.inf if self.bits_per_byte is None else self.bits_per_byte.mean
+
+    @property
     def beats_bigram(self) -> bool:
-        return self.bits_per_byte is not None and self.bits_per_byte.mean < self.bigram
+        return self.mean < self.bigram
 
     @property
     def loop_rate(self) -> float | None:
@@ -168,7 +174,7 @@ def judge_claims(study: str | None, rows: list[Row]) -> list[dict[str, Any]]:
         if study == tester and claim.blamed in by_arm and claim.against in by_arm:
             pair = by_arm[claim.blamed], by_arm[claim.against]
             difference = paired(pair[0].by_seed, pair[1].by_seed)
-            beats = any(row.beats_bigram for row in pair)
+            beats = min(pair, key=lambda row: row.mean).beats_bigram
         verdicts.append(
             {
                 "claim": topic,
