@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ant5m import kernels
+from ant5m.errors import UserError
 from ant5m.model import ant
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
