@@ -30,7 +30,7 @@ def instruction_sets() -> dict[str, str]:
     if platform.machine() not in ("x86_64", "AMD64"):
         return {"portable": ""}
     avx512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"
-    known = {"portable": "", "avx2": "-mavx2 -mfma -mf16c", "avx512": avx512}
+    known = {"portable": "", "avx2": "-mavx2 -mfma", "avx512": avx512}
     bf16 = "-mavx512bf16"  # from GCC 10 and Clang 9 on
     probe = [*shlex.split(COMPILER), bf16, "-x", "c++", "-fsyntax-only", os.devnull]
     if subprocess.run(probe, capture_output=True, check=False).returncode == 0:
@@ -55,7 +55,8 @@ def write_ninja(ninja: Writer, target: Path) -> None:
     """One compile edge for each (source, instruction set), one link edge."""
     import sysconfig
 
-    includes = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')} -I{SOURCES.absolute()}"
+    folders = (pybind11.get_include(), sysconfig.get_path("include"), SOURCES.absolute())
+    includes = " ".join(shlex.quote(f"-I{folder}") for folder in folders)
     sanitize = os.environ.get("ANT5M_SANITIZE", "")
     sanitizer = f"-O1 -fsanitize={sanitize} -fno-omit-frame-pointer -g" if sanitize else ""
     sets = instruction_sets()

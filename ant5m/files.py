@@ -13,6 +13,8 @@ from typing import Any
 from ant5m.errors import UserError
 
 _READ_BYTES = 1 << 20
+_UMASK = os.umask(0)  # it cannot be read without being set
+os.umask(_UMASK)
 
 
 def fsync(path: Path) -> None:
@@ -34,7 +36,7 @@ def write_file(path: Path, data: str | bytes) -> None:
             file.write(raw)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(aside, 0o644)  # mkstemp makes private files
+        os.chmod(aside, 0o666 & ~_UMASK)  # mkstemp makes private files
         os.replace(aside, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -81,7 +83,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield aside
         for entry in (aside, *aside.rglob("*")):
-            entry.chmod(0o755 if entry.is_dir() else 0o644)  # as a plain `open` would have made them
+            # As a plain `open` would have made them.
+            entry.chmod((0o777 if entry.is_dir() else 0o666) & ~_UMASK)
             fsync(entry)
         os.rename(aside, path)
     except BaseException:

@@ -142,6 +142,14 @@ def test_unknown_commands(words, capsys):
         ["generate", "no-such-folder"],
         ["generate", "MODEL", "--temperature", "-1"],
         ["generate", "MODEL", "--max-new-tokens", "0"],
+        ["generate", "MODEL", "--seed", "99999999999999999999999"],
+        ["generate", "MODEL", "--prompt"],
+        ["tokenizer", "train", "TEXT", "--out", "tok", "--max-documents", "-1"],
+        ["tokenizer", "train", "TEXT", "--out", "tok", "--sample-mb", "0"],
+        ["tokenizer", "health", "TEXT", "--tokenizer", "MODEL", "--picture", "health.xyz"],
+        ["data", "pack", "TEXT", "--tokenizer", "TEXT", "--out", "packed"],
+        ["data", "pack", "TEXT", "--tokenizer", "MODEL", "--out", "packed", "--seed", f"{10**43}"],
+        ["data", "pack", "hf:", "--tokenizer", "MODEL", "--out", "packed"],
         ["generate", "MODEL", "--prompt", "ant " * 40],
         ["generate", "MODEL", "--device", "cuda:77"],
         ["generate", "MODEL", "--device", "abacus"],
@@ -181,6 +189,12 @@ def test_bad_flags(words, capsys):
             "no room left on the disk while writing file",
         ),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "gone"), 2, "gone"),
+        (
+            OSError(errno.EROFS, "Read-only file system", "cd"),
+            2,
+            "cd: Read-only file system: name another place",
+        ),
+        (FileExistsError(errno.EEXIST, "File exists", "file"), 2, "file: File exists"),
     ],
 )
 def test_what_interrupts_a_command(error, code, line, capsys, monkeypatch):
@@ -240,6 +254,13 @@ def test_generate_command(model, capsys):
     first, second = json.loads(capsys.readouterr().out)
     assert "the ant" + first["text"] == streamed[:-1]
     assert (first["prompt"], second["prompt"]) == ("the ant", "by") and 0 < first["tokens"] <= 12
+
+
+def test_generated_text_is_left_as_it_is(model, capsys):
+    for more in ([], ["by"]):
+        words = ["generate", model, "--prompt", "a:key:\t[bold]b", *more, "--max-new-tokens", "2"]
+        assert run(words) == 0
+        assert capsys.readouterr().out.startswith("a:key:\t[bold]b")
 
 
 def test_generate_warns_of_loops_and_of_a_full_context(model, tmp_path, capsys):

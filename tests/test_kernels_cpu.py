@@ -1,6 +1,8 @@
 """The C++ ops against the reference in float64: outputs and every gradient, on every instruction set."""
 
 import multiprocessing
+import subprocess
+import sys
 
 import accuracy
 import pytest
@@ -520,6 +522,38 @@ def test_results_do_not_depend_on_the_number_of_threads(name, two_threads):
     assert_equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("rows", [3, 3_000])  # in torch's memory, and in ours
+def test_results_may_be_changed_in_place(rows):
+    x, weight = draw(1, rows, 100), draw(100)
+    y = cpu.rms_norm(x, weight)
+    expected = torch.autograd.grad((3 * y).sum(), x, retain_graph=True)
+    assert_equal(torch.autograd.grad(y.mul_(3).sum(), x), expected)
+
+
+def test_nothing_of_nothing():
+    assert cpu.linear(torch.zeros(2, 0, 5), torch.zeros(7, 5)).shape == (2, 0, 7)
+    q, k, v = cpu.query_key_value(torch.zeros(2, 0, 5), torch.zeros(12, 5), *angles(0, 2), [1, 1, 1])
+    assert q.shape == k.shape == v.shape == (2, 0, 1, 4)
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+def test_an_error_in_a_thread_is_an_error(openmp):
+    code = (
+        "import resource, torch\n"
+        "from ant5m import _cpu\n"
+        "from ant5m.kernels import cpu\n"
+        "torch.set_num_threads(2)\n"
+        f"{'' if openmp else '_cpu.use_openmp(0)'}\n"
+        "inputs = torch.zeros(1, 64, 1 << 18), torch.ones(1 << 18), 1e-5, torch.zeros(3, 1 << 18)\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (96 << 20), -1))\n"
+        "try:\n    cpu.norm_product(*inputs)\n"
+        "except MemoryError:\n    print('caught')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "caught", done.stderr[-500:]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_threads_of_its_own(name, two_threads):
     expected = run(getattr(cpu, name), CASES[name]())
@@ -659,6 +693,15 @@ class TestBf16Products:
         targets[3::5] = -100
         inputs = draw(tokens, dim), draw(vocab, dim, scale=0.3, seed=1), targets
         assert_true("linear_cross_entropy", *inputs, tolerance=BF16_TOLERANCE)
+
+    def test_gradients_of_attention_keep_rows_that_sum_to_zero(self):
+        # The first position sees itself alone, whatever its score: the gradient of its query is 0.
+        inputs = draw(2, 1, 4, 16), draw(2, 1, 2, 16, seed=1), draw(2, 1, 2, 16, seed=2)
+        _, *gradients = run(cpu.attention, inputs)
+        assert max(gradients[0].abs().max(), gradients[1].abs().max()) < 1e-2
+        assert_true(
+            "attention", *(draw(2, 64, n, 16, seed=n * i) for i, n in enumerate((4, 2, 2))), tolerance=5e-3
+        )
 
     def test_query_key_value(self):
         inputs = draw(2, 17, 100), draw(12 * 16, 100, seed=1), *angles(17, 8), [8, 2, 2]

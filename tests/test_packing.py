@@ -297,6 +297,38 @@ def test_validation_gets_a_document(tmp_path, tokenizer, monkeypatch):
         assert packed(name, ["alone", "not alone"]) == [1, 1]
 
 
+def test_filters_that_leave_nothing_of_the_last_batch(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(packing, "BATCH_BYTES", 1_000)
+    repeats = [" ".join(WORDS[:12] * 40)] * 5
+
+    def packed(name, texts):
+        corpus = Corpus.open([write_jsonl(tmp_path / f"{name}.jsonl", texts)])
+        return pack(corpus, tokenizer, tmp_path / name, validation_fraction=0.1, filters=["repeats"])
+
+    meta = packed("last", make_texts(100) + repeats)
+    assert meta["removed"]["repeats_documents"] == 5
+    assert sum(split["documents"] for split in meta["splits"].values()) == 100
+    with pytest.raises(UserError, match="the filters left no document"):
+        packed("all", repeats)
+
+
+def test_a_mended_input_is_no_other_command(tmp_path, tokenizer):
+    text = tmp_path / "text.txt"
+    text.write_bytes("née\n".encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        pack(Corpus.open([text]), tokenizer, tmp_path / "out")
+    text.write_text("née<|endoftext|>another<|endoftext|>and one more", encoding="utf-8")
+    assert pack(Corpus.open([text]), tokenizer, tmp_path / "out")["splits"]["train"]["documents"] == 2
+
+
+def test_few_held_out_documents_are_named(tmp_path, tokenizer, corpus, capsys):
+    tokenizer.save(tmp_path / "tokenizer")
+    words = ["data", "pack", str(tmp_path / "texts.jsonl"), "--tokenizer", str(tmp_path / "tokenizer")]
+    assert call([*words, "--out", str(tmp_path / "[few]")]) == 0
+    captured = capsys.readouterr()
+    assert "validation has only" in captured.err and "[few]" in captured.out
+
+
 def test_impossible_options(tmp_path, corpus, tokenizer):
     for fraction in (0, 1, -0.1, float("nan")):
         with pytest.raises(UserError, match="between 0 and 1"):

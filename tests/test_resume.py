@@ -251,6 +251,33 @@ def test_a_run_is_found_from_another_folder(config, monkeypatch, tmp_path):  # n
     assert pretrain(TrainConfig(resume=run)).stopped is None
 
 
+def test_line_separators_in_a_sample_lose_no_metrics(config, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(
+        trainer, "generate", lambda net, tokenizer, prompts, **_: ["a\u2028b\x85c"] * len(prompts)
+    )
+    run = pretrain(config).run
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "train"] == [
+        *range(1, 9)
+    ]
+
+
+def test_a_half_saved_tokenizer_is_saved_again(config):  # noqa: F811
+    run = pretrain(config).run
+    (run / "tokenizer" / "tokenizer.json").unlink()
+    assert pretrain(TrainConfig(resume=run)).step == 8
+    assert (run / "tokenizer" / "tokenizer.json").exists()
+
+
+def test_where_and_how_a_run_computes_may_change(config, interrupt):  # noqa: F811
+    interrupt(signal.SIGTERM, STOP_AT)
+    run = pretrain(config).run
+    anew = TrainConfig(resume=run, kernels="reference", micro_batch_size=4, precision="fp32")
+    result = pretrain(anew)
+    assert result.step == 8
+    kept = json.loads((run / "config.json").read_text())["train"]
+    assert (kept["kernels"], kept["micro_batch_size"], kept["precision"]) == ("reference", 4, "fp32")
+
+
 def test_ctrl_c_while_the_text_is_prepared_says_how_to_go_on(config, monkeypatch, capsys):  # noqa: F811
     def interrupted(run):
         raise KeyboardInterrupt

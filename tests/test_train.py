@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import random
+import shutil
+import time
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from ant5m.model.checkpoint import latest_checkpoint, load
 from ant5m.model.config import PRESETS, ModelConfig
 from ant5m.model.huggingface import card_of_run
 from ant5m.train import TrainConfig, optimizer, plan, pretrain, trainer
+from ant5m.train.checkpoint import prune_checkpoints
 from ant5m.train.metrics import read_metrics
 from ant5m.train.precision import LossScaler
 from ant5m.train.run import Run
@@ -201,7 +204,7 @@ def test_fp16_skips_overflows_without_counting_them(config, monkeypatch):
 def test_a_broken_training_stops_and_names_the_last_good_checkpoint(config, monkeypatch):
     forward = Ant.forward
 
-    def break_down(self, input_ids, targets=None, cache=None):
+    def break_down(self, input_ids, targets=None, cache=None, **more):
         out = forward(self, input_ids, targets, cache)
         return out * float("nan") if targets is not None and self.training and self.calls() > 10 else out
 
@@ -216,7 +219,7 @@ def test_a_broken_training_stops_and_names_the_last_good_checkpoint(config, monk
 
 
 @pytest.mark.parametrize(
-    ("rows", "remedy"), [(2, "--micro-batch-size 1$"), (1, "a shorter --sequence-length$")]
+    ("rows", "remedy"), [(2, "--micro-batch-size 1, or resume"), (1, "a shorter --sequence-length$")]
 )
 def test_too_little_memory_says_what_to_do(config, rows, remedy, monkeypatch):
     def fail(self, *args, **kwargs):
@@ -229,11 +232,23 @@ def test_too_little_memory_says_what_to_do(config, rows, remedy, monkeypatch):
 
 def test_time_decides_the_number_of_steps():
     asked = TrainConfig(max_minutes=1.0, data="somewhere")
-    planned = plan.complete(asked, MODEL, 10**6, torch.device("cpu"), lambda: 1e-3)
+    planned = plan.complete(
+        asked, MODEL, 10**6, torch.device("cpu"), lambda: 1e-3, deadline=time.monotonic() + 60
+    )
     tokens = planned.steps * planned.batch_size * 32
     assert 0.85 * 60_000 < tokens < 0.95 * 60_000
+    planned = plan.complete(
+        asked, MODEL, 10**6, torch.device("cpu"), lambda: 1e-3, deadline=time.monotonic() + 30
+    )  # half of the time went into preparing
+    assert 0.8 * 30_000 < planned.steps * planned.batch_size * 32 < 0.95 * 30_000
     builtin = plan.complete(TrainConfig(), MODEL, 1_000, torch.device("cpu"), lambda: 1e-6)
     assert builtin.steps * builtin.batch_size * 32 <= 1.2 * plan.BUILTIN_EPOCHS * 1_000
+
+
+def test_a_micro_batch_that_was_asked_for_divides_the_batch():
+    for asked in (TrainConfig(micro_batch_size=3, steps=5), TrainConfig(micro_batch_size=3, tokens=9_000)):
+        planned = plan.complete(asked, MODEL, 10**6, torch.device("cpu"), pytest.fail)
+        assert planned.batch_size % 3 == 0 and planned.micro_batch_size == 3
 
 
 def test_one_pass_over_given_data_is_the_default():
@@ -290,6 +305,57 @@ def test_measuring_the_speed_leaves_the_model_alone():
 def test_impossible_settings(changes, message):
     with pytest.raises(UserError, match=message):
         TrainConfig(**changes)
+
+
+def test_paths_may_be_strings(config):
+    result = pretrain(dataclasses.replace(config, data=str(config.data), out=str(config.out)))
+    assert result.run == config.out and result.step == 8
+
+
+def test_a_context_too_short_for_the_standard_prompts(config):
+    result = pretrain(dataclasses.replace(config, sequence_length=4, steps=4, eval_every=2, sample_every=2))
+    assert (result.run / "hf" / "model.safetensors").exists()
+    tokenizer = load(result.run)[1]
+    prompts = [sample["prompt"] for sample in of_kind(result.run, "sample")[0]["samples"]]
+    assert 0 < len(prompts) < len(trainer.PROMPTS)
+    assert all(len(tokenizer.encode(prompt)) < 4 for prompt in prompts)
+
+
+def test_what_is_no_checkpoint_is_left_alone(config):
+    run = pretrain(config).run
+    folder = run / "checkpoints"
+    for name in ("step-best", "step-00000002-mine"):
+        shutil.copytree(folder / "step-00000008", folder / name)
+    prune_checkpoints(folder, 1)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["step-00000002-mine", "step-00000008", "step-best"]
+    assert latest_checkpoint(run).name == "step-00000008"
+
+
+def test_runs_that_start_together_get_their_own_folders(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = (Run.create(dataclasses.replace(config, out=None)) for _ in range(2))
+    assert first.folder == second.folder
+    first.claim(), second.claim()
+    assert first.folder != second.folder and second.folder.is_dir()
+    named = Run.create(dataclasses.replace(config, out=tmp_path / "named"))
+    (tmp_path / "named").mkdir()
+    (tmp_path / "named" / "file").touch()
+    with pytest.raises(UserError, match="exists already"):
+        named.claim()
+
+
+def test_a_run_leaves_the_kernels_as_they_were(config):
+    before = kernels.selected()
+    pretrain(dataclasses.replace(config, kernels="reference", steps=2))
+    assert kernels.selected() == before
+
+
+def test_a_table_that_is_mostly_unused_is_named(config, material, tmp_path):
+    wide = dataclasses.replace(MODEL, vocab_size=600)
+    write_json(tmp_path / "wide.json", wide.to_dict())
+    with pytest.warns(UserWarning, match="4,800 parameters can never be used"):
+        pretrain(dataclasses.replace(config, model=str(tmp_path / "wide.json"), steps=2))
 
 
 def test_config_goes_round():

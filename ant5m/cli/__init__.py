@@ -37,6 +37,7 @@ COMMANDS = {
 }
 
 OK, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141  # 128 + SIGINT, 128 + SIGPIPE
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def main() -> None:
@@ -72,12 +73,13 @@ def guarded(action: Callable[[], object]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left has somewhere to go
         return BROKEN_PIPE
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             what = error.filename or "a file"
             return _fail(f"no room left on the disk while writing {what}: free some and run again")
-        if isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError):
-            return _fail(f"{error.filename}: {error.strerror}")
-        raise
+        if error.filename is None:
+            raise
+        remedy = ": name another place, or make it writable" if error.errno in NOT_WRITABLE else ""
+        return _fail(f"{error.filename}: {error.strerror}{remedy}")
     return OK
 
 

@@ -1,5 +1,6 @@
 """`ant5m data pack`."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -7,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -17,6 +19,9 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+
+FEW_DOCUMENTS, FEW_TOKENS = 20, 20_000
+"""fewer held out say little about the loss"""
 
 
 @dataclass
@@ -69,7 +74,16 @@ class DataPack:
                 progress=progress,
                 filters=self.filters,
             )
-        Console().print(_table(meta["splits"]), _removed(meta.get("removed", {})) + f"packed into {self.out}")
+        removed = _removed(meta.get("removed", {}))
+        Console().print(_table(meta["splits"]), f"{removed}packed into {escape(str(self.out))}")
+        held_out = meta["splits"]["validation"]
+        if held_out["documents"] < FEW_DOCUMENTS or held_out["tokens"] < FEW_TOKENS:
+            size = f"{held_out['documents']:,} documents, {held_out['tokens']:,} tokens"
+            warnings.warn(
+                f"validation has only {size}: its loss will be rough. Give more text, or hold out more of it "
+                "(--validation-fraction 0.05)",
+                stacklevel=2,
+            )
 
 
 def _progress() -> Progress:
@@ -85,13 +99,13 @@ def _progress() -> Progress:
 
 
 def _table(splits: dict) -> Table:
-    table = Table("split", "documents", "tokens", "words", "MB of text", "bytes/token", box=box.SIMPLE)
+    table = Table("split", "documents", "tokens", "words", "kB of text", "bytes/token", box=box.SIMPLE)
     for column in table.columns[1:]:
         column.justify = "right"
     for name, split in splits.items():
         counts = [f"{split[key]:,}" for key in ("documents", "tokens", "words")]
         table.add_row(
-            name, *counts, f"{split['bytes'] / 1e6:,.1f}", f"{split['bytes'] / split['tokens']:.2f}"
+            name, *counts, f"{split['bytes'] / 1e3:,.0f}", f"{split['bytes'] / split['tokens']:.2f}"
         )
     return table
 

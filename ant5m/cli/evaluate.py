@@ -72,6 +72,8 @@ class Evaluate:
         from ant5m.eval import perplexity
         from ant5m.model.checkpoint import find_run, load_with_tokenizer, resolve
 
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size must be at least 1, not {self.batch_size}")
         if self.data_dir or self.limit is not None or self.output:
             raise UserError("--data-dir, --limit and --output are for tasks: name some with --tasks")
         run, folder = find_run(self.model), resolve(self.model)

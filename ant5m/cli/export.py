@@ -42,5 +42,6 @@ class Export:
         export(net, tokenizer, self.out, dataclasses.replace(card, tasks=tasks))
         console = Console(highlight=False, soft_wrap=True)
         console.print(
-            f"wrote {self.out}: open it with AutoModelForCausalLM.from_pretrained({str(self.out)!r})"
+            f"wrote {self.out}: open it with AutoModelForCausalLM.from_pretrained({str(self.out)!r})",
+            markup=False,
         )

@@ -1,6 +1,7 @@
 """`ant5m generate`."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from rich.console import Console
 from rich.markup import escape
+
+from ant5m.errors import UserError
 
 if TYPE_CHECKING:
     from ant5m.data.tokenizer import Tokenizer
@@ -53,6 +56,8 @@ class Generate:
         from ant5m.model.generation import find_loops, generate
         from ant5m.train.precision import choose_device
 
+        if not self.prompt:
+            raise UserError("--prompt needs a text (leave it out, and the model begins one of its own)")
         device = choose_device(self.device)
         net, tokenizer = load_with_tokenizer(self.model)
         written = [0] * len(self.prompt)
@@ -83,9 +88,8 @@ class Generate:
             stream.end()
         else:
             for prompt, text in zip(self.prompt, texts, strict=True):
-                Console(highlight=False, soft_wrap=True).print(
-                    f"[bold]{escape(prompt)}[/bold]{escape(text)}\n"
-                )
+                _write(prompt, bold=True)
+                _write(f"{text}\n\n")
         context = net.config.max_position_embeddings
         for prompt, count, report in zip(self.prompt, written, reports, strict=True):
             if max(1, len(tokenizer.encode(prompt))) + count == context:
@@ -101,7 +105,6 @@ class _Stream:
         self._tokenizer = tokenizer
         self._tokens = tokenizer.encode(prompt)
         self._shown = len(tokenizer.decode(self._tokens))
-        self._console = Console(highlight=False, soft_wrap=True)
         self._prompt = prompt
 
     def add(self, token: int) -> None:
@@ -115,11 +118,17 @@ class _Stream:
 
     def _show(self, text: str) -> None:
         if self._prompt:
-            self._console.print(self._prompt, style="bold", end="", markup=False)
+            _write(self._prompt, bold=True)
             self._prompt = ""
-        self._console.print(text[self._shown :], end="", markup=False)
-        self._console.file.flush()
+        _write(text[self._shown :])
+        sys.stdout.flush()
         self._shown = len(text)
+
+
+def _write(text: str, bold: bool = False) -> None:
+    """To stdout as it is: rich would turn tabs into spaces and `:key:` into a picture."""
+    shown = bold and Console().is_terminal
+    sys.stdout.write(f"\033[1m{text}\033[0m" if shown else text)
 
 
 def _row(prompt: str, text: str, tokens: int, report) -> dict:

@@ -13,6 +13,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ant5m.errors import UserError
+
 if TYPE_CHECKING:
     from ant5m.data.health import Health
 
@@ -50,6 +52,7 @@ class TokenizerTrain:
         from ant5m.files import new_folder
 
         check_vocab_size(self.vocab_size)
+        _check_amounts(self.sample_mb, self.max_documents)
         corpus = Corpus.open(self.inputs, self.text_column)
         with new_folder(self.out) as folder, _progress() as progress:
             texts = itertools.islice(tracked(corpus, progress), self.max_documents)
@@ -95,6 +98,8 @@ class TokenizerHealth:
         from ant5m.data.tokenizer import Tokenizer
         from ant5m.model.config import load_config
 
+        _check_amounts(self.sample_mb, self.max_documents)
+        health.picture_kind(self.picture)
         config = load_config(self.preset)
         tokenizer = Tokenizer.load(self.tokenizer)
         corpus = Corpus.open(self.inputs, self.text_column)
@@ -103,13 +108,19 @@ class TokenizerHealth:
             found = health.examine(
                 tokenizer, texts, config, self.preset, self.compare, self.sample_mb * 1_000_000, progress
             )
-        health.draw(found, self.picture)
         if self.json:
             json.dump(found.to_dict(), sys.stdout, indent=2, ensure_ascii=False)
             print()
         else:
             _show(found, Console(highlight=False), health.RARE)
+        health.draw(found, self.picture)
+        if not self.json:
             Console().print(f"picture: {escape(str(self.picture))}")
+
+
+def _check_amounts(sample_mb: int, max_documents: int | None) -> None:
+    if sample_mb < 1 or (max_documents is not None and max_documents < 1):
+        raise UserError("--sample-mb and --max-documents must be at least 1")
 
 
 def _progress() -> Progress:

@@ -11,6 +11,7 @@ import glob
 import gzip
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -71,8 +72,11 @@ class Corpus:
         """
         if not names:
             raise UserError("no text given: name files, folders, globs, hf:OWNER/NAME or builtin")
-        found = dict.fromkeys(found for name in names for found in _find(str(name)))
-        return cls(tuple(_source(name) for name in found), text_column)
+        found: dict[str, str] = {}
+        for given in names:
+            for name in _find(str(given)):
+                found.setdefault(os.path.realpath(name) if os.path.exists(name) else name, name)
+        return cls(tuple(_source(name) for name in found.values()), text_column)
 
     @property
     def size(self) -> int:
@@ -138,6 +142,8 @@ Report = Callable[[int], None]
 
 
 def _find(name: str) -> Iterable[str]:
+    if name.startswith("hf:"):
+        _hub_parts(name)
     if name == "builtin" or name.startswith("hf:"):
         return [name]
     path = Path(name)
@@ -329,12 +335,17 @@ def _read_hub(name: str, column: str, skip: int) -> Iterator[str]:
         stop()
 
 
-def _open_hub(name: str) -> Any:
-    import datasets
-
+def _hub_parts(name: str) -> tuple[str, list[str]]:
     path, *rest = name.removeprefix("hf:").split(":")
     if not path or len(rest) > 2:
         raise UserError(f"'{name}' is not of the form hf:OWNER/NAME[:[CONFIG:]SPLIT]")
+    return path, rest
+
+
+def _open_hub(name: str) -> Any:
+    import datasets
+
+    path, rest = _hub_parts(name)
     split = rest[-1] if rest else "train"
     try:
         return datasets.load_dataset(path, rest[0] if len(rest) == 2 else None, split=split, streaming=True)
@@ -364,6 +375,8 @@ def _blocks(name: str, report: Report) -> Iterator[str]:
     offset = 0
     with open(name, "rb") as raw:
         for block in _decompressed(name, raw):
+            if not offset and block[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise UserError(f"{name} is UTF-16: convert it, try iconv -f UTF-16 -t UTF-8")
             if b"\0" in block:
                 raise UserError(f"{name} is binary, not text (byte {offset + block.index(0):,} is NUL)")
             report(raw.tell())

@@ -369,7 +369,8 @@ def _reservations(health: Health) -> list[str]:
         found.append(f"{len(health.unreachable):,} entries can never be produced")
     if health.fertility > 2:
         found.append(
-            f"{health.fertility:.2f} tokens a word: this text is not what the tokenizer was learned from"
+            f"{health.fertility:.2f} tokens a word: the vocabulary is small for this text, or was learned "
+            "from another"
         )
     if health.url_share > 0.02:
         found.append(f"{health.url_share:.1%} of the text are URLs: clean it")
@@ -391,6 +392,19 @@ def _table_reason(health: Health) -> str:
 # The picture
 
 
+def picture_kind(path: Path) -> str:
+    """What the suffix of a picture says; `UserError` where that cannot be drawn."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    kind = path.suffix[1:].lower()
+    if kind not in kinds:
+        raise UserError(
+            f"a picture cannot be written as {path.name}: use one of .{', .'.join(sorted(kinds))}"
+        )
+    return kind
+
+
 def draw(health: Health, path: Path) -> None:
     """Three panels, as a PNG or what the suffix says: frequencies, bytes per token, share of the table."""
     from matplotlib.figure import Figure
@@ -402,14 +416,8 @@ def draw(health: Health, path: Path) -> None:
     _draw_compression(compression, health)
     _draw_share(share, health, points)
     figure.suptitle(f"{health.vocab_size:,} entries on {health.bytes / 1e6:.1f} MB of text: {health.verdict}")
-    kinds = figure.canvas.get_supported_filetypes()
-    kind = path.suffix[1:].lower()
-    if kind not in kinds:
-        raise UserError(
-            f"a picture cannot be written as {path.name}: use one of .{', .'.join(sorted(kinds))}"
-        )
     picture = io.BytesIO()
-    figure.savefig(picture, format=kind, dpi=120)
+    figure.savefig(picture, format=picture_kind(path), dpi=120)
     write_file(path, picture.getvalue())
 
 

@@ -92,7 +92,7 @@ def pack(
     options = dict(
         zip(OPTIONS, (corpus.text_column, validation_fraction, seed, shard_tokens, chosen), strict=True)
     )
-    _check(tokenizer, validation_fraction, shard_tokens, filters)
+    _check(tokenizer, validation_fraction, seed, shard_tokens, filters)
     with _full_disk_explained(out):
         journal = _begin(out, _plan(corpus, tokenizer, options, progress))
         while again := _pack(journal, corpus, tokenizer, out, progress):
@@ -129,13 +129,15 @@ class _Journal:
 
 
 def _check(
-    tokenizer: Tokenizer, validation_fraction: float, shard_tokens: int, filters: Sequence[str]
+    tokenizer: Tokenizer, validation_fraction: float, seed: int, shard_tokens: int, filters: Sequence[str]
 ) -> None:
     for name in filters:
         if name not in FILTERS:
             raise UserError(f"there is no filter '{name}' (there are {', '.join(FILTERS)})")
     if not 0 < validation_fraction < 1:
         raise UserError(f"the validation fraction must lie between 0 and 1, not {validation_fraction}")
+    if abs(seed) >= 2**63:
+        raise UserError(f"the seed must fit 64 bits, which {seed} does not")
     if shard_tokens < 1:
         raise UserError(f"a shard must hold at least one token, not {shard_tokens}")
     if tokenizer.vocab_size > MAX_VOCAB_SIZE:
@@ -180,9 +182,13 @@ def _begin(out: Path, plan: dict[str, Any]) -> _Journal:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists with other content: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    journal = _Journal(plan, limit=int(plan["validation_fraction"] * HASHES))
+    journal = _new_journal(plan)
     journal.write(out)
     return journal
+
+
+def _new_journal(plan: dict[str, Any]) -> _Journal:
+    return _Journal(plan, limit=int(plan["validation_fraction"] * HASHES))
 
 
 def _resume(out: Path, plan: dict[str, Any]) -> _Journal:
@@ -191,6 +197,8 @@ def _resume(out: Path, plan: dict[str, Any]) -> _Journal:
         changed = [name for name in plan if journal.plan.get(name) != plan[name]]
     except (TypeError, AttributeError):
         raise UserError(f"{out / PROGRESS} is damaged: remove {out} and pack again") from None
+    if changed and not any(split["documents"] for split in journal.splits.values()):
+        return _new_journal(plan)  # nothing was packed yet: an input was broken, and was mended since
     if changed:
         raise UserError(
             f"{out} holds an unfinished packing of other {', '.join(changed)}: "
@@ -230,7 +238,7 @@ def _pack(
         for writer in writers.values():
             writer.end_shard()
     journal.write(out)
-    if journal.splits["validation"]["documents"] or journal.limit == journal.lowest:
+    if journal.splits["validation"]["documents"] or journal.lowest in (journal.limit, HASHES):
         return None
     return _Journal(journal.plan, limit=journal.lowest, trusted=journal.trusted)
 
@@ -241,9 +249,11 @@ def _finish(journal: _Journal, corpus: Corpus, tokenizer: Tokenizer, out: Path) 
         if not split["documents"]:
             _remove_shards(out, keep=set())
             (out / PROGRESS).unlink()
+            if not any(split["documents"] for split in journal.splits.values()):
+                raise UserError("the filters left no document: pack without one of them, or give other text")
             raise UserError(
-                f"the text is too small: no document is left for {name}. Give at least two different ones "
-                "(more files, more rows, or <|endoftext|> between the documents of a .txt)"
+                f"the text is too small: no document is left for {name}. Give more different ones (files, "
+                "rows, or <|endoftext|> between the documents of a .txt), or another --validation-fraction"
             )
     # What the journal does not list is the next shard, still empty, or comes from a start that was given up.
     _remove_shards(
@@ -416,7 +426,7 @@ def _write(batch: _Encoded, journal: _Journal, writers: dict[str, "_Writer"]) ->
             writers[name].write(batch.tokens[np.repeat(rows, batch.counts["tokens"])])
         for count in COUNTS:
             journal.splits[name][count] += int(batch.counts[count][rows].sum())
-    journal.lowest = min(journal.lowest, *batch.hashes.tolist())
+    journal.lowest = min([journal.lowest, *batch.hashes.tolist()])  # the filters may have left none
     journal.removed = dict(Counter(journal.removed) + batch.removed)
     journal.position = batch.end
 

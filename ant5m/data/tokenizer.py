@@ -82,7 +82,8 @@ class Tokenizer:
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         content = read_json(file)
-        kind = content.get("model", {}).get("type") if isinstance(content, dict) else None
+        model = content.get("model") if isinstance(content, dict) else None
+        kind = model.get("type") if isinstance(model, dict) else None
         if kind is None:
             raise UserError(f"{file} is not a tokenizer.json: it names no model type")
         if kind != "BPE":
@@ -184,7 +185,8 @@ class Tokenizer:
 
 def _special(config: Path, name: str) -> str | None:
     """A token that a `tokenizer_config.json` names, if it is there and does."""
-    token = read_json(config).get(name) if config.exists() else None
+    values = read_json(config) if config.exists() else None
+    token = values.get(name) if isinstance(values, dict) else None
     return token["content"] if isinstance(token, dict) else token or None
 
 

@@ -34,7 +34,7 @@ _PREFERENCE = (
 )
 
 _modules: dict[str, ModuleType] = {}
-_selected = os.environ.get("ANT5M_KERNELS", "auto")
+_selected = os.environ.get("ANT5M_KERNELS") or "auto"
 
 
 def rms_norm(
@@ -186,7 +186,11 @@ def linear_cross_entropy(
 
     Targets equal to `ignore_index` do not count; when none counts the loss is 0 and so are the gradients. The
     result is a 0-dim fp32 tensor (float64 for float64 inputs). The N x V logits never exist as a whole.
+    Raises `ValueError` when the shapes do not fit.
     """
+    if hidden.shape[:1] != targets.shape or hidden.shape[1:] != weight.shape[1:]:
+        shapes = ", ".join(str(list(x.shape)) for x in (hidden, weight, targets))
+        raise ValueError(f"hidden, weight, targets {shapes} do not fit")
     return _pick("linear_cross_entropy", backend, hidden, weight).linear_cross_entropy(
         hidden, weight, targets, ignore_index
     )

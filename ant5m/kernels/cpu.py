@@ -31,7 +31,7 @@ _WITHOUT_GRADIENTS = ("norm_product", "finish_layer")
 
 _bf16 = contextvars.ContextVar("bf16", default=False)
 
-LARGE = 1 << 18
+LARGE = _cpu.LARGE
 """numbers of a tensor for which memory is kept"""
 
 
@@ -158,7 +158,7 @@ class _QueryKeyValue(torch.autograd.Function):
         ctx.save_for_backward(rows, weight, cos, sin)
         ctx.heads, ctx.bf16 = heads, bf16
         made = _product(rows, weight, ctx.bf16)
-        q, k, v = made.view(*x.shape[:2], sum(heads), -1).split(heads, 2)
+        q, k, v = made.view(*x.shape[:2], sum(heads), len(weight) // sum(heads)).split(heads, 2)
         _rotate_into(q, k, q, k, cos, sin, 1.0)
         return q, k, v
 
@@ -168,11 +168,11 @@ class _QueryKeyValue(torch.autograd.Function):
         rows, weight, cos, sin = ctx.saved_tensors
         shape = grad_q.shape[:2]
         grad = _empty(rows, len(rows), len(weight))
-        q, k, v = grad.view(*shape, sum(ctx.heads), -1).split(ctx.heads, 2)
+        q, k, v = grad.view(*shape, sum(ctx.heads), grad_q.shape[-1]).split(ctx.heads, 2)
         _rotate_into(q, k, _gapless(grad_q), _gapless(grad_k), cos, sin, -1.0)
         v.copy_(grad_v)
         grad_x, grad_weight = _product_gradients(rows, weight, grad, ctx.bf16)
-        return grad_x.view(*shape, -1), grad_weight, None, None, None, None
+        return grad_x.view(*shape, rows.shape[1]), grad_weight, None, None, None, None
 
 
 def query_key_value(x, weight, cos, sin, heads):
@@ -192,14 +192,14 @@ class _Linear(torch.autograd.Function):
         rows, weight = _matrix(x), weight.contiguous()
         ctx.save_for_backward(rows, weight)
         ctx.bf16 = bf16
-        return _product(rows, weight, bf16).view(*x.shape[:-1], -1)
+        return _product(rows, weight, bf16).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         rows, weight = ctx.saved_tensors
         grad_x, grad_weight = _product_gradients(rows, weight, _matrix(grad), ctx.bf16)
-        return grad_x.view(*grad.shape[:-1], -1), grad_weight, None
+        return grad_x.view(*grad.shape[:-1], rows.shape[1]), grad_weight, None
 
 
 def linear(x, weight):
@@ -275,7 +275,7 @@ def attention(q, k, v, starts=None):
     if starts is not None:
         _check(starts.shape == q.shape[:2], "starts {} does not fit q {}", starts, q)
         # The first position behind s whose own start is behind s.
-        positions = torch.arange(starts.shape[1]).expand(starts.shape).contiguous()
+        positions = torch.arange(starts.shape[1], device=starts.device).expand(starts.shape).contiguous()
         ends = torch.searchsorted(starts.contiguous(), positions, right=True)
     return attention_until(q, k, v, ends)
 
@@ -361,7 +361,7 @@ class _MLP(torch.autograd.Function):
 def mlp(x, gate, up, down):
     """down (silu(gate x) * (up x)) of x [..., D] with gate, up [W, D] and down [D, W]."""
     _check_dtypes(x, gate, up, down)
-    fit = gate.shape == up.shape == down.shape[::-1] and x.shape[-1:] == gate.shape[1:]
+    fit = gate.shape == up.shape == down.shape[::-1] and x.shape[-1:] == gate.shape[1:] and len(gate)
     _check(fit, "x {}, gate {}, up {}, down {} do not fit", x, gate, up, down)
     bf16 = _in_bf16(x, gate, up, down)
     if not torch.is_grad_enabled():
@@ -440,6 +440,7 @@ def linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
     _check_dtypes(hidden, weight)
     _check(targets.dtype == torch.int64, f"targets must be int64, not {targets.dtype}")
     fit = hidden.shape[1:] == weight.shape[1:] and hidden.ndim == 2 and targets.shape == hidden.shape[:1]
+    fit = fit and len(weight) and targets.device == hidden.device
     _check(fit, "hidden {}, weight {}, targets {} do not fit", hidden, weight, targets)
     outside = (targets != ignore_index) & ((targets < 0) | (targets >= len(weight)))
     if outside.any():
@@ -453,11 +454,12 @@ def linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
 def logit_summary(hidden, weight):
     """log(sum(exp)) [N], fp32, of the logits hidden [N, D] @ weight [V, D]^T, and the likeliest entry [N]."""
     _check_dtypes(hidden, weight)
-    fit = hidden.ndim == 2 and hidden.shape[1:] == weight.shape[1:]
+    fit = hidden.ndim == 2 and hidden.shape[1:] == weight.shape[1:] and len(weight)
     _check(fit, "hidden {} and weight {} do not fit", hidden, weight)
     hidden, weight = hidden.detach().float(), weight.detach().float()
     hidden, weight = _gapless(hidden), _gapless(weight)
-    log_sum, likeliest = hidden.new_empty(len(hidden)), torch.empty(len(hidden), dtype=torch.int64)
+    log_sum = hidden.new_empty(len(hidden))
+    likeliest = torch.empty_like(log_sum, dtype=torch.int64)
     _cpu.logit_summary(
         *(*hidden.shape, len(weight), *_rows(hidden), *_rows(weight)),
         *(_address(log_sum), _address(likeliest), torch.get_num_threads()),
@@ -477,7 +479,8 @@ def _empty(like, *shape):
     size = math.prod(shape)
     if size < LARGE:
         return like.new_empty(shape)
-    return torch.frombuffer(_cpu.Memory(size), dtype=torch.float32).view(shape)
+    # `data`, because autograd refuses to change a view that an op returns, as `mul_` would.
+    return torch.frombuffer(_cpu.Memory(size), dtype=torch.float32).view(shape).data
 
 
 def _count(x):

@@ -142,7 +142,7 @@ def _differentiate(ctx, grad, *_):
     *grads, count = ctx.saved_tensors
     scale = grad / (count * _scale(ctx.dtype))
     scaled = (
-        (x * scale).to(dtype) if need else None
+        torch.mul(x, scale, out=torch.empty_like(x, dtype=dtype)) if need else None
         for x, dtype, need in zip(grads, ctx.dtypes, ctx.needs, strict=True)
     )
     return *scaled, None, None, None, None, None

@@ -37,7 +37,10 @@ def _count(code: str) -> dict[str, int]:
     instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9.]+)", code)
     return {
         "instructions": sum(name != "NOP" for name in instructions),
-        "tensor_instructions": sum(name.startswith(("HMMA", "HGMMA")) for name in instructions),
+        "tensor_instructions": sum(
+            name.startswith(("HMMA", "HGMMA")) or (name.startswith("UTC") and "MMA" in name)
+            for name in instructions
+        ),
         "narrow_accesses": sum(bool(re.match(r"(LDG|STG)\..*[US](8|16)\b", name)) for name in instructions),
     }
 

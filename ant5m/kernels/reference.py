@@ -6,6 +6,7 @@ is the truth that the other backends are measured against.
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 # Logits alive at once in the head. On two CPU cores 16 MiB (256 rows of 16,384 entries) was fastest.
 HEAD_CHUNK_BYTES = 16 << 20
@@ -28,6 +29,7 @@ class _RMSNorm(torch.autograd.Function):
         return (wide * scale).mul_(weight).to(_compute_dtype(x))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
         unit = x.to(scale.dtype) * scale
@@ -53,6 +55,7 @@ class _Rope(torch.autograd.Function):
         return _rotate(x, cos, sin)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
         return _rotate(grad, cos, -sin), None, None
@@ -98,6 +101,7 @@ class _SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
         # Side by side, so that the gradient of a product that made both is one tensor already.
@@ -154,6 +158,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total / count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         grad_hidden, grad_weight, count = ctx.saved_tensors
         scale = grad / count
@@ -165,6 +170,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()
     return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index)
 
 

@@ -80,12 +80,15 @@ def find_run(path: str | Path) -> Path | None:
     return path.parent.parent if path.parent.name == CHECKPOINTS and (path / STATE).exists() else None
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """Those in a run's folder of checkpoints, good or not, oldest first; nothing that is named otherwise."""
+    named = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(named, key=lambda path: int(path.name[5:]))
+
+
 def latest_checkpoint(run: Path) -> Path | None:
     """The newest good checkpoint folder of a run, or None; damaged ones are passed over with a warning."""
-    named = [
-        folder for folder in (run / CHECKPOINTS).glob("step-*") if re.fullmatch(r"step-\d+", folder.name)
-    ]
-    for folder in sorted(named, key=lambda folder: int(folder.name[5:]), reverse=True):
+    for folder in reversed(checkpoints(run / CHECKPOINTS)):
         try:
             verify_checkpoint(folder)
         except UserError as error:

@@ -344,5 +344,5 @@ def check_tokenizer(tokenizer: "Tokenizer", config: ModelConfig) -> None:
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size:,} entries, the model {config.vocab_size:,}: "
-            "they do not belong together"
+            "they do not belong together (take a larger model, or a smaller tokenizer)"
         )

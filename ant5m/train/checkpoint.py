@@ -19,7 +19,7 @@ from safetensors.torch import save as to_safetensors
 from ant5m.errors import UserError
 from ant5m.files import new_folder, read_json
 from ant5m.model.ant import Ant
-from ant5m.model.checkpoint import FORMAT, STATE, VERSION, verify_checkpoint
+from ant5m.model.checkpoint import FORMAT, STATE, VERSION, checkpoints, verify_checkpoint
 from ant5m.train.optimizer import Optimizer
 
 
@@ -65,7 +65,7 @@ def load_checkpoint(folder: Path, net: Ant, optimizer: Optimizer) -> dict[str, A
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
     """Remove all but the `keep` last checkpoints."""
-    for old in sorted(folder.glob("step-*"))[:-keep]:
+    for old in checkpoints(folder)[:-keep]:
         _remove(old)
 
 

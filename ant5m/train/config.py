@@ -24,7 +24,8 @@ class TrainConfig:
     out: Path | None = None
     """run folder to make; default: runs/MODEL-NUMBER"""
     resume: Path | None = None
-    """run folder to continue, with its settings; only device, data and max-minutes may be given anew"""
+    """run folder to continue, with its settings; only device, precision, kernels, data, max-minutes and
+    micro-batch-size may be given anew (a flag at its default counts as not given)"""
 
     steps: int | None = None
     """optimizer steps of the whole run"""
@@ -95,6 +96,9 @@ class TrainConfig:
     """checkpoints to keep"""
 
     def __post_init__(self) -> None:
+        for name in _PATHS:
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, Path(path))
         for name in ("steps", "tokens", "batch_size", "micro_batch_size", "sequence_length", "eval_every"):
             _check_count(self, name, 1)
         for name in ("eval_tokens", "checkpoint_every", "keep_last"):
@@ -107,7 +111,10 @@ class TrainConfig:
             _check_range(self, name, least=0)
         for name in ("warmup", "decay", "final_rate", "loop_loss_share"):
             _check_range(self, name, least=0, most=1)
-        if len(self.betas) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in self.betas):
+        if type(self.document_mask) is not bool:
+            raise UserError(f"{_flag('document_mask')} is on or off, not {self.document_mask!r}")
+        pair = isinstance(self.betas, list | tuple) and len(self.betas) == 2
+        if not pair or not all(_is_number(beta) and 0 <= beta < 1 for beta in self.betas):
             raise UserError(f"{_flag('betas')} must be two numbers from 0 to below 1, not {self.betas}")
         for field in dataclasses.fields(self):
             choices = get_args(field.type)
@@ -133,9 +140,8 @@ class TrainConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise UserError(f"unknown in a training config: {', '.join(unknown)}")
-        paths = {name: Path(values[name]) for name in _PATHS if values.get(name) is not None}
         betas = {"betas": tuple(values["betas"])} if "betas" in values else {}
-        return cls(**{**values, **paths, **betas})
+        return cls(**{**values, **betas})
 
 
 _PATHS = ("data", "tokenizer", "out", "resume")
@@ -149,9 +155,15 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and value == value and abs(value) != float("inf")
 
 
+def _may_be_open(name: str) -> bool:
+    return getattr(TrainConfig, name, ...) is None
+
+
 def _check_count(config: TrainConfig, name: str, least: int) -> None:
     value = getattr(config, name)
-    if value is not None and (type(value) is not int or value < least):
+    if value is None and _may_be_open(name):
+        return
+    if type(value) is not int or value < least:
         raise UserError(f"{_flag(name)} must be a whole number of at least {least}, not {value!r}")
 
 
@@ -163,7 +175,7 @@ def _check_range(
     most: float | None = None,
 ) -> None:
     value = getattr(config, name)
-    if value is None and name in ("max_minutes", "learning_rate"):
+    if value is None and _may_be_open(name):
         return
     if not _is_number(value):
         raise UserError(f"{_flag(name)} must be a number, not {value!r}")

@@ -30,7 +30,7 @@ def pack_default_text(run: Run) -> None:
 
 def _tokenizer(run: Run, corpus: Corpus, progress: Progress) -> Tokenizer:
     """The one of the run, the one that was given, or a new one with as many entries as the model has rows."""
-    if run.tokenizer.exists():
+    if run.has_tokenizer:
         return Tokenizer.load(run.tokenizer)
     if run.config.tokenizer is not None:
         tokenizer = Tokenizer.load(run.config.tokenizer)

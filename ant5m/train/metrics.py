@@ -45,7 +45,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    # Not splitlines(): a sample may hold other characters that it takes for the end of a line.
+    for text in path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n"):
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:

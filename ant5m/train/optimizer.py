@@ -97,6 +97,8 @@ class Optimizer:
         weight_decay: float = 0.1,
         precision: str = "fp32",
     ):
+        if kind not in ("adamw", "muon"):
+            raise ValueError(f"there is no optimizer '{kind}' (use adamw or muon)")
         self.parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
         hidden = {name for name, p in self.parameters.items() if kind == "muon" and is_hidden(name, p)}
         rest = [p for name, p in self.parameters.items() if name not in hidden]

@@ -5,6 +5,7 @@ After that nothing depends on how fast the machine happens to be, and a resumed 
 
 import copy
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 
@@ -42,20 +43,22 @@ def complete(
     num_tokens: int,
     device: torch.device,
     seconds_per_token: Callable[[], float],
+    deadline: float | None = None,
 ) -> TrainConfig:
     """`config` with every `None` that a run needs filled in.
 
     Args:
         num_tokens: of the training split.
         seconds_per_token: measures the training speed; called only when time decides.
+        deadline: of `max_minutes`, on `time.monotonic()`.
     """
     length = model.max_position_embeddings
     steps, batch = config.steps, config.batch_size
     if steps is None:
-        tokens = config.tokens or _tokens(config, num_tokens, seconds_per_token)
-        batch = batch or batch_for_tokens(tokens, length)
+        tokens = config.tokens or _tokens(config, num_tokens, seconds_per_token, deadline)
+        batch = batch or _multiple(batch_for_tokens(tokens, length), config.micro_batch_size)
         steps = max(1, round(tokens / (batch * length)))
-    batch = batch or batch_for_steps(steps, length)
+    batch = batch or _multiple(batch_for_steps(steps, length), config.micro_batch_size)
     tokens = steps * batch * length
     tenth = max(1, steps // 10)
     eval_every = config.eval_every or tenth
@@ -115,11 +118,23 @@ def measure_speed(net: Ant, config: TrainConfig, precision: str) -> float:
     return (time.monotonic() - start) / 3 / tokens.numel()
 
 
-def _tokens(config: TrainConfig, num_tokens: int, seconds_per_token: Callable[[], float]) -> int:
-    if config.max_minutes is None and config.data is not None:
+def _multiple(batch: int, micro_batch: int | None) -> int:
+    """`batch`, rounded up to a multiple of a micro-batch that was asked for."""
+    return batch if micro_batch is None else -(-batch // micro_batch) * micro_batch
+
+
+def _tokens(
+    config: TrainConfig,
+    num_tokens: int,
+    seconds_per_token: Callable[[], float],
+    deadline: float | None,
+) -> int:
+    if deadline is None and config.data is not None:
         return num_tokens
-    minutes = config.max_minutes or BUILTIN_MINUTES
-    affordable = int(60 * minutes * TIME_FOR_TRAINING / seconds_per_token())
+    speed = seconds_per_token()
+    # What the preparation took is gone from a time limit.
+    seconds = 60 * BUILTIN_MINUTES if deadline is None else max(0.0, deadline - time.monotonic())
+    affordable = int(seconds * TIME_FOR_TRAINING / speed)
     return affordable if config.data is not None else min(affordable, BUILTIN_EPOCHS * num_tokens)
 
 
@@ -149,8 +164,9 @@ def micro_batch(
 
 
 def _memory(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).total_memory
+    """Bytes that this process has or can have."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
 def _power_of_two(value: float) -> int:
-    return 1 << max(0, round(torch.log2(torch.tensor(value)).item()))
+    return 1 << max(0, round(math.log2(value)))

@@ -1,7 +1,10 @@
 """From a `TrainConfig` to a trained model: data, plan, training, evaluation, export, report."""
 
+import contextlib
 import functools
 import time
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,10 +53,33 @@ def pretrain(config: TrainConfig) -> Result:
     started = time.monotonic()
     run = Run.open(config) if config.resume else Run.create(config)
     device = choose_device(run.config.device)
-    if run.config.kernels is not None:
-        kernels.select(run.config.kernels)
+    if device.type == "cuda":
+        torch.cuda.set_device(
+            device
+        )  # for whatever asks the current device, as the check of the kernels does
+    with _selected(run.config.kernels):
+        return _pretrain(run, device, started)
+
+
+@contextlib.contextmanager
+def _selected(backend: str | None) -> Iterator[None]:
+    """`backend` as the one in use, for one run; None: the one that is."""
+    before = kernels.selected()
+    kernels.select(before if backend is None else backend)
+    try:
+        yield
+    finally:
+        kernels.select(before)
+
+
+def _pretrain(run: Run, device: torch.device, started: float) -> Result:
     precision = choose_precision(run.config.precision, device)
+    limit = run.config.max_minutes
+    deadline = started + 60 * limit if limit else None
     if run.config.data is None:
+        if run.config.tokenizer and not run.has_tokenizer:
+            check_tokenizer(Tokenizer.load(run.config.tokenizer), run.model)
+        run.claim()
         run.write()
         _pack_default_text(run)
     train, validation, tokenizer = _open_data(run)
@@ -61,28 +87,38 @@ def pretrain(config: TrainConfig) -> Result:
     net = Ant(run.model).to(device)
 
     measure = functools.partial(measure_speed, net, run.config, precision)
-    run.config = complete(run.config, run.model, train.num_tokens, device, measure)
+    run.config = complete(run.config, run.model, train.num_tokens, device, measure, deadline)
     run.data = {"fingerprint": train.fingerprint, "train": train.counts, "validation": validation.counts}
     trainer = Trainer(run, net, train, validation, tokenizer)
     run.write()
-    if not (run.tokenizer / "tokenizer.json").exists():
+    if not run.has_tokenizer:
         tokenizer.save(run.tokenizer, run.model.max_position_embeddings)
     _introduce(run, net, precision)
-    limit = run.config.max_minutes
-    with Stop(started + 60 * limit if limit else None) as stop:
+    with Stop(deadline) as stop:
         trainer.fit(stop)
     done = trainer.step == trainer.steps
-    evaluation = finish(run, trainer) if done else None
+    evaluation = _finish(run, trainer) if done else None
     stopped = None if done else stop.reason
     return Result(run.folder, trainer.step, trainer.steps, stopped, evaluation, device_of(trainer))
 
 
 def _pack_default_text(run: Run) -> None:
-    try:
+    with _interruptible(run, "stopped while the text was prepared. Go on"):
         pack_default_text(run)
+
+
+def _finish(run: Run, trainer: Trainer) -> Evaluation:
+    with _interruptible(run, "the trained model is saved. Evaluate and export it"):
+        return finish(run, trainer)
+
+
+@contextlib.contextmanager
+def _interruptible(run: Run, what: str) -> Iterator[None]:
+    try:
+        yield
     except KeyboardInterrupt:
         console = Console(stderr=True, soft_wrap=True, highlight=False)
-        console.print(f"stopped while the text was prepared. Go on with: ant5m train --resume {run.folder}")
+        console.print(f"{what} with: ant5m train --resume {run.folder}", markup=False)
         raise
 
 
@@ -93,11 +129,19 @@ def _open_data(run: Run) -> tuple[Shards, Shards, Tokenizer]:
     if known not in (None, train.fingerprint):
         raise UserError(f"{run.shards} is not the data of {run.folder}: resume with the same data")
     given = run.config.tokenizer or run.shards / "tokenizer"
-    folder = run.tokenizer if run.tokenizer.exists() else given
+    folder = run.tokenizer if run.has_tokenizer else given
     tokenizer = Tokenizer.load(folder)
     if tokenizer.fingerprint != train.tokenizer_fingerprint:
         raise UserError(f"{run.shards} was packed with another tokenizer than {folder}: pack the text again")
     check_tokenizer(tokenizer, run.model)
+    unused = run.model.vocab_size - tokenizer.vocab_size
+    if unused > run.model.vocab_size / 10:
+        warnings.warn(
+            f"the model has a row for {run.model.vocab_size:,} tokens, the tokenizer only "
+            f"{tokenizer.vocab_size:,}: {unused * run.model.hidden_size:,} parameters can never be used. "
+            "Choose a --model with as many rows, or learn a larger vocabulary",
+            stacklevel=2,
+        )
     return train, validation, tokenizer
 
 

@@ -1,6 +1,7 @@
 """What a finished run leaves behind: loss.png, eval.json, hf/ and report.md."""
 
 import dataclasses
+import io
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from ant5m.model.generation import find_loops, generate
 from ant5m.model.huggingface import card_of_run, export
 from ant5m.train.metrics import read_metrics
 from ant5m.train.run import Run, versions
-from ant5m.train.trainer import PROMPTS, Trainer
+from ant5m.train.trainer import Trainer
 
 SAMPLE_TOKENS = 100
 
@@ -46,9 +47,10 @@ def finish(run: Run, trainer: Trainer) -> Evaluation:
 
 def write_samples(trainer: Trainer) -> list[Sample]:
     """The first text for each of the standard prompts, and one greedy text: that loops most easily."""
-    texts = generate(trainer.net, trainer.tokenizer, PROMPTS, SAMPLE_TOKENS, seed=trainer.config.seed)
-    greedy = generate(trainer.net, trainer.tokenizer, PROMPTS[:1], SAMPLE_TOKENS, temperature=0)
-    pairs = zip((*PROMPTS, PROMPTS[0]), (*texts, *greedy), strict=True)
+    prompts = trainer.prompts
+    texts = generate(trainer.net, trainer.tokenizer, prompts, SAMPLE_TOKENS, seed=trainer.config.seed)
+    greedy = generate(trainer.net, trainer.tokenizer, prompts[:1], SAMPLE_TOKENS, temperature=0)
+    pairs = zip((*prompts, prompts[0]), (*texts, *greedy), strict=True)
     return [Sample(prompt, text, find_loops(text).looping) for prompt, text in pairs]
 
 
@@ -68,7 +70,9 @@ def plot_loss(lines: list[dict[str, Any]], final: tuple[int, float], path: Path)
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_file(path, picture.getvalue())
 
 
 def report(

@@ -14,8 +14,8 @@ from ant5m.files import read_json, write_json
 from ant5m.model.config import ModelConfig, load_config
 from ant5m.train.config import TrainConfig
 
-# What may be given anew when a run is resumed: where it computes, where its data lie now, and until when.
-RENEWABLE = ("device", "data", "max_minutes")
+# What may be given anew when a run is resumed: where and how it computes, where its data lie now, until when.
+RENEWABLE = ("device", "precision", "kernels", "micro_batch_size", "data", "max_minutes")
 
 
 @dataclass
@@ -27,6 +27,8 @@ class Run:
     model: ModelConfig
     data: dict[str, Any]
     """what is known of the training data, once it is there"""
+    claimed: bool = False
+    """whether the folder is this run's"""
 
     @classmethod
     def create(cls, config: TrainConfig) -> "Run":
@@ -36,10 +38,7 @@ class Run:
             # A model's context is what it was trained on.
             model = dataclasses.replace(model, max_position_embeddings=config.sequence_length)
         folder = config.out or _next_folder(config.model)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(
-                f"{folder} exists already: continue it with --resume {folder}, or choose another --out"
-            )
+        _refuse_content(folder)
         return cls(folder, _absolute(config), model, {})
 
     @classmethod
@@ -59,8 +58,27 @@ class Run:
         anew = {name: getattr(config, name) for name in RENEWABLE if _given(config, name)}
         if kept.data is None and "data" in anew:
             raise UserError(f"{folder} was made with the built-in text: resume it without --data")
-        merged = dataclasses.replace(kept, **{"max_minutes": None, **anew})
-        return cls(folder, _absolute(merged), ModelConfig.from_dict(values["model"]), values.get("data", {}))
+        # A time limit holds for one call, unless the number of steps is yet to be decided by it.
+        limit = kept.max_minutes if kept.steps is None else None
+        merged = dataclasses.replace(kept, **{"max_minutes": limit, **anew})
+        model = ModelConfig.from_dict(values["model"])
+        return cls(folder, _absolute(merged), model, values.get("data", {}), claimed=True)
+
+    def claim(self) -> None:
+        """Make the folder, before the first thing is written to it.
+
+        Where another run has made it meanwhile the next number is taken, or `UserError` is raised if it was
+        named.
+        """
+        while not self.claimed:
+            try:
+                self.folder.mkdir(parents=True)
+            except FileExistsError:
+                if self.config.out is None:
+                    self.folder = _next_folder(self.config.model)
+                    continue
+                _refuse_content(self.folder)
+            self.claimed = True
 
     @property
     def checkpoints(self) -> Path:
@@ -69,6 +87,11 @@ class Run:
     @property
     def tokenizer(self) -> Path:
         return self.folder / "tokenizer"
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Also after a full disk, which leaves an empty folder."""
+        return (self.tokenizer / "tokenizer.json").exists()
 
     @property
     def shards(self) -> Path:
@@ -115,6 +138,13 @@ def _commit(folder: Path) -> str | None:
 def _next_folder(model: str) -> Path:
     name = re.sub(r"[^\w.-]", "-", Path(model).stem if model.endswith(".json") else Path(model).name)
     return next(folder for n in itertools.count(1) if not (folder := Path("runs") / f"{name}-{n}").exists())
+
+
+def _refuse_content(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(
+            f"{folder} exists already: continue it with --resume {folder}, or choose another --out"
+        )
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:

@@ -12,8 +12,8 @@ SHAPES = ("linear", "cosine", "wsd")
 class Schedule:
     """Factor on the learning rate as a pure function of the step: a resumed run needs no state for it.
 
-    The factor rises linearly over `warmup` x steps, and ends at `floor` on the last step: along a line or
-    half a cosine, or, for "wsd", after a plateau, along a line over the last `decay` x steps.
+    The factor rises linearly over `warmup` x steps, and would be `floor` behind the last step: along a line
+    or half a cosine, or, for "wsd", after a plateau, along a line over the last `decay` x steps.
     """
 
     steps: int

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from ant5m.data.tokenizer import Tokenizer
 from ant5m.errors import UserError
 from ant5m.eval.perplexity import Evaluation, evaluate
 from ant5m.model.ant import Ant
-from ant5m.model.checkpoint import latest_checkpoint
+from ant5m.model.checkpoint import checkpoints, latest_checkpoint
 from ant5m.model.doctor import count_flops
 from ant5m.model.generation import generate
 from ant5m.train.checkpoint import (
@@ -86,13 +87,13 @@ class Trainer:
         self.tokens = 0
         self.skipped = 0
         self.seconds = 0.0
-        self.best_loss: float | None = None
         self._pending: list[_Logged] = []
         self._resume()
         self._acted = self.step  # no validation, sample or checkpoint is due at it or before
         self._eos_token_id = train.eos_token_id if config.document_mask else None
         self._turn = self.steps - round(config.loop_loss_share * self.steps)  # where the loop loss sets in
         self.take_step = self._make_step()
+        run.claim()
         self.metrics = Metrics(run.folder, self.step)
         flops = 3 * sum(count_flops(net.config, config.sequence_length).values())
         self.progress = TrainingProgress(self.steps, self.step, flops, peak_flops(net.device, self.precision))
@@ -220,12 +221,11 @@ class Trainer:
 
     def _validate(self) -> None:
         result = self.evaluate(self.config.eval_tokens)
-        self.best_loss = min(result.loss, self.best_loss or result.loss)
         self.metrics.write("validation", self.step, loss=result.loss, tokens=result.tokens)
         self.progress.print(f"step {self.step:,}: validation loss {result.loss:.3f}")
 
     def evaluate(self, limit_tokens: int | None) -> Evaluation:
-        """Perplexities on the validation split, in the precision of the training."""
+        """Perplexities on the validation split, on a GPU in the precision of the training."""
         assert self.config.micro_batch_size
         with autocast(self.precision, self.net.device):
             return evaluate(
@@ -237,13 +237,20 @@ class Trainer:
                 document_mask=self.config.document_mask,
             )
 
+    @property
+    def prompts(self) -> Sequence[str]:
+        """Those of the standard ones that leave room in the model's context, or the empty one."""
+        context = self.net.config.max_position_embeddings
+        return [prompt for prompt in PROMPTS if len(self.tokenizer.encode(prompt)) < context] or [""]
+
     def _sample(self) -> None:
+        prompts = self.prompts
         texts = generate(
-            self.net, self.tokenizer, PROMPTS, max_new_tokens=SAMPLE_TOKENS, seed=self.config.seed
+            self.net, self.tokenizer, prompts, max_new_tokens=SAMPLE_TOKENS, seed=self.config.seed
         )
-        samples = [{"prompt": prompt, "text": text} for prompt, text in zip(PROMPTS, texts, strict=True)]
+        samples = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
         self.metrics.write("sample", self.step, samples=samples)
-        shown = " ".join(f"{PROMPTS[0]}{texts[0]}".split())
+        shown = " ".join(f"{prompts[0]}{texts[0]}".split())
         self.progress.print(f"step {self.step:,}: {shown}")
 
     def _save(self) -> None:
@@ -255,7 +262,6 @@ class Trainer:
             "tokens": self.tokens,
             "skipped": self.skipped,
             "seconds": self.seconds,
-            "best_loss": self.best_loss,
         }
         if not torch.isfinite(torch.nn.utils.get_total_norm(list(self.net.parameters()))):
             raise self._broken("the weights are no numbers any more", self.step)
@@ -265,7 +271,7 @@ class Trainer:
     def _resume(self) -> None:
         folder = latest_checkpoint(self.run.folder)
         if folder is None:
-            if any(self.run.checkpoints.glob("step-*")):
+            if checkpoints(self.run.checkpoints):
                 raise UserError(f"no checkpoint in {self.run.checkpoints} is good: start a new run")
             return
         state = load_checkpoint(folder, self.net, self.optimizer)
@@ -277,7 +283,6 @@ class Trainer:
             self.scaler = LossScaler(self.net.device, **state["scaler"])
         self.step = state["step"]
         self.tokens, self.skipped, self.seconds = state["tokens"], state["skipped"], state["seconds"]
-        self.best_loss = state["best_loss"]
 
     def _too_large(self) -> UserError:
         rows = self.config.micro_batch_size
@@ -285,7 +290,7 @@ class Trainer:
         remedy = f"--micro-batch-size {rows // 2}" if rows > 1 else "a shorter --sequence-length"
         return UserError(
             f"the device has no memory for {rows} sequences of {self.config.sequence_length:,} tokens at once"
-            f": start a new run with {remedy}"
+            f": start a new run with {remedy}" + (", or resume this one with it" if rows > 1 else "")
         )
 
     def _broken(self, what: str, step: int) -> NonFiniteLoss:

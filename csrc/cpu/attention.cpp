@@ -100,8 +100,8 @@ struct EndsMask {
     const int32_t* ends;
     Vec operator()(Vec score, int64_t i, int j) const {
         const IntVec position = iota() + j * kWidth;
-        return (position >= static_cast<int32_t>(i) + offset) & (position < ends[i] - first) ? score
-                                                                                            : broadcast(-kInfinity);
+        const IntVec seen = (position >= static_cast<int32_t>(i) + offset) & (position < ends[i] - first);
+        return seen ? score : broadcast(-kInfinity);
     }
 };
 
@@ -229,7 +229,7 @@ void forward_panel(const AttentionShape& shape, const Heads& q, const Keys<Word>
     const int64_t dim = kDim ? kDim : shape.dim;
     const int64_t group = shape.heads / shape.kv_heads;
     const int64_t lanes = shape.length - first < kLanes ? shape.length - first : kLanes;
-    float* tile = scratch(kForwardKeys * kLanes + kLanes * 2 + group * dim * kLanes * 2);
+    float* tile = scratch(kForwardKeys * kLanes + kLanes * 2 + dim * kLanes * 2);
     float* last = tile + kForwardKeys * kLanes;
     float* state = last + kLanes * 2;
     for (int64_t g = 0; g < group; ++g) {
@@ -305,8 +305,10 @@ void load_panel(const Rows& q, const Rows& out, const Rows& grad, const float* l
     load_lanes(out, lanes, dim, 1.0f, outputs);
     ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {
         Vec delta = {};
+        // Of the gradient that the scores' is made of, or that of a row would not sum to 0.
         for (int64_t d = 0; d < dim; ++d)
-            delta += load(outputs + d * kLanes + j * kWidth) * load(panel.grad + d * kLanes + j * kWidth);
+            delta += load(outputs + d * kLanes + j * kWidth) *
+                     Word::rounded(load(panel.grad + d * kLanes + j * kWidth));
         store(panel.delta + j * kWidth, delta);
     }
     std::memset(panel.grad_q, 0, sizeof(float) * dim * kLanes);

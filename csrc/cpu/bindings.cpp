@@ -69,7 +69,7 @@ void define(py::module_& m, const char* name, void (*ant5m::Ops::*op)(A...)) {
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU ops of ant5m; see csrc/cpu/ops.h";
-    m.def("instruction_set", &ant5m::instruction_set, "The instruction set in use: avx512, avx2 or portable");
+    m.def("instruction_set", &ant5m::instruction_set, "The instruction set in use: avx512_bf16, avx512, avx2 or portable");
     m.def("use", &ant5m::use, py::arg("name"), "Switch the instruction set; False when this processor lacks it");
     m.def(
         "gather",
@@ -108,4 +108,5 @@ PYBIND11_MODULE(_cpu, m) {
     define(m, "product", &ant5m::Ops::product);
     define(m, "product_over_tokens", &ant5m::Ops::product_over_tokens);
     m.attr("MLP_TOKENS") = ant5m::kMlpTokens;
+    m.attr("LARGE") = ant5m::kLarge;
 }

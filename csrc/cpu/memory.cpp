@@ -15,8 +15,7 @@ namespace ant5m {
 namespace {
 
 constexpr std::align_val_t kAlignment{64};
-constexpr int64_t kPage = 4 << 10, kHugePage = 2 << 20;
-constexpr int64_t kLarge = 1 << 20;  // bytes, from which on a piece comes from the cache
+constexpr int64_t kPage = 64 << 10, kHugePage = 2 << 20;  // the largest page of a system, else its parts stay mapped
 // More may be held than was in use at once: without a backward pass little is, and of changing sizes.
 constexpr int64_t kSpare = 32 << 20;
 
@@ -70,7 +69,12 @@ class Cache {
                 size->second.pop_back();
                 held.kept -= size->first;
             }
-        return map(bytes);
+        try {
+            return map(bytes);
+        } catch (const std::bad_alloc&) {
+            held.used -= bytes;
+            throw;
+        }
     }
 
     void give_back(void* memory, int64_t bytes) {
@@ -102,7 +106,7 @@ Cache& cache() {
 
 int64_t large_bytes(int64_t floats) {
     const int64_t bytes = floats * static_cast<int64_t>(sizeof(float));
-    return bytes < kLarge ? 0 : (bytes + kPage - 1) / kPage * kPage;
+    return floats < kLarge ? 0 : (bytes + kPage - 1) / kPage * kPage;
 }
 
 }  // namespace

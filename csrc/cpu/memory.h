@@ -8,6 +8,8 @@ namespace ant5m {
 // same thread gives the same memory again.
 float* scratch(int64_t floats);
 
+constexpr int64_t kLarge = 1 << 18;  // floats, from which on a piece of Memory comes from the cache
+
 // 64-byte aligned, with undefined content; may be asked for and destroyed on any thread. Large pieces come from a
 // cache of pieces of the same size, which makes the process hold hardly more than was in use at once: a training
 // step asks for the same sizes again and again, and malloc either leaves holes between them (a third more memory)

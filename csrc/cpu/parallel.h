@@ -5,7 +5,7 @@
 namespace ant5m {
 
 // Calls body(context, task) once for every task of [0, tasks) on up to `threads` threads. Which thread takes which
-// task is not determined, so a task must write only what is its own.
+// task is not determined, so a task must write only what is its own. Rethrows the first exception of a task.
 void parallel(int threads, int64_t tasks, void (*body)(void* context, int64_t task), void* context);
 
 template <typename Body>

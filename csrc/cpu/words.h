@@ -12,6 +12,7 @@ struct Fp32 {
     static Vec broadcast(const float* word) { return ANT5M_ISA::broadcast(*word); }
     static Vec multiply_add(Vec a, Vec b, Vec sum) { return sum + a * b; }
     static Vec of(const Vec (&numbers)[1]) { return numbers[0]; }
+    static Vec rounded(Vec numbers) { return numbers; }
 
     // to [rows, columns] = from, whose columns (or rows) are the depth of a product.
     static void pack_columns(int64_t rows, int64_t columns, const float* from, int64_t from_row, float* to,
@@ -36,6 +37,8 @@ struct Bf16 {
     }
     static Vec multiply_add(Vec a, Vec b, Vec sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
     static Vec of(const Vec (&numbers)[2]) { return interleave(round(numbers[0], numbers[1])); }
+    // As a factor of a product has them: bf16 is the upper half of fp32.
+    static Vec rounded(Vec numbers) { return interleave(round(Vec{}, numbers)); }
 
     // to [rows, count(columns)]: each row's pairs of neighbours, and 0 beside the last of an odd number. `to` may be
     // `from`, with the same stride.

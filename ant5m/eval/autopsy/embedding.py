@@ -148,7 +148,7 @@ def _untrained(net: Ant, table: Tensor, occurred: Tensor, where: str) -> Finding
         share,
         f"{share:.1%} of the rows belong to tokens that never occur; {still:.1%} of all also look as "
         "initialised",
-        "0 % with a tokenizer that was trained on the text",
+        "a few percent with a tokenizer of the same text: bytes and parts of words that never stand alone",
         "As inputs these rows learnt nothing. With a tied head all rows are pushed away from what is said, "
         "so they move without being learnt.",
         f"Counted in {where}. 'As initialised': length and mean lie within three standard deviations of "
@@ -254,7 +254,8 @@ def _picture(
     chance = np.exp(-0.5 * (bins / deviation) ** 2) / (deviation * math.sqrt(2 * math.pi))
     axes[0, 1].plot(bins, chance, "--", color="tab:orange", label=f"random in {size} dimensions")
     axes[0, 1].set(xlabel="cosine of two rows", ylabel="density", title="Overlap of frequent tokens")
-    axes[0, 1].legend(loc="upper left")
+    axes[0, 1].legend(loc="upper left", bbox_to_anchor=(0, 0.97), fontsize=9)
+    axes[0, 1].margins(y=0.25)
 
     used = (occurred > 0).cpu()
     axes[1, 0].scatter(
@@ -275,5 +276,6 @@ def _picture(
         axes[1, 1].bar(places, heights, 0.25, yerr=errors, label=label, capsize=3)
     axes[1, 1].set_xticks(range(len(mass)), [f"{k:,}" for k in mass])
     axes[1, 1].set(xlabel="the k most frequent tokens", ylabel="share (%)", title="Who gets the probability")
-    axes[1, 1].legend()
+    axes[1, 1].margins(y=0.25)
+    axes[1, 1].legend(loc="upper left", fontsize=9)
     return figure

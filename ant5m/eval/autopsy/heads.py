@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from ant5m.eval.autopsy import forward
@@ -337,12 +338,13 @@ def _rope_picture(
 ) -> Figure:
     figure = Figure(figsize=(12, 7.5), layout="constrained")
     axes = figure.subplots(2, 2)
-    turns = [f"{pair}\n{count:.3g}" for pair, count in enumerate(_turns(net))]
-    size = 9 if len(turns) <= 12 else 6
+    every = -(-len(pairs) // 12)  # so many labels have room
+    ticks = range(0, len(pairs), every)
+    turns = [f"{pair}\n{count:.3g}" for pair, count in enumerate(_turns(net))][::every]
     image = axes[0, 0].imshow((100 * looks.pairs.mean(1)).numpy(), aspect="auto", cmap="viridis", vmin=0)
     axes[0, 0].set(ylabel="layer", xlabel="rotation pair, its turns within the context")
     axes[0, 0].set_title("Share of the variance of the scores (%)")
-    axes[0, 0].set_xticks(range(len(turns)), turns, fontsize=size)
+    axes[0, 0].set_xticks(ticks, turns, fontsize=9)
     figure.colorbar(image, ax=axes[0, 0])
 
     places = np.arange(len(pairs))
@@ -350,7 +352,7 @@ def _rope_picture(
     axes[0, 1].axhline(0, color="black", linewidth=0.8)
     axes[0, 1].set(ylabel="loss (nats per token)", xlabel="rotation pair, its turns within the context")
     axes[0, 1].set_title("Rise of the loss without the pair")
-    axes[0, 1].set_xticks(places, turns, fontsize=size)
+    axes[0, 1].set_xticks(ticks, turns, fontsize=9)
 
     axes[1, 0].barh(
         list(costs),
@@ -359,6 +361,7 @@ def _rope_picture(
         capsize=3,
     )
     axes[1, 0].axvline(0, color="black", linewidth=0.8)
+    axes[1, 0].xaxis.set_major_locator(MaxNLocator(5))
     axes[1, 0].set(xlabel="loss (nats per token)", title="Rise of the loss with other positions")
 
     labels = [f"{start}" if end - start == 1 else f"{start}-{end - 1}" for start, end, _ in bins]

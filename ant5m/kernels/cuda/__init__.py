@@ -12,7 +12,7 @@ import torch
 
 from ant5m.kernels import check
 from ant5m.kernels.cuda import compiler, runtime
-from ant5m.kernels.cuda.attention import HEAD_SIZES, attention
+from ant5m.kernels.cuda.attention import HEAD_SIZES, MAX_ROWS, attention
 from ant5m.kernels.cuda.layout import DTYPES
 from ant5m.kernels.cuda.linear_cross_entropy import MAX_VOCAB, linear_cross_entropy
 from ant5m.kernels.cuda.mlp import SIZES, mlp
@@ -70,6 +70,8 @@ def _tensors_refuse(op, *tensors):
 def _attention_refuses(q, k, *others):
     if q.shape[-1] not in HEAD_SIZES:
         return f"it takes head sizes {', '.join(map(str, HEAD_SIZES))}, not {q.shape[-1]}"
+    if len(q) > MAX_ROWS:
+        return f"it takes at most {MAX_ROWS:,} sequences, not {len(q):,}"
     return "queries and keys differ in length" if q.shape[1] != k.shape[1] else None
 
 

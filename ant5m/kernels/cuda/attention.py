@@ -10,6 +10,8 @@ import torch
 from ant5m.kernels.cuda.runtime import launch
 
 HEAD_SIZES = (16, 32, 64)
+MAX_ROWS = 65_535
+"""sequences: the third dimension of a grid"""
 
 _THREADS = 128
 _NORM_ROWS = 16

@@ -104,7 +104,10 @@ def compile_and_keep(compiler: Compiler, source: str, defines: Defines, architec
 def folder() -> Path:
     """Where compiled kernels are kept."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "ant5m" / "cuda"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "ant5m" / "cuda"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / f"ant5m-{os.getuid()}" / "cuda"
 
 
 def available() -> Compiler | None:
@@ -117,8 +120,8 @@ def nvrtc_compiler() -> Compiler | None:
     """NVRTC through cuda-core, or None."""
     if Program is None:
         return None
-    _prefer_torchs_nvrtc()
     try:
+        _prefer_torchs_nvrtc()
         error, *version = nvrtc.nvrtcVersion()
     except Exception:  # whatever the search for the library ends with
         return None

@@ -26,14 +26,15 @@ def _forward(
     x, size = rows(x), x.shape[-1]
     other = x if residual is None else rows(residual)
     kinds = _kinds(x.dtype, None if residual is None else residual.dtype, dtype)
+    weight = weight.float().contiguous()
     if len(x) > 0:
         launch(
             _SOURCE,
             "rms_norm_forward",
-            {"SIZE": size, "VECTOR": _vector(size, x, other), "DIRECT": 0, **kinds},
+            {"SIZE": size, "VECTOR": _vector(size, x, other, weight), "DIRECT": 0, **kinds},
             (math.ceil(len(x) / _ROWS),),
             _THREADS,
-            *(x, other, weight.float().contiguous(), y, total, scale),
+            *(x, other, weight, y, total, scale),
             *(len(x), eps, x.stride(0), other.stride(0)),
         )
     return y, total, scale
@@ -63,6 +64,7 @@ def _backward(
     dx, dresidual, dweight = _gradients(dy, dtotal, total, weight, scale, dtype, residual_dtype)
     dy, total, size = rows(dy), rows(total), total.shape[-1]
     direct = total if dtotal is None else rows(dtotal)
+    wide_weight = weight.float().contiguous()
     blocks = max(1, min(_BLOCKS, math.ceil(len(total) / _ROWS)))
     partial = torch.empty(blocks * _ROWS, size, dtype=torch.float32, device=dy.device)
     launch(
@@ -70,13 +72,13 @@ def _backward(
         "rms_norm_backward",
         {
             "SIZE": size,
-            "VECTOR": _vector(size, dy, direct, total),
+            "VECTOR": _vector(size, dy, direct, total, wide_weight),
             "DIRECT": int(dtotal is not None),
             **_kinds(dtype, residual_dtype, dy.dtype),
         },
         (blocks,),
         _THREADS,
-        *(dy, direct, total, weight.float().contiguous(), scale, dx, dresidual, partial),
+        *(dy, direct, total, wide_weight, scale, dx, dresidual, partial),
         *(len(total), dy.stride(0), direct.stride(0), total.stride(0)),
     )
     return dx, dresidual, dweight.copy_(partial.sum(0))

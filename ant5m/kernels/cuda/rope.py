@@ -23,7 +23,8 @@ def _rope(
     q, k = dense(q), dense(k)
     batch, length, heads, size = q.shape
     kv, half = k.shape[2], size // 2
-    width = vector(half, q, k)
+    cos, sin = cos.float().contiguous(), sin.float().contiguous()
+    width = vector(half, q, k, cos, sin)
     work = batch * length * (heads + kv) * (half // width)
     if work > 0:
         launch(
@@ -32,7 +33,7 @@ def _rope(
             {"SIZE": size, "HEADS": heads, "KV": kv, "VECTOR": width, "X": bits(q.dtype)},
             (math.ceil(work / _THREADS),),
             _THREADS,
-            *(q, k, cos.float().contiguous(), sin.float().contiguous(), q_out, k_out),
+            *(q, k, cos, sin, q_out, k_out),
             *(batch * length, length, -1.0 if back else 1.0, *q.stride()[:3], *k.stride()[:3]),
         )
     return q_out, k_out

@@ -39,9 +39,20 @@ def why_not() -> str | None:
     """What of the software is missing to launch, or None."""
     if ObjectCode is None:
         return "cuda-core is not installed: pip install 'ant5m[cuda]'"
-    if compiler.available() is None:
+    found = compiler.available()
+    if found is None:
         return "there is neither NVRTC (pip install nvidia-cuda-nvrtc) nor nvcc"
+    driver = driver_major()
+    if driver and int(found.version.partition(".")[0]) > driver:
+        remedy = f"pip install 'cuda-bindings=={driver}.*'"
+        return f"{found.name} {found.version} is newer than the driver's CUDA {driver}: {remedy}"
     return None
+
+
+def driver_major() -> int | None:
+    """The major version of CUDA that the driver has, where torch can say."""
+    ask = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return ask() // 1_000 if ask and torch.cuda.is_available() else None
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from ant5m.kernels.layout import dense
-from ant5m.kernels.triton.layout import LARGE_SHARED_MEMORY, shared_memory
+from ant5m.kernels.triton.layout import LARGE_SHARED_MEMORY, is_hopper, shared_memory
 
 HEAD_SIZES = (16, 32, 64, 128)
 # Heads of a group in one tile; a larger group takes several tiles.
@@ -508,8 +508,8 @@ def _launch(kernel: str, q: torch.Tensor, k: torch.Tensor, starts: torch.Tensor 
         "PRECISION": "ieee",
         "num_warps": tile.warps,
         "num_stages": tile.stages,
-        # The masks of documents take more registers than that leaves.
-        **({} if tile.registers is None or starts is not None else {"maxnreg": tile.registers}),
+        # The masks of documents take more registers than that leaves, and so does a B200.
+        **({"maxnreg": tile.registers} if tile.registers and starts is None and is_hopper() else {}),
     }
 
 

@@ -29,6 +29,11 @@ def has_tensor_cores() -> bool:
     return interpreted() or driver.active.get_current_target().arch >= 80
 
 
+def is_hopper() -> bool:
+    """Whether the current device has compute capability 9.x."""
+    return not interpreted() and driver.active.get_current_target().arch // 10 == 9
+
+
 @functools.cache
 def _shared_memory(device: int) -> int:
     return driver.active.utils.get_device_properties(device)["max_shared_mem"]

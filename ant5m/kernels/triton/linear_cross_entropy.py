@@ -271,7 +271,9 @@ _by_cublas = in_place(softmax_gradient)
 
 def gradients(hidden, weight, targets, losses, ignore_index, scale, gradient):
     """See `ant5m.kernels.head.Gradients`."""
-    if hidden.dtype == torch.float32 or not has_tensor_cores():
+    with torch.cuda.device_of(hidden):
+        by_cublas = hidden.dtype == torch.float32 or not has_tensor_cores()
+    if by_cublas:
         yield from _by_cublas(hidden, weight, targets, losses, ignore_index, scale, gradient)
         return
     hidden, weight = dense(hidden), dense(weight)

@@ -174,7 +174,7 @@ def _backward(
     direct = dy if dtotal is None else rows(dtotal)
     size = total.shape[-1]
     tile = _tile(size, _BACKWARD)
-    programs = min(_PROGRAMS, triton.cdiv(len(total), tile["BLOCK_N"]))
+    programs = max(1, min(_PROGRAMS, triton.cdiv(len(total), tile["BLOCK_N"])))
     partial = torch.empty(programs, size, dtype=torch.float32, device=dy.device)
     with torch.cuda.device_of(dy):
         rms_norm_bwd_kernel[(programs,)](

@@ -11,15 +11,9 @@ from ant5m.kernels.layout import dense
 
 
 @triton.jit
-def _rotate(
-    p_x,
-    p_out,
-    b_cos,
-    b_sin,
-    i_b,
+def _places(
     i_t,
     T,
-    stride_b,
     stride_t,
     stride_h,
     H: tl.constexpr,
@@ -28,15 +22,18 @@ def _rotate(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Of the first halves [T, H, D/2] of a block of positions from i_t on: offsets, and which are there."""
     o_t = tl.arange(0, BLOCK_T)[:, None, None]
     o_h = tl.arange(0, BLOCK_H)[None, :, None].to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)[None, None, :]
     m = (i_t + o_t < T) & (o_h < H) & (o_d < HALF)
-    p_first = p_x + i_b * stride_b + i_t * stride_t + (o_t * stride_t + o_h * stride_h + o_d)
-    b_first = tl.load(p_first, mask=m, other=0.0).to(tl.float32)  # [T, H, D/2]
-    b_second = tl.load(p_first + HALF, mask=m, other=0.0).to(tl.float32)
-    p_first = p_out + (i_b * T + i_t) * (H * 2 * HALF) + ((o_t * H + o_h) * 2 * HALF + o_d)
-    dtype = p_out.dtype.element_ty
+    return o_t * stride_t + o_h * stride_h + o_d, m
+
+
+@triton.jit
+def _store_turned(p_first, b_first, b_second, b_cos, b_sin, m, HALF: tl.constexpr):
+    b_first, b_second = b_first.to(tl.float32), b_second.to(tl.float32)
+    dtype = p_first.dtype.element_ty
     tl.store(p_first, (b_first * b_cos - b_second * b_sin).to(dtype), mask=m)
     tl.store(p_first + HALF, (b_second * b_cos + b_first * b_sin).to(dtype), mask=m)
 
@@ -76,40 +73,21 @@ def rope_kernel(
     b_sin = tl.load(p_sin + o, mask=m, other=0.0)
     if BACK:
         b_sin = -b_sin
-    _rotate(
-        p_q,
-        p_q_out,
-        b_cos,
-        b_sin,
-        i_b,
-        i_t,
-        T,
-        stride_qb,
-        stride_qt,
-        stride_qh,
-        H,
-        HALF,
-        BLOCK_T,
-        BLOCK_H,
-        BLOCK_D,
-    )
-    _rotate(
-        p_k,
-        p_k_out,
-        b_cos,
-        b_sin,
-        i_b,
-        i_t,
-        T,
-        stride_kb,
-        stride_kt,
-        stride_kh,
-        KV,
-        HALF,
-        BLOCK_T,
-        BLOCK_KV,
-        BLOCK_D,
-    )
+    o_q, m_q = _places(i_t, T, stride_qt, stride_qh, H, HALF, BLOCK_T, BLOCK_H, BLOCK_D)
+    o_k, m_k = _places(i_t, T, stride_kt, stride_kh, KV, HALF, BLOCK_T, BLOCK_KV, BLOCK_D)
+    p_q += i_b * stride_qb + i_t * stride_qt
+    p_k += i_b * stride_kb + i_t * stride_kt
+    # All loads before the first store, behind which the compiler would have them wait. Cosines and sines come
+    # first: with q and k before them Triton 3.7 moves q through shared memory, two bytes at a time.
+    b_q_first = tl.load(p_q + o_q, mask=m_q, other=0.0)
+    b_q_second = tl.load(p_q + o_q + HALF, mask=m_q, other=0.0)
+    b_k_first = tl.load(p_k + o_k, mask=m_k, other=0.0)
+    b_k_second = tl.load(p_k + o_k + HALF, mask=m_k, other=0.0)
+    o_q, m_q = _places(i_t, T, H * 2 * HALF, 2 * HALF, H, HALF, BLOCK_T, BLOCK_H, BLOCK_D)
+    o_k, m_k = _places(i_t, T, KV * 2 * HALF, 2 * HALF, KV, HALF, BLOCK_T, BLOCK_KV, BLOCK_D)
+    i_n = i_b * T + i_t
+    _store_turned(p_q_out + i_n * (H * 2 * HALF) + o_q, b_q_first, b_q_second, b_cos, b_sin, m_q, HALF)
+    _store_turned(p_k_out + i_n * (KV * 2 * HALF) + o_k, b_k_first, b_k_second, b_cos, b_sin, m_k, HALF)
 
 
 @torch.library.custom_op("ant5m_triton::rope", mutates_args=())
