@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from ant5m.files import read_json
 from ant5m.kernels import BACKENDS
 
-TRAINER, BACKEND, PEER = "tab:green", "lightgreen", "tab:gray"
+COLORS = PEER, BACKEND, TRAINER = "tab:gray", "lightgreen", "tab:green"
 PANELS = (("tokens_per_second", 1, "tokens/s"), ("peak_bytes", 1e-6, "peak memory, MB"))
 
 
@@ -29,7 +29,8 @@ def draw_file(source: Path, path: Path) -> None:
     grid = figure.subplots(len(rows), len(PANELS), squeeze=False, height_ratios=sizes)
     for row, line in zip(rows, grid, strict=True):
         for axes, (key, scale, label) in zip(line, PANELS, strict=True):
-            _draw_bars(axes, {name: arm[key] * scale for name, arm in row["arms"].items()})
+            arms = sorted(row["arms"].items(), key=lambda item: COLORS.index(_color(item[0])))
+            _draw_bars(axes, {name: arm[key] * scale for name, arm in arms})
             axes.set_title(f"{row['preset']}: {label}", fontsize="small")
         line[1].set_yticklabels([])
     figure.savefig(path, dpi=120)

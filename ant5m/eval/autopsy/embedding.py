@@ -254,8 +254,7 @@ def _picture(
     chance = np.exp(-0.5 * (bins / deviation) ** 2) / (deviation * math.sqrt(2 * math.pi))
     axes[0, 1].plot(bins, chance, "--", color="tab:orange", label=f"random in {size} dimensions")
     axes[0, 1].set(xlabel="cosine of two rows", ylabel="density", title="Overlap of frequent tokens")
-    axes[0, 1].legend(loc="upper left", bbox_to_anchor=(0, 0.97), fontsize=9)
-    axes[0, 1].margins(y=0.25)
+    axes[0, 1].legend(loc="upper right", fontsize=8)
 
     used = (occurred > 0).cpu()
     axes[1, 0].scatter(
