@@ -115,6 +115,11 @@ def test_help_needs_no_torch():
         subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 
 
+def test_version(capsys):
+    assert run(["--version"]) == 0
+    assert re.fullmatch(r"ant5m \d+\.\d+.*\n", capsys.readouterr().out)
+
+
 def test_overview(capsys):
     for words in ([], ["--help"], ["-h"]):
         assert run(words) == 0

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+import ant5m
 from ant5m.errors import UserError
 
 # command -> ("module:Class", what it does)
@@ -52,6 +53,9 @@ def main_train() -> None:
 
 def call(words: list[str], program: str | None = None) -> int:
     """Run one command line and return its exit code: 0 done, 2 bad input, 130 interrupted."""
+    if words == ["--version"]:
+        print(f"ant5m {ant5m.__version__}")
+        return OK
     name = next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)
     if name is None:
         return _unknown(words)

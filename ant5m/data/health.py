@@ -437,7 +437,8 @@ def _draw_frequency(axes: "Axes", health: Health) -> None:
 def _draw_compression(axes: "Axes", health: Health) -> None:
     sizes = [row["vocab_size"] for row in health.comparison]
     reached = [row["bytes_per_token"] for row in health.comparison]
-    axes.plot(sizes, reached, "o-", label="learned from this sample")
+    if sizes:
+        axes.plot(sizes, reached, "o-", label="learned from this sample")
     axes.plot(health.vocab_size, health.bytes_per_token, "r*", markersize=12, label="this tokenizer")
     ticks = sorted({*sizes, health.vocab_size})
     axes.set_xscale("log", base=2)
@@ -453,9 +454,9 @@ def _draw_share(axes: "Axes", health: Health, points: list[dict[str, Any]]) -> N
     axes.bar(labels, rest, color="tab:blue", label="layers")
     bars = axes.bar(labels, tables, bottom=rest, color="tab:orange", label="table")
     axes.bar_label(bars, [f"{p['table_share']:.0%}" for p in points], padding=2)
-    axes.margins(y=0.15)
+    axes.margins(x=0.1 if len(points) > 1 else 1.5, y=0.15)
     axes.set(
         xlabel="entries (* this tokenizer)", ylabel="million parameters", title=f"{health.model['name']}"
     )
     axes.tick_params(axis="x", rotation=30)
-    axes.legend(frameon=False)
+    axes.legend(framealpha=0.9)
