@@ -143,6 +143,19 @@ def test_weights_of_any_float_become_fp32(dtype, tmp_path):
     assert largest_difference(net, llama) < 1e-4
 
 
+def test_loading_draws_nothing_and_gives_a_model_that_can_be_trained(tmp_path):
+    net = Ant(SMALL)
+    save_model(net, tmp_path)
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    loaded = load_model(SMALL, tmp_path)
+    assert torch.equal(torch.rand(2), expected) and torch.equal(loaded.cos, net.cos)
+    ids = torch.arange(8)[None]
+    loaded(ids, ids).backward()
+    assert all(p.requires_grad and p.grad is not None for p in loaded.parameters())
+
+
 def test_shards_with_an_index(tmp_path):
     llama = transformers.LlamaForCausalLM(to_transformers(UNTIED))
     llama.save_pretrained(tmp_path, max_shard_size="30KB")

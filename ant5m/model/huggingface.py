@@ -117,13 +117,14 @@ def load_model(config: ModelConfig, folder: Path) -> "Ant":
 
     Raises `UserError` when weights are missing, too many, of another shape, not numbers, or unreadable.
     """
-    from ant5m.model.ant import Ant
+    from ant5m.model.ant import Ant, rope_table
 
     weights = _read_weights(folder)
     if config.tie_word_embeddings:
         weights = _tied(weights, folder)
-    with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in Ant(config).state_dict().items()}
+    with torch.device("meta"):  # nothing is drawn that would be thrown away
+        net = Ant(config)
+    expected = {name: tensor.shape for name, tensor in net.state_dict().items()}
     _check_names(set(expected), set(weights), folder)
     for name, shape in expected.items():
         if weights[name].shape != shape:
@@ -139,8 +140,9 @@ def load_model(config: ModelConfig, folder: Path) -> "Ant":
             raise UserError(
                 f"{folder}: {name} holds NaN or infinity: the file is damaged or its training diverged"
             )
-    net = Ant(config)
-    net.load_state_dict(weights)
+    # Copies: what was read may be the mapped file itself.
+    net.load_state_dict({name: weights[name].to(torch.float32, copy=True) for name in expected}, assign=True)
+    net.cos, net.sin = rope_table(config)
     return net
 
 
