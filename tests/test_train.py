@@ -109,6 +109,7 @@ def test_a_run_learns_and_leaves_everything_behind(config):
     assert settings["train"]["steps"] == 40 and settings["train"]["seed"] == 1
     assert settings["model"] == MODEL.to_dict()
     assert {"torch", "ant5m", "python"} <= settings["versions"].keys()
+    assert settings["ran"]["kernels"].startswith("kernels (") and settings["ran"]["device"]
     net, tokenizer = load(run)
     exported, _ = load(run / "hf")
     assert tokenizer is not None

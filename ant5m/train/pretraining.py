@@ -90,6 +90,7 @@ def _pretrain(run: Run, device: torch.device, started: float) -> Result:
     run.config = complete(run.config, run.model, train.num_tokens, device, measure, deadline)
     run.data = {"fingerprint": train.fingerprint, "train": train.counts, "validation": validation.counts}
     trainer = Trainer(run, net, train, validation, tokenizer)
+    run.ran = {"device": device_of(trainer), "kernels": kernels.describe(device)}
     run.write()
     if not run.has_tokenizer:
         tokenizer.save(run.tokenizer, run.model.max_position_embeddings)
@@ -156,6 +157,6 @@ def _introduce(run: Run, net: Ant, precision: str) -> None:
         f"{run.folder}: {config.model}, {parameters:,} parameters, on {where} in {precision}\n"
         f"{config.steps:,} steps of {config.batch_size} x {config.sequence_length:,} tokens = {tokens:,}, "
         f"{tokens / unique:.1f} times over the {unique:,} of {run.shards}\n"
-        f"{kernels.describe(net.device)}",
+        f"{run.ran['kernels']}",
         markup=False,
     )

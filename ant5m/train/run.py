@@ -27,6 +27,8 @@ class Run:
     model: ModelConfig
     data: dict[str, Any]
     """what is known of the training data, once it is there"""
+    ran: dict[str, str] = dataclasses.field(default_factory=dict)
+    """the device with its precision, and the kernels, once they are chosen; of the last call"""
     claimed: bool = False
     """whether the folder is this run's"""
 
@@ -104,6 +106,7 @@ class Run:
             "model": self.model.to_dict(),
             "train": self.config.to_dict(),
             "data": self.data,
+            "ran": self.ran,
             "versions": versions(),
         }
         write_json(self.folder / "config.json", values)
