@@ -45,6 +45,20 @@ def test_what_is_right_passes(op, dtype, backend):
         assert len(check._found) == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_norm_is_tried_in_the_dtypes_of_training(dtype, backend):
+    seen = []
+
+    def rms_norm(x, weight, eps, residual):
+        seen.append((x.dtype, weight.dtype, residual.dtype, torch.get_autocast_dtype("cpu")))
+        assert torch.is_autocast_enabled("cpu")
+        return reference.rms_norm(x, weight, eps, residual)
+
+    backend.rms_norm = rms_norm
+    assert check.failure(backend, "rms_norm", *tensors("rms_norm", dtype)) is None
+    assert seen == [(dtype, torch.float32, torch.float32, dtype)]
+
+
 class Halved(torch.autograd.Function):
     """Right values, wrong gradients."""
 
