@@ -53,10 +53,9 @@ def pretrain(config: TrainConfig) -> Result:
     started = time.monotonic()
     run = Run.open(config) if config.resume else Run.create(config)
     device = choose_device(run.config.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(
-            device
-        )  # for whatever asks the current device, as the check of the kernels does
+    if device.type == "cuda" and device.index is not None:
+        # Whatever asks the current device, as the check of the kernels does, means this one.
+        torch.cuda.set_device(device)
     with _selected(run.config.kernels):
         return _pretrain(run, device, started)
 
