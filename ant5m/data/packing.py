@@ -213,9 +213,8 @@ def _pack(
     """Go from the journal's position to the end; returns the journal to start again with, if need be."""
     cursor = corpus.documents(Position(*journal.position))
     again = not journal.trusted or journal.limit != _new_journal(journal.plan).limit
-    what = (
-        "packing once more" if again else "packing"
-    )  # with another encoder, or so that a document is held out
+    # By another encoder, or so that a document is held out.
+    what = "packing once more" if again else "packing"
     bar = progress.add_task(what, total=corpus.size or None) if progress else None
     unsaved = 0
     with contextlib.ExitStack() as stack:
