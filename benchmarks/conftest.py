@@ -1,5 +1,6 @@
 """Keeps what was measured: JSON in results/ with device, versions and commit, and a table on the terminal."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def pytest_sessionfinish(session):
         return
     where = provenance()
     name = f"{where['device']}-{where['date'][:10]}-{where['commit'][:9]}".replace(" ", "-").replace("/", "-")
-    path = session.config.getoption("--results") / f"{_slug(name)}.json"
+    path = _free(session.config.getoption("--results") / f"{_slug(name)}.json")
     rates = getattr(session.config, "_ant5m_rates", None)
     measured_rates = {} if rates is None else {"rates": rates.to_dict()}
     logged = {"telemetry": telemetry} if telemetry else {}
@@ -97,6 +98,12 @@ def _row(bench) -> dict:
         "seconds": {key: getattr(stats, key) for key in ("min", "q1", "median", "q3", "max")},
         "info": bench.extra_info,
     }
+
+
+def _free(path: Path) -> Path:
+    """`path`, or the first of NAME-2, NAME-3, ... that is not there: another run of that day is kept."""
+    numbered = (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(2))
+    return path if not path.exists() else next(other for other in numbered if not other.exists())
 
 
 def _slug(text: str) -> str:
