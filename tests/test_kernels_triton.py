@@ -416,7 +416,9 @@ def test_torch_compile_takes_a_model_without_graph_breaks(half, monkeypatch):
         monkeypatch.setattr(ops.check, "_compare", lambda *_: None)
         refuses_nothing = torch.compiler.assume_constant_result(lambda *_: None)
         monkeypatch.setattr(ops, "_machine_refuses", refuses_nothing)
-        monkeypatch.setattr(sys.modules["ant5m.kernels.triton.attention"], "shared_memory", lambda: 227 << 10)
+        attention_module = sys.modules["ant5m.kernels.triton.attention"]
+        monkeypatch.setattr(attention_module, "shared_memory", lambda: 227 << 10)
+        monkeypatch.setattr(attention_module, "is_hopper", lambda: True)
         head_module = sys.modules["ant5m.kernels.triton.linear_cross_entropy"]
         monkeypatch.setattr(head_module, "shared_memory", lambda: 227 << 10)
         monkeypatch.setattr(head_module, "has_tensor_cores", lambda: True)

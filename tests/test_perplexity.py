@@ -114,6 +114,7 @@ def test_three_numbers():
             "words",
             "bytes",
             "window",
+            "document_mask",
         )
     }
     assert Evaluation("text", 1e5, 10, 1, 1, 32).word_perplexity == math.inf
