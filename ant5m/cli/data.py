@@ -78,7 +78,8 @@ class DataPack:
         Console().print(_table(meta["splits"]), f"{removed}packed into {escape(str(self.out))}")
         held_out = meta["splits"]["validation"]
         if held_out["documents"] < FEW_DOCUMENTS or held_out["tokens"] < FEW_TOKENS:
-            size = f"{held_out['documents']:,} documents, {held_out['tokens']:,} tokens"
+            documents = f"{held_out['documents']:,} document{'s' * (held_out['documents'] != 1)}"
+            size = f"{documents}, {held_out['tokens']:,} tokens"
             warnings.warn(
                 f"validation has only {size}: its loss will be rough. Give more text, or hold out more of it "
                 "(--validation-fraction 0.05)",
