@@ -700,7 +700,7 @@ class TestBf16Products:
         # The first position sees itself alone, whatever its score: the gradient of its query is 0.
         inputs = draw(2, 1, 4, 16), draw(2, 1, 2, 16, seed=1), draw(2, 1, 2, 16, seed=2)
         _, *gradients = run(cpu.attention, inputs)
-        assert max(gradients[0].abs().max(), gradients[1].abs().max()) < 1e-2
+        assert max(gradients[0].abs().max(), gradients[1].abs().max()) < 1e-5
         assert_true(
             "attention", *(draw(2, 64, n, 16, seed=n * i) for i, n in enumerate((4, 2, 2))), tolerance=5e-3
         )
