@@ -25,8 +25,8 @@ constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLowest = -3.4e38f;  // of a softmax that has seen nothing: not -inf, whose difference to itself is NaN
 
-int64_t panels_of(int64_t length) { return (length + kLanes - 1) / kLanes; }
-int64_t round_up(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
+int64_t panels_of(int64_t length) { return divide_up(length, kLanes); }
+int64_t round_up(int64_t n) { return divide_up(n, kWidth) * kWidth; }
 
 // The rows [dim] of one head from one position on.
 struct Rows {

@@ -12,9 +12,6 @@ namespace {
 constexpr int64_t kTokens = kMlpTokens;  // of a block
 constexpr int64_t kTile = 128;           // rows of gate and up
 
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // The tokens from `first` on; `gates` and `ups`, if not null, are [panels, width, kLanes].
 struct Block {
     int64_t first, tokens, panels;

@@ -24,9 +24,6 @@ constexpr int64_t kStride = kTokens + kWidth;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kLog2e = 1.4426950408889634f;
 
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // The operands; see ops.h. by_dim [vocab, by_dim_row] are the weight's words along dim, by_entry [.., by_entry_row]
 // those along the vocabulary: for fp32 both are the weight itself.
 struct Head {

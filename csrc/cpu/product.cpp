@@ -11,9 +11,6 @@ namespace {
 constexpr int64_t kTokens = 64;  // of a block: their words stay in L1 beside a panel of the weight
 constexpr int64_t kDepth = 256;  // tokens of a sum at a time: so do their words of two panels
 
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // A matrix [depth, columns] as products read it: words along the depth, in panels [Word::count(depth), kLanes] of its
 // columns, zero behind the last.
 template <typename Word>

@@ -13,6 +13,9 @@ namespace ant5m::ANT5M_ISA {
 constexpr int kVecs = 2;
 constexpr int kLanes = kVecs * kWidth;  // columns of a panel of B
 
+inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // What is done to a finished element of C before it is stored: nothing.
 struct Keep {
     Vec operator()(Vec c, int64_t, int) const { return c; }
