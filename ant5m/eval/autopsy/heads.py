@@ -340,7 +340,7 @@ def _rope_picture(
     axes = figure.subplots(2, 2)
     every = -(-len(pairs) // 9)  # so many labels have room
     ticks = range(0, len(pairs), every)
-    turns = [f"{pair}\n{count:.2g}" for pair, count in enumerate(_turns(net))][::every]
+    turns = [f"{pair}\n{count:.3g}" for pair, count in enumerate(_turns(net))][::every]
     image = axes[0, 0].imshow((100 * looks.pairs.mean(1)).numpy(), aspect="auto", cmap="viridis", vmin=0)
     axes[0, 0].set(ylabel="layer", xlabel="rotation pair, its turns within the context")
     axes[0, 0].set_title("Share of the variance of the scores (%)")
