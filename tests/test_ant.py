@@ -27,29 +27,53 @@ def reference(monkeypatch):
     monkeypatch.setattr(kernels, "_selected", "reference")
 
 
+HALF_ON_GPU = SimpleNamespace(is_cuda=True, itemsize=2)
+
+
 def test_products_are_padded_to_whole_16_bytes_on_a_gpu_in_16_bits():
-    sizes = {516: 520, 384: 384, 1: 8}
-    assert [ant._product_size(size, SimpleNamespace(is_cuda=True, itemsize=2)) for size in sizes] == [
-        *sizes.values()
-    ]
-    for elsewhere in (SimpleNamespace(is_cuda=False, itemsize=2), SimpleNamespace(is_cuda=True, itemsize=4)):
-        assert ant._product_size(516, elsewhere) == 516
+    for width, padded in {516: 520, 384: 384, 1: 8}.items():
+        weights = torch.ones(width, 4), torch.ones(width, 4), torch.ones(4, width)
+        wide = ant._whole_vectors(HALF_ON_GPU, *weights)
+        assert [tuple(w.shape) for w in wide] == [(padded, 4), (padded, 4), (4, padded)]
+        assert all(w.sum() == 4 * width for w in wide)
+        for elsewhere in (
+            SimpleNamespace(is_cuda=False, itemsize=2),
+            SimpleNamespace(is_cuda=True, itemsize=4),
+        ):
+            assert ant._whole_vectors(elsewhere, *weights) == weights
 
 
 def test_padding_changes_no_number(monkeypatch):
     torch.manual_seed(0)
     net = Ant(SHAPE).double()
+    assert SHAPE.intermediate_size % 8
     ids = torch.randint(50, (2, 16))
 
     def results():
         loss = net(ids, ids)
         return [net(ids), *torch.autograd.grad(loss, list(net.parameters()))]
 
-    plain = results()
-    monkeypatch.setattr(ant, "_product_size", lambda size, x: size + 4)
+    plain, widen = results(), ant._whole_vectors
+    monkeypatch.setattr(ant, "_whole_vectors", lambda x, *weights: widen(HALF_ON_GPU, *weights))
     for got, expected in zip(results(), plain, strict=True):
         assert got.shape == expected.shape
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_matrices_that_lie_above_one_another_are_joined_without_a_copy():
+    memory = torch.arange(40.0, requires_grad=True)
+    one, two, three = memory[:8].view(2, 4), memory[8:20].view(3, 4), memory[20:32].view(3, 4)
+    whole = ant._join(one, two, three)
+    assert whole.data_ptr() == memory.data_ptr()
+    assert torch.equal(whole, memory[:32].view(8, 4))
+    factors = torch.randn(8, 4)
+    (whole * factors).sum().backward()
+    assert torch.equal(memory.grad, torch.cat((factors.flatten(), torch.zeros(8))))
+    others = (two, one), (one, three), (one, two.clone()), (one, memory[8:18].view(2, 5)[:, :4])
+    for matrices in (*others, (one, memory[8:24].view(4, 4).T)):
+        joined = ant._join(*matrices)
+        assert joined.data_ptr() != memory.data_ptr()
+        assert torch.equal(joined, torch.cat(matrices))
 
 
 @pytest.mark.parametrize("head_dim", [None, 14])

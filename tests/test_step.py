@@ -27,12 +27,13 @@ from ant5m.train.step import WARM_UP, CapturedStep, Step
 TINY = ModelConfig(
     vocab_size=97,
     hidden_size=16,
-    intermediate_size=24,
+    intermediate_size=22,
     num_hidden_layers=2,
     num_attention_heads=2,
     num_key_value_heads=1,
     max_position_embeddings=32,
 )
+NAMES = ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up", "mlp.down")
 # On a GPU these bring a number over from the device or to it: the host waits, and a capture fails.
 WAITING = {
     torch.ops.aten._local_scalar_dense.default,
@@ -145,6 +146,11 @@ def test_products_read_copies_and_gradients_come_in_fp32():
     step.optimizer.zero_grad = lambda: None
     step(*batches(1)[0])
     assert seen and all(copy.dtype == torch.bfloat16 and "proj" in name for name, copy in seen.items())
+    for layer in ("model.layers.0.", "model.layers.1."):
+        q, k, v, gate, up, down = (seen[f"{layer}{name}_proj.weight"] for name in NAMES)
+        for before, behind in ((q, k), (k, v), (gate, up)):
+            assert behind.data_ptr() == before.data_ptr() + 2 * before.numel()
+        assert gate.shape == up.shape == (24, 16) and down.shape == (16, 24) and not down[:, 22:].any()
     gradients = {name: p.grad.clone() for name, p in step.net.named_parameters()}
     twin = make(precision="bf16").net
     for part, targets in zip(*(x.split(2) for x in batches(1)[0]), strict=True):
@@ -154,6 +160,30 @@ def test_products_read_copies_and_gradients_come_in_fp32():
     for name, p in twin.named_parameters():
         assert gradients[name].dtype == torch.float32
         torch.testing.assert_close(gradients[name], p.grad / norm, rtol=2e-2, atol=2e-3)
+
+
+class Joined(TorchDispatchMode):
+    """Counts the matrices that are joined or padded."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.cat, torch.ops.aten.constant_pad_nd):
+            first = args[0][0] if isinstance(args[0], list) else args[0]
+            self.count += first.ndim == 2
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_weight_is_joined_or_padded_in_a_layer():
+    step = make(precision="bf16")
+    ids, targets = (x[:2] for x in batches(1)[0])
+    copies = step._copies()
+    with Joined() as joined:
+        step._loss(copies, ids, targets).backward()
+    assert joined.count == 0
+    with Joined() as joined, torch.autocast("cpu", torch.bfloat16):
+        step.net(ids, targets)
+    assert joined.count == 2 * len(step.net.model.layers)
 
 
 def test_a_step_that_is_given_up_changes_nothing():

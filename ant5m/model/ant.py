@@ -90,6 +90,33 @@ def _side_by_side(parts):
     return first.as_strided((*first.shape[:-1], width), first.stride())
 
 
+class _Join(torch.autograd.Function):
+    """torch.cat of matrices that lie above one another in memory: nothing is copied, either way."""
+
+    @staticmethod
+    def forward(ctx, *matrices):
+        ctx.sizes = [len(matrix) for matrix in matrices]
+        return matrices[0].as_strided((sum(ctx.sizes), matrices[0].shape[1]), matrices[0].stride())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.split(ctx.sizes)
+
+
+def _join(*matrices):
+    """The matrices above one another, for one product with all of them."""
+    if torch.compiler.is_compiling() or not _above_one_another(matrices):
+        return torch.cat(matrices)
+    return _Join.apply(*matrices)
+
+
+def _above_one_another(matrices):
+    places = [(matrix.untyped_storage().data_ptr(), matrix.storage_offset()) for matrix in matrices]
+    ends = [(storage, offset + m.numel()) for (storage, offset), m in zip(places, matrices, strict=True)]
+    same = all(m.shape[1] == matrices[0].shape[1] and m.is_contiguous() for m in matrices)
+    return same and places[1:] == ends[:-1]
+
+
 def _linear(x, weight):
     faster = kernels.linear(x, weight)
     return F.linear(x, weight) if faster is None else faster
@@ -128,7 +155,7 @@ class Attention(nn.Module):
         return self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
 
     def _query_key_value(self, x, cos, sin):
-        weight = torch.cat(self.weights)
+        weight = _join(*self.weights)
         fused = kernels.query_key_value(x, weight, cos, sin, [size // self.head_size for size in self.sizes])
         return self.turn(_linear(x, weight), cos, sin) if fused is None else fused
 
@@ -155,7 +182,6 @@ def _attention_over_cache(q, k, v):
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.size = config.intermediate_size
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
@@ -165,18 +191,19 @@ class MLP(nn.Module):
         fused = kernels.mlp(x, gate, up, down)
         if fused is not None:
             return fused
-        size = _product_size(self.size, x)
-        if size != self.size:
-            more = size - self.size  # silu(0) * 0 = 0, and so are all its gradients
-            gate, up, down = F.pad(gate, (0, 0, 0, more)), F.pad(up, (0, 0, 0, more)), F.pad(down, (0, more))
-        both = _linear(x, torch.cat((gate, up)))
-        return _linear(kernels.swiglu(*_split(both, [size, size])), down)
+        gate, up, down = _whole_vectors(x, gate, up, down)
+        both = _linear(x, _join(gate, up))
+        return _linear(kernels.swiglu(*_split(both, [len(gate)] * 2)), down)
 
 
-def _product_size(size: int, x: torch.Tensor) -> int:
-    """`size`, or what a GPU takes for it: in 16 bits its fastest products take rows of whole 16 bytes,
-    and those of 516 numbers are not."""
-    return size + -size % 8 if x.is_cuda and x.itemsize == 2 else size
+def _whole_vectors(x, gate, up, down):
+    """The weights, widened by zeros to a multiple of 8 where x is in 16 bits on a GPU: its fastest products
+    take rows of whole 16 bytes, and those of 516 numbers are not. silu(0) * 0 = 0, and so are all gradients
+    of it."""
+    more = -len(gate) % 8 if x.is_cuda and x.itemsize == 2 else 0
+    if more == 0:
+        return gate, up, down
+    return F.pad(gate, (0, 0, 0, more)), F.pad(up, (0, 0, 0, more)), F.pad(down, (0, more))
 
 
 class Layer(nn.Module):

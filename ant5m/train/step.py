@@ -4,9 +4,9 @@ All that a step decides, it decides on the device: whether an fp16 overflow skip
 the learning rate is. So nothing in it waits for the device, and on a GPU the whole step is one CUDA graph:
 a step of `ant-5m` is more than a thousand launches, which take a host longer than a GPU computes.
 
-In half precision the matrices of the layers are copied once a step, and the products read the copies. A
-parameter then costs 6 bytes of traffic a step, and 4 in each micro-batch where copies are joined for one
-product. Autocast joins in fp32 and casts that, in each micro-batch: 8 + 6 bytes.
+In half precision the matrices of the layers are copied once a step (`copies`), and the products read the
+copies. A parameter then costs 6 bytes of traffic a step. Autocast joins q, k, v in fp32 and casts that, in
+each micro-batch: 8 + 6 bytes.
 """
 
 import warnings
@@ -17,8 +17,9 @@ import torch
 
 from ant5m.data.loader import document_starts
 from ant5m.model.ant import Ant
+from ant5m.train.copies import copy_matrices
 from ant5m.train.losses import LoopLoss
-from ant5m.train.optimizer import Optimizer, clip, is_hidden
+from ant5m.train.optimizer import Optimizer, clip
 from ant5m.train.precision import DTYPES, LossScaler, autocast, casts
 from ant5m.train.schedule import Schedule
 
@@ -90,8 +91,7 @@ class Step:
         """The matrices of the layers in the products' dtype; their gradients arrive in fp32."""
         if not casts(self.precision, self.net.device):
             return {}
-        matrices = {name: p for name, p in self.net.named_parameters() if is_hidden(name, p)}
-        return dict(zip(matrices, _Copies.apply(DTYPES[self.precision], *matrices.values()), strict=True))
+        return copy_matrices(self.net, DTYPES[self.precision])
 
     def _loss(
         self, copies: dict[str, torch.Tensor], input_ids: torch.Tensor, targets: torch.Tensor
@@ -121,23 +121,6 @@ class Step:
             return torch.stack((loss, norm, counted, counted))
         self.scaler.update(counted)
         return torch.stack((loss, norm, counted, self.scaler.scale))
-
-
-class _Copies(torch.autograd.Function):
-    """Tensors in another dtype, all in one launch, and their gradients back in theirs."""
-
-    @staticmethod
-    def forward(ctx, dtype, *tensors):
-        ctx.dtypes = [x.dtype for x in tensors]
-        copies = [torch.empty_like(x, dtype=dtype) for x in tensors]
-        torch._foreach_copy_(copies, list(tensors))
-        return tuple(copies)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        wide = [torch.empty_like(x, dtype=dtype) for x, dtype in zip(grads, ctx.dtypes, strict=True)]
-        torch._foreach_copy_(wide, list(grads))
-        return None, *wide
 
 
 class CapturedStep:

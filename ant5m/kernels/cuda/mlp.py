@@ -83,7 +83,9 @@ def _columns(gate, up, down):
     """The weights in fp16 as the kernels read them, [W, D] each. Zeros make W a multiple of 8: silu(0) * 0 is
     0, and so are all its gradients."""
     more = -len(gate) % 8
-    return tuple(F.pad(w.half(), (0, 0, 0, more)).contiguous() for w in (gate, up, down.T))
+    weights = (w.half() for w in (gate, up, down.T))
+    # A pad of nothing would be a copy.
+    return tuple(F.pad(w, (0, 0, 0, more)) if more else w.contiguous() for w in weights)
 
 
 def _even(x):
