@@ -160,9 +160,8 @@ def _rope(step: Step) -> list[Kernel]:
     joined = step.tokens * (step.queries + 2 * step.keys)
     return [
         Kernel("rope", "forward", ops=3 * n, bytes=2 * c * n),
-        Kernel("rope", "backward", ops=3 * n, bytes=2 * c * n),
         # The gradients of q, k and v become one tensor, for one product.
-        Kernel("rope", "backward", bytes=2 * c * joined),
+        Kernel("rope", "backward", ops=3 * n, bytes=2 * c * joined),
     ]
 
 
@@ -296,17 +295,20 @@ def traced(arm: str, step: Step) -> list[Kernel]:
     # All layers but the first are alike.
     config = dataclasses.replace(step.config, num_hidden_layers=min(2, step.config.num_hidden_layers))
     shape = step.batch_size, step.sequence_length
-    with FakeTensorMode(allow_non_fake_inputs=True), _Trace(config, step) as trace:
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        _Trace(config, step) as trace,
+        warnings.catch_warnings(),
+    ):
+        # Our model looks where tensors lie, and one without memory lies at 0.
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         tokens = torch.zeros(shape, dtype=torch.int64)
         loss_of = _loss_of(arm, config)
         with trace.modules, torch.autocast("cpu", torch.bfloat16, enabled=step.half):
             trace.direction = "forward"
             loss = loss_of(tokens, tokens)
         trace.direction = "backward"
-        with warnings.catch_warnings():
-            # Our model looks where gradients lie, and a tensor without memory lies at 0.
-            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-            loss.backward()
+        loss.backward()
     return [*trace.kernels, *update(step)]
 
 

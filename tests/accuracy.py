@@ -96,6 +96,24 @@ def check_rope(op, shape, kv, dtype, layout=lambda x: x):
     )
 
 
+def check_rope_qkv(op, shape, kv, dtype, layout=lambda x: x):
+    batch, length, heads, size = shape
+    angle = draw(length, size // 2).abs()
+    cos, sin = angle.cos(), angle.sin()
+
+    def expected(qkv):
+        q, k, v = qkv.unflatten(-1, (-1, size)).split([heads, kv, kv], 2)
+        return *reference.rope(q, k, cos, sin), v
+
+    check(
+        "rope",
+        lambda qkv: tuple(layout(x) for x in op(qkv, cos, sin, [heads, kv, kv])),
+        expected,
+        [draw(batch, length, (heads + 2 * kv) * size)],
+        dtype,
+    )
+
+
 def check_swiglu(op, shape, dtype, layout=lambda x: x):
     check("swiglu", op, reference.swiglu, [draw(*shape, scale=3), draw(*shape, seed=1)], dtype, None, layout)
 

@@ -12,10 +12,16 @@ from ant5m.kernels import check, reference
 SIZES = {
     "rms_norm": [(2, 5, 8), (8,)],
     "rope": [(2, 5, 4, 8), (2, 5, 2, 8)],
+    "rope_qkv": [(2, 5, 4, 8), (2, 5, 2, 8), (2, 5, 2, 8)],
     "attention": [(2, 5, 4, 8), (2, 5, 2, 8), (2, 5, 2, 8)],
     "swiglu": [(2, 5, 12), (2, 5, 12)],
     "linear_cross_entropy": [(10, 8), (30, 8)],
 }
+
+
+def rope_qkv(qkv, cos, sin, heads):
+    q, k, v = qkv.unflatten(-1, (sum(heads), -1)).split(heads, 2)
+    return *reference.rope(q, k, cos, sin), v
 
 
 @pytest.fixture
@@ -24,6 +30,7 @@ def backend(monkeypatch):
     module = ModuleType("tried_backend")
     for op in kernels.OPS:
         setattr(module, op, getattr(reference, op))
+    module.rope_qkv = rope_qkv
     monkeypatch.setitem(sys.modules, "tried_backend", module)
     monkeypatch.setattr(check, "_found", {})
     return module
@@ -34,7 +41,7 @@ def tensors(op, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("op", kernels.OPS)
+@pytest.mark.parametrize("op", SIZES)
 def test_what_is_right_passes(op, dtype, backend):
     state = torch.get_rng_state()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):

@@ -18,6 +18,7 @@ from accuracy import (
     check_head,
     check_rms_norm,
     check_rope,
+    check_rope_qkv,
     check_swiglu,
     draw,
     error,
@@ -122,6 +123,7 @@ def test_rms_norm_when_only_the_sum_is_used():
 )
 def test_rope(shape, kv, dtype):
     check_rope(ops.rope, shape, kv, dtype)
+    check_rope_qkv(ops.rope_qkv, shape, kv, dtype)
 
 
 @pytest.mark.parametrize(
@@ -346,7 +348,14 @@ def test_a_model_in_half_precision(monkeypatch):
     with torch.autocast(DEVICE, fp16):
         loss = net(tokens, tokens.roll(-1))
     (loss * 64).backward()
-    assert {"attention_dkdv", "mlp_backward", "rms_norm_backward", "rope", "softmax_gradient"} <= launched
+    assert {
+        "attention_dkdv",
+        "mlp_backward",
+        "rms_norm_backward",
+        "rope",
+        "rope_qkv_back",
+        "softmax_gradient",
+    } <= launched
     assert abs(loss - truth) < 1e-2
     for (name, mine), right in zip(net.named_parameters(), exact.parameters(), strict=True):
         assert error(mine.grad / 64, right.grad) < 2e-2, name
@@ -368,7 +377,11 @@ MUTATIONS = {
     "rms_norm.cu": {
         "unit[p][i] * along": "unit[p][i]",
     },
-    "rope.cu": {"s[j] *= sign;": ""},
+    "rope.cu": {
+        "s[j] *= sign;": "",
+        "sin + angle, -1)": "sin + angle, 1)",
+        "    store(second, to + kHalf);\n": "",
+    },
     "swiglu.cu": {"silu * (1 - a)": "silu * (1 + a)"},
     "linear_cross_entropy.cu": {
         "if (first_entry(p) + i < VOCAB) total": "total",
@@ -379,7 +392,10 @@ MUTATIONS = {
 }
 CHECKS = {
     "rms_norm.cu": lambda: check_rms_norm(ops.rms_norm, (3, 7, 128), fp32, True),
-    "rope.cu": lambda: check_rope(ops.rope, (2, 5, 8, 16), 2, fp32),
+    "rope.cu": lambda: [
+        check(op, (2, 5, 8, 16), 2, fp32)
+        for check, op in ((check_rope_qkv, ops.rope_qkv), (check_rope, ops.rope))
+    ],
     "swiglu.cu": lambda: check_swiglu(ops.swiglu, (3, 5, 516), fp32),
     "linear_cross_entropy.cu": lambda: check_head(ops.linear_cross_entropy, 37, 16, 1_003, fp16),
     "mlp.cu": lambda: check_mlp(ops.mlp, (2, 17), 64, 36),
@@ -405,7 +421,10 @@ def test_the_tests_can_fail(source, line):
 # Attention and the SwiGLU block: more than two tiles, so that both of their buffers are used again.
 RACES = {
     "rms_norm.cu": [test_rms_norm_of_mixed_dtypes],
-    "rope.cu": [lambda: check_rope(ops.rope, (2, 33, 3, 6), 1, fp16)],
+    "rope.cu": [
+        lambda: check_rope(ops.rope, (2, 33, 3, 6), 1, fp16),
+        lambda: check_rope_qkv(ops.rope_qkv, (2, 33, 3, 6), 1, fp16),
+    ],
     "swiglu.cu": [lambda: check_swiglu(ops.swiglu, (2, 3, 129), fp16)],
     "linear_cross_entropy.cu": [
         lambda: check_head(ops.linear_cross_entropy, 13, 16, 1_003, fp16, scale=100.0),

@@ -25,6 +25,7 @@ from accuracy import (
     check_head,
     check_rms_norm,
     check_rope,
+    check_rope_qkv,
     check_swiglu,
     draw,
     error,
@@ -176,6 +177,7 @@ def test_rms_norm_when_only_the_sum_is_used():
 )
 def test_rope(shape, kv, dtype):
     check_rope(ops.rope, shape, kv, dtype)
+    check_rope_qkv(ops.rope_qkv, shape, kv, dtype)
 
 
 @runs_here
@@ -242,6 +244,7 @@ def test_attention_with_peaked_scores(dtype):
 def test_layouts(layout):
     check_attention(ops.attention, (2, 19, 4, 16), 2, fp32, layout=layout)
     check_rope(ops.rope, (2, 7, 4, 16), 2, fp32, layout)
+    check_rope_qkv(ops.rope_qkv, (2, 7, 4, 16), 2, fp32, layout)
     check_swiglu(ops.swiglu, (2, 5, 3, 20), fp32, layout)
 
     def by_dimension(x):  # gains have one, and nothing to lay out
@@ -445,6 +448,7 @@ def test_op_registrations():
     arguments = {
         "rms_norm": (x, weight, 1e-5, draw(3, 16, seed=1).requires_grad_(), fp16),
         "rope": (q, k, angle, angle, False),
+        "rope_back": (q.detach(), k.detach(), k.detach(), angle, angle),
         "attention": (q, k, k, None),
         "swiglu": (x, x),
         "linear_cross_entropy": (
@@ -525,6 +529,13 @@ MISTAKES = {
     "direct gradient of the sum lost": ("rms_norm", "if DTOTAL:", "if False:"),
     "partial sums lost": ("rms_norm", "b_dweight +=", "b_dweight ="),
     "rotated forth, not back": ("rope", "if BACK:", "if False:"),
+    "rotated forth in the product's gradient": ("rope_qkv", "if BACK:", "if False:"),
+    "gradient of v lost": ("rope_qkv", "tl.store(p_v_out + o_kv + HALF", "tl.store(p_v_out + o_kv"),
+    "gradient of k beside q's": (
+        "rope_qkv",
+        "KV_ROW: tl.constexpr = (H + 2 * KV if JOIN",
+        "KV_ROW: tl.constexpr = (H + KV if JOIN",
+    ),
     "sigmoid held constant": ("swiglu", "b_sigmoid + b_silu * (1.0 - b_sigmoid)", "b_sigmoid"),
     "no one-hot": ("linear_cross_entropy", "/ total - 1.0)", "/ total)"),
     "ignored rows count": ("linear_cross_entropy", "target == ignore_index:", "target == ignore_index - 1:"),
@@ -551,6 +562,8 @@ def _check_mutant(name, op, monkeypatch, module):
         check_rms_norm(op, (1, 100, 128), fp32, True)
     elif name == "rope":
         check_rope(op, (1, 5, 2, 16), 1, fp32)
+    elif name == "rope_qkv":
+        check_rope_qkv(op, (1, 5, 2, 16), 1, fp32)
     elif name == "swiglu":
         check_swiglu(op, (3, 20), fp32)
     elif name == "attention":
@@ -559,6 +572,11 @@ def _check_mutant(name, op, monkeypatch, module):
         check_head(op, 12, 16, 100, fp32)
         monkeypatch.setattr(module, "_SPAN", 128)
         check_head(op, 12, 16, 200, fp16)
+
+
+def _source(op):
+    file = "rope" if op == "rope_qkv" else op
+    return Path(sys.modules[f"ant5m.kernels.triton.{file}"].__file__).read_text()
 
 
 def _op_of(path, name, source, tag):
@@ -574,7 +592,7 @@ def _op_of(path, name, source, tag):
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_wrong_kernel_fails(mistake, tmp_path, monkeypatch):
     name, right, wrong = MISTAKES[mistake]
-    source = Path(sys.modules[f"ant5m.kernels.triton.{name}"].__file__).read_text()
+    source = _source(name)
     assert right in source
     number = list(MISTAKES).index(mistake)
     module, op = _op_of(
@@ -585,9 +603,9 @@ def test_a_wrong_kernel_fails(mistake, tmp_path, monkeypatch):
 
 
 @runs_here
-@pytest.mark.parametrize("name", kernels.OPS)
+@pytest.mark.parametrize("name", (*kernels.OPS, "rope_qkv"))
 def test_the_right_kernel_passes_what_wrong_ones_fail(name, tmp_path, monkeypatch):
-    source = Path(sys.modules[f"ant5m.kernels.triton.{name}"].__file__).read_text()
+    source = _source(name)
     module, op = _op_of(tmp_path / f"copy_of_{name}.py", name, source, f"copy_of_{name}")
     _check_mutant(name, op, monkeypatch, module)
 

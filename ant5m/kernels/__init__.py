@@ -5,9 +5,9 @@ backend is a module of this package with a function for each op that it has, and
 `why_not(op, *tensors) -> str | None`: None when it can run the op (on these tensors), else the reason. A
 backend asked for by name that cannot run raises; `auto` takes the first of `_PREFERENCE` that can.
 
-Further ops (`mlp`, `query_key_value`, `linear`, `norm_product`, `finish_layer`, `attention_until`,
-`logit_summary`) are for backends that have something better than a few ops one after the other, or than
-torch's; elsewhere they give None.
+Further ops (`mlp`, `rope_qkv`, `query_key_value`, `linear`, `norm_product`, `finish_layer`,
+`attention_until`, `logit_summary`) are for backends that have something better than a few ops one after the
+other, or than torch's; elsewhere they give None.
 """
 
 import contextlib
@@ -64,6 +64,19 @@ def rope(
     Source: Su et al., "RoFormer", 2021.
     """
     return _pick("rope", backend, q, k).rope(q, k, cos, sin)
+
+
+def rope_qkv(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: list[int], backend: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """q, k, v [B, T, heads, d] of qkv [B, T, sum(heads) * d], q and k turned by `rope`; v is a view.
+
+    Its gradient is made in one piece. None where the backend has nothing better than `split` and `rope`, and
+    while torch.compile traces, which joins gradients in its own way.
+    """
+    q, k, v = qkv.unflatten(-1, (sum(heads), -1)).split(heads, -2)
+    module = None if torch.compiler.is_compiling() else _faster("rope_qkv", backend, q, k, v)
+    return None if module is None else module.rope_qkv(qkv, cos, sin, heads)
 
 
 def query_key_value(

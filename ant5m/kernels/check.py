@@ -29,6 +29,7 @@ _LENGTH = 144
 _USUAL = {
     "rms_norm": (128,),
     "rope": (8, 2, 16),
+    "rope_qkv": (8, 2, 16),
     "attention": (8, 2, 16, False),
     "swiglu": (516,),
     "linear_cross_entropy": (16_384, 128),
@@ -68,10 +69,10 @@ def _failure(
 def _sizes(op: str, *tensors: torch.Tensor) -> tuple[int, ...]:
     """[D] of a norm and a SwiGLU, [H, KV, D] of RoPE, the same and whether there are documents of attention,
     [V, D] of the head, [W, D] of a SwiGLU block."""
-    if op in ("rope", "attention"):
+    if op in ("rope", "rope_qkv", "attention"):
         q, k, *others = tensors
         sizes = q.shape[2], k.shape[2], q.shape[3]
-        return sizes if op == "rope" else (*sizes, len(others) > 1)
+        return (*sizes, len(others) > 1) if op == "attention" else sizes
     return tuple(tensors[1].shape) if op in ("linear_cross_entropy", "mlp") else (tensors[0].shape[-1],)
 
 
@@ -121,16 +122,13 @@ def _inputs(op: str, sizes: tuple[int, ...]) -> list[torch.Tensor]:
 def _call(module: ModuleType, op: str, device: torch.device, sizes: tuple[int, ...]) -> Callable:
     if op == "mlp" and module is reference:  # which has none of its own
         return lambda x, gate, up, down: F.linear(reference.swiglu(F.linear(x, gate), F.linear(x, up)), down)
+    if op == "rope_qkv":
+        return lambda *qkv: _rope_qkv(module, *qkv)
     function = getattr(module, op)
     if op == "rms_norm":
         return lambda x, weight, residual: function(x, weight, 1e-5, residual)
     if op == "rope":
-
-        def rope(q, k):
-            angle = torch.arange(_LENGTH * q.shape[3] // 2, device=device).view(_LENGTH, -1) * 0.01
-            return function(q, k, angle.cos(), angle.sin())
-
-        return rope
+        return lambda q, k: function(q, k, *_angles(q))
     if op == "linear_cross_entropy":
 
         def head(hidden, weight):
@@ -143,6 +141,18 @@ def _call(module: ModuleType, op: str, device: torch.device, sizes: tuple[int, .
         starts = torch.arange(_LENGTH, device=device).expand(2, -1) // 50 * 50
         return lambda q, k, v: function(q, k, v, starts)
     return function
+
+
+def _angles(q):
+    angle = torch.arange(_LENGTH * q.shape[3] // 2, device=q.device).view(_LENGTH, -1) * 0.01
+    return angle.cos(), angle.sin()
+
+
+def _rope_qkv(module, q, k, v):
+    if module is reference:  # which has none of its own
+        return *reference.rope(q, k, *_angles(q)), v
+    heads = [x.shape[2] for x in (q, k, v)]
+    return module.rope_qkv(torch.cat((q, k, v), 2).flatten(-2), *_angles(q), heads)
 
 
 def _results(function, inputs):

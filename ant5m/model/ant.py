@@ -139,6 +139,7 @@ class Attention(nn.Module):
         self.head_size = config.head_size
         queries = config.num_attention_heads * self.head_size
         keys = config.num_key_value_heads * self.head_size
+        self.heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
         self.sizes = [queries, keys, keys]
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
@@ -156,11 +157,14 @@ class Attention(nn.Module):
 
     def _query_key_value(self, x, cos, sin):
         weight = _join(*self.weights)
-        fused = kernels.query_key_value(x, weight, cos, sin, [size // self.head_size for size in self.sizes])
+        fused = kernels.query_key_value(x, weight, cos, sin, self.heads)
         return self.turn(_linear(x, weight), cos, sin) if fused is None else fused
 
     def turn(self, qkv, cos, sin):
         """q, k, v [B, T, heads, head size] of the product [B, T, ...], q and k turned."""
+        turned = kernels.rope_qkv(qkv, cos, sin, self.heads)
+        if turned is not None:
+            return turned
         q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in _split(qkv, self.sizes))
         return *kernels.rope(q, k, cos, sin), v
 

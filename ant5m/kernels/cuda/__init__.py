@@ -17,12 +17,12 @@ from ant5m.kernels.cuda.layout import DTYPES
 from ant5m.kernels.cuda.linear_cross_entropy import MAX_VOCAB, linear_cross_entropy
 from ant5m.kernels.cuda.mlp import SIZES, mlp
 from ant5m.kernels.cuda.rms_norm import MAX_SIZE, rms_norm
-from ant5m.kernels.cuda.rope import rope
+from ant5m.kernels.cuda.rope import rope, rope_qkv
 from ant5m.kernels.cuda.swiglu import swiglu
 from ant5m.kernels.layout import compute_dtype
 from ant5m.kernels.tracing import constant_when_traced
 
-__all__ = ["attention", "linear_cross_entropy", "mlp", "rms_norm", "rope", "swiglu", "why_not"]
+__all__ = ["attention", "linear_cross_entropy", "mlp", "rms_norm", "rope", "rope_qkv", "swiglu", "why_not"]
 
 
 def why_not(op: str, *tensors: torch.Tensor) -> str | None:
@@ -62,7 +62,7 @@ def _tensors_refuse(op, *tensors):
             return f"it takes fp16 or fp32, not {_name(dtype)}"
     if op in ("attention", "mlp") and x.dtype != torch.float16:
         return f"it takes fp16, not {_name(x.dtype)}"
-    if op in ("attention", "rope", "swiglu") and any(t.dtype != x.dtype for t in numbers):
+    if op in ("attention", "rope", "rope_qkv", "swiglu") and any(t.dtype != x.dtype for t in numbers):
         return f"its inputs differ in dtype: {', '.join(_name(t.dtype) for t in numbers)}"
     return _SIZES_REFUSE[op](*tensors) if op in _SIZES_REFUSE else None
 

@@ -120,10 +120,9 @@ def _launches(hidden, intermediate, heads, kv_heads, head_size, vocab, documents
         embedding = torch.zeros(vocab, hidden, requires_grad=True)
         residual, x = draw(hidden, dtype=torch.float32), draw(hidden)
         outputs = [ops.rms_norm(residual, weight), *ops.rms_norm(x, weight, 1e-5, residual)]
-        sizes = [count * head_size for count in (heads, kv_heads, kv_heads)]
-        q, k, v = (part.unflatten(-1, (-1, head_size)) for part in draw(sum(sizes)).split(sizes, -1))
+        counts = [heads, kv_heads, kv_heads]
         angles = torch.zeros(length, head_size // 2)
-        q, k = ops.rope(q, k, angles, angles)
+        q, k, v = ops.rope_qkv(draw(sum(counts) * head_size), angles, angles, counts)
         starts = torch.zeros(1, length, dtype=torch.int32) if documents else None
         outputs += [q, k, ops.attention(q, k, v, starts)]
         if hidden in ops.SIZES:

@@ -19,10 +19,10 @@ else:
     from ant5m.kernels.triton.attention import HEAD_SIZES, attention
     from ant5m.kernels.triton.linear_cross_entropy import linear_cross_entropy
     from ant5m.kernels.triton.rms_norm import MAX_SIZE, rms_norm
-    from ant5m.kernels.triton.rope import rope
+    from ant5m.kernels.triton.rope import rope, rope_qkv
     from ant5m.kernels.triton.swiglu import swiglu
 
-__all__ = ["attention", "linear_cross_entropy", "rms_norm", "rope", "swiglu", "why_not"]
+__all__ = ["attention", "linear_cross_entropy", "rms_norm", "rope", "rope_qkv", "swiglu", "why_not"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

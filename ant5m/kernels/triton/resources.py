@@ -84,11 +84,10 @@ def of_training_step(
         embedding = torch.zeros(vocab, hidden, requires_grad=True)
         residual = draw(hidden, dtype=torch.float32)
         outputs = [ops.rms_norm(residual, weight), *ops.rms_norm(draw(hidden), weight, 1e-5, residual)]
-        sizes = [count * head_size for count in (heads, kv_heads, kv_heads)]
-        q, k, v = (part.unflatten(-1, (-1, head_size)) for part in draw(sum(sizes)).split(sizes, -1))
+        counts = [heads, kv_heads, kv_heads]
         angles = torch.zeros(length, head_size // 2)
-        q, k = ops.rope(q, k, angles, angles)
-        outputs += [q, k]
+        q, k, v = ops.rope_qkv(draw(sum(counts) * head_size), angles, angles, counts)
+        outputs += [q, k, v]
         if capability >= 80:
             starts = torch.zeros(1, length, dtype=torch.int32) if documents else None
             outputs.append(ops.attention(q, k, v, starts))

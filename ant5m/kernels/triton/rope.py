@@ -1,13 +1,14 @@
 """Rotary position embedding of q and k in one launch, half-rotate layout: dimension j turns with j + D/2.
 
-The gradient of a rotation is the rotation back, so the backward pass is the same kernel with -sin.
+The gradient of a rotation is the rotation back, so the backward pass is the same kernel with -sin. Where q, k
+and v are parts of one product, it also brings their gradients together as that product's.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ant5m.kernels.layout import dense
+from ant5m.kernels.layout import dense, turn_parts
 
 
 @triton.jit
@@ -42,10 +43,12 @@ def _store_turned(p_first, b_first, b_second, b_cos, b_sin, m, HALF: tl.constexp
 def rope_kernel(
     p_q,
     p_k,
+    p_v,
     p_cos,
     p_sin,
     p_q_out,
     p_k_out,
+    p_v_out,
     T,
     stride_qb,
     stride_qt,
@@ -53,15 +56,20 @@ def rope_kernel(
     stride_kb,
     stride_kt,
     stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
     H: tl.constexpr,
     KV: tl.constexpr,
     HALF: tl.constexpr,
     BACK: tl.constexpr,
+    JOIN: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """JOIN: the results, and v as it is, become parts of rows of H + 2 KV heads; else v is not touched."""
     blocks = tl.cdiv(T, BLOCK_T)
     i_b = (tl.program_id(0) // blocks).to(tl.int64)
     i_t = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_T
@@ -83,11 +91,21 @@ def rope_kernel(
     b_q_second = tl.load(p_q + o_q + HALF, mask=m_q, other=0.0)
     b_k_first = tl.load(p_k + o_k, mask=m_k, other=0.0)
     b_k_second = tl.load(p_k + o_k + HALF, mask=m_k, other=0.0)
-    o_q, m_q = _places(i_t, T, H * 2 * HALF, 2 * HALF, H, HALF, BLOCK_T, BLOCK_H, BLOCK_D)
-    o_k, m_k = _places(i_t, T, KV * 2 * HALF, 2 * HALF, KV, HALF, BLOCK_T, BLOCK_KV, BLOCK_D)
     i_n = i_b * T + i_t
-    _store_turned(p_q_out + i_n * (H * 2 * HALF) + o_q, b_q_first, b_q_second, b_cos, b_sin, m_q, HALF)
-    _store_turned(p_k_out + i_n * (KV * 2 * HALF) + o_k, b_k_first, b_k_second, b_cos, b_sin, m_k, HALF)
+    Q_ROW: tl.constexpr = (H + 2 * KV if JOIN else H) * 2 * HALF
+    KV_ROW: tl.constexpr = (H + 2 * KV if JOIN else KV) * 2 * HALF
+    o_q, m_q = _places(i_t, T, Q_ROW, 2 * HALF, H, HALF, BLOCK_T, BLOCK_H, BLOCK_D)
+    o_kv, m_kv = _places(i_t, T, KV_ROW, 2 * HALF, KV, HALF, BLOCK_T, BLOCK_KV, BLOCK_D)
+    if JOIN:
+        o_v, m_v = _places(i_t, T, stride_vt, stride_vh, KV, HALF, BLOCK_T, BLOCK_KV, BLOCK_D)
+        p_v += i_b * stride_vb + i_t * stride_vt
+        b_v_first = tl.load(p_v + o_v, mask=m_v, other=0.0)
+        b_v_second = tl.load(p_v + o_v + HALF, mask=m_v, other=0.0)
+        p_v_out += i_n * KV_ROW
+        tl.store(p_v_out + o_kv, b_v_first, mask=m_kv)
+        tl.store(p_v_out + o_kv + HALF, b_v_second, mask=m_kv)
+    _store_turned(p_q_out + i_n * Q_ROW + o_q, b_q_first, b_q_second, b_cos, b_sin, m_q, HALF)
+    _store_turned(p_k_out + i_n * KV_ROW + o_kv, b_k_first, b_k_second, b_cos, b_sin, m_kv, HALF)
 
 
 @torch.library.custom_op("ant5m_triton::rope", mutates_args=())
@@ -96,7 +114,34 @@ def _rope(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q and k turned by the angles whose cosines and sines are given, or back by them."""
     q_out, k_out = _outputs(q, k, cos, sin, back)
-    q, k, cos, sin = dense(q), dense(k), cos.contiguous(), sin.contiguous()
+    _launch(q, k, None, cos, sin, (q_out, k_out, k_out), back)
+    return q_out, k_out
+
+
+@_rope.register_fake
+def _outputs(q, k, cos, sin, back):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+
+
+@torch.library.custom_op("ant5m_triton::rope_back", mutates_args=())
+def _rope_back(
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """dq and dk turned back beside dv: [B, T, H + 2 KV, D]."""
+    together = _joined(dq, dk, dv, cos, sin)
+    _launch(dq, dk, dv, cos, sin, together.split([dq.shape[2], dk.shape[2], dv.shape[2]], 2), True)
+    return together
+
+
+@_rope_back.register_fake
+def _joined(dq, dk, dv, cos, sin):
+    batch, length, heads, size = dq.shape
+    return torch.empty(batch, length, heads + 2 * dk.shape[2], size, dtype=dq.dtype, device=dq.device)
+
+
+def _launch(q, k, v, cos, sin, outputs, back):
+    join = v is not None
+    q, k, v, cos, sin = dense(q), dense(k), dense(v if join else k), cos.contiguous(), sin.contiguous()
     batch, length, heads, size = q.shape
     kv, half = k.shape[2], size // 2
     block_h, block_d = triton.next_power_of_2(heads), triton.next_power_of_2(half)
@@ -105,28 +150,24 @@ def _rope(
         rope_kernel[(batch * triton.cdiv(length, block_t),)](
             q,
             k,
+            v,
             cos,
             sin,
-            q_out,
-            k_out,
+            *outputs,
             length,
             *q.stride()[:3],
             *k.stride()[:3],
+            *v.stride()[:3],
             H=heads,
             KV=kv,
             HALF=half,
             BACK=back,
+            JOIN=join,
             BLOCK_T=block_t,
             BLOCK_H=block_h,
             BLOCK_KV=triton.next_power_of_2(kv),
             BLOCK_D=block_d,
         )
-    return q_out, k_out
-
-
-@_rope.register_fake
-def _outputs(q, k, cos, sin, back):
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
 
 
 def _save(ctx, inputs, output):
@@ -144,3 +185,7 @@ _rope.register_autograd(_differentiate, setup_context=_save)
 
 def rope(q, k, cos, sin):
     return _rope(q, k, cos, sin, False)
+
+
+def rope_qkv(qkv, cos, sin, heads):
+    return turn_parts(_rope, _rope_back, qkv, cos, sin, heads)
