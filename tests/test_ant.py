@@ -60,22 +60,6 @@ def test_padding_changes_no_number(monkeypatch):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 
 
-def test_matrices_that_lie_above_one_another_are_joined_without_a_copy():
-    memory = torch.arange(40.0, requires_grad=True)
-    one, two, three = memory[:8].view(2, 4), memory[8:20].view(3, 4), memory[20:32].view(3, 4)
-    whole = ant._join(one, two, three)
-    assert whole.data_ptr() == memory.data_ptr()
-    assert torch.equal(whole, memory[:32].view(8, 4))
-    factors = torch.randn(8, 4)
-    (whole * factors).sum().backward()
-    assert torch.equal(memory.grad, torch.cat((factors.flatten(), torch.zeros(8))))
-    others = (two, one), (one, three), (one, two.clone()), (one, memory[8:18].view(2, 5)[:, :4])
-    for matrices in (*others, (one, memory[8:24].view(4, 4).T)):
-        joined = ant._join(*matrices)
-        assert joined.data_ptr() != memory.data_ptr()
-        assert torch.equal(joined, torch.cat(matrices))
-
-
 @pytest.mark.parametrize("head_dim", [None, 14])
 def test_heads_that_do_not_divide_the_width_are_refused(head_dim):
     with pytest.raises(UserError, match="must divide hidden_size"):

@@ -1,4 +1,4 @@
-"""What GPU kernels share about tensors: rows without gaps, autocast's dtype, q, k and v as parts of a row."""
+"""What GPU kernels take for granted about tensors: rows without gaps, and autocast's dtype."""
 
 import torch
 
@@ -17,21 +17,3 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """x's, or that of an autocast, which does not reach into an op of our own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-class _TurnedParts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, turn, turn_back, qkv, cos, sin, heads):
-        q, k, v = qkv.unflatten(-1, (sum(heads), -1)).split(heads, 2)
-        ctx.turn_back, ctx.shape = turn_back, qkv.shape
-        ctx.save_for_backward(cos, sin)
-        return *turn(q, k, cos, sin, False), v
-
-    @staticmethod
-    def backward(ctx, dq, dk, dv):
-        return None, None, ctx.turn_back(dq, dk, dv, *ctx.saved_tensors).view(ctx.shape), None, None, None
-
-
-def turn_parts(turn, turn_back, qkv, cos, sin, heads):
-    """`rope_qkv` of a backend with turn(q, k, cos, sin, back) and turn_back(dq, dk, dv, cos, sin)."""
-    return _TurnedParts.apply(turn, turn_back, qkv, cos, sin, heads)

@@ -13,6 +13,7 @@ from torch import nn
 
 from ant5m import kernels
 from ant5m.errors import UserError
+from ant5m.kernels.pieces import join, split
 from ant5m.model.config import ModelConfig
 
 
@@ -55,68 +56,6 @@ class KVCache:
         return _attention_over_cache(q, *self.append(layer, k, v))
 
 
-class _Split(torch.autograd.Function):
-    """x.split(sizes, -1), whose gradient is not copied together when it was made in one piece already.
-
-    For gate and up of `ant-5m` that copy was 3.6 % of a training step on a CPU.
-    """
-
-    @staticmethod
-    def forward(ctx, x, *sizes):
-        return x.split(sizes, -1)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        whole = _side_by_side(grads)
-        return (torch.cat(grads, -1) if whole is None else whole, *(None for _ in grads))
-
-
-def _split(x, sizes):
-    # torch.compile sees no addresses, and joins gradients in its own way.
-    return x.split(sizes, -1) if torch.compiler.is_compiling() else _Split.apply(x, *sizes)
-
-
-def _side_by_side(parts):
-    """The tensor that `parts` split along the last dimension, if they lie beside one another in memory."""
-    first, offset = parts[0], parts[0].storage_offset()
-    for part in parts:
-        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not same or part.stride() != first.stride() or part.storage_offset() != offset:
-            return None
-        offset += part.shape[-1]
-    width = offset - first.storage_offset()
-    if first.stride(-1) != 1 or first.stride(-2) != width:
-        return None
-    return first.as_strided((*first.shape[:-1], width), first.stride())
-
-
-class _Join(torch.autograd.Function):
-    """torch.cat of matrices that lie above one another in memory: nothing is copied, either way."""
-
-    @staticmethod
-    def forward(ctx, *matrices):
-        ctx.sizes = [len(matrix) for matrix in matrices]
-        return matrices[0].as_strided((sum(ctx.sizes), matrices[0].shape[1]), matrices[0].stride())
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.split(ctx.sizes)
-
-
-def _join(*matrices):
-    """The matrices above one another, for one product with all of them."""
-    if torch.compiler.is_compiling() or not _above_one_another(matrices):
-        return torch.cat(matrices)
-    return _Join.apply(*matrices)
-
-
-def _above_one_another(matrices):
-    places = [(matrix.untyped_storage().data_ptr(), matrix.storage_offset()) for matrix in matrices]
-    ends = [(storage, offset + m.numel()) for (storage, offset), m in zip(places, matrices, strict=True)]
-    same = all(m.shape[1] == matrices[0].shape[1] and m.is_contiguous() for m in matrices)
-    return same and places[1:] == ends[:-1]
-
-
 def _linear(x, weight):
     faster = kernels.linear(x, weight)
     return F.linear(x, weight) if faster is None else faster
@@ -156,7 +95,7 @@ class Attention(nn.Module):
         return self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
 
     def _query_key_value(self, x, cos, sin):
-        weight = _join(*self.weights)
+        weight = join(*self.weights)
         fused = kernels.query_key_value(x, weight, cos, sin, self.heads)
         return self.turn(_linear(x, weight), cos, sin) if fused is None else fused
 
@@ -165,7 +104,7 @@ class Attention(nn.Module):
         turned = kernels.rope_qkv(qkv, cos, sin, self.heads)
         if turned is not None:
             return turned
-        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in _split(qkv, self.sizes))
+        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in split(qkv, self.sizes))
         return *kernels.rope(q, k, cos, sin), v
 
     def mix(self, q, k, v, cache=None, starts=None):
@@ -196,8 +135,9 @@ class MLP(nn.Module):
         if fused is not None:
             return fused
         gate, up, down = _whole_vectors(x, gate, up, down)
-        both = _linear(x, _join(gate, up))
-        return _linear(kernels.swiglu(*_split(both, [len(gate)] * 2)), down)
+        both = _linear(x, join(gate, up))
+        gate, up = split(both, [len(gate)] * 2)
+        return _linear(kernels.swiglu(gate, up), down)
 
 
 def _whole_vectors(x, gate, up, down):

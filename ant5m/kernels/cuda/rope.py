@@ -10,7 +10,8 @@ import torch
 
 from ant5m.kernels.cuda.layout import bits, vector
 from ant5m.kernels.cuda.runtime import launch
-from ant5m.kernels.layout import dense, turn_parts
+from ant5m.kernels.layout import dense
+from ant5m.kernels.pieces import turn_parts
 
 _THREADS = 256
 

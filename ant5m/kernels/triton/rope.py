@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ant5m.kernels.layout import dense, turn_parts
+from ant5m.kernels.layout import dense
+from ant5m.kernels.pieces import turn_parts
 
 
 @triton.jit
