@@ -20,7 +20,7 @@ TOLERANCES = {
     "swiglu": {fp32: 1e-5, fp16: 1e-3, bf16: 4e-3},
     "attention": {fp32: 1e-5, fp16: 5e-3, bf16: 2e-2},
     "linear_cross_entropy": {fp32: 1e-5, fp16: 5e-3, bf16: 2e-2},
-    "mlp": {fp16: 2e-3},
+    "mlp": {fp16: 2e-3, bf16: 1.6e-2},
 }
 
 
@@ -116,6 +116,15 @@ def check_rope_qkv(op, shape, kv, dtype, layout=lambda x: x):
 
 def check_swiglu(op, shape, dtype, layout=lambda x: x):
     check("swiglu", op, reference.swiglu, [draw(*shape, scale=3), draw(*shape, seed=1)], dtype, None, layout)
+
+
+def check_mlp(op, tokens, size, width, dtype, layout=lambda x: x):
+    def expected(x, gate, up, down):
+        return F.linear(reference.swiglu(F.linear(x, gate), F.linear(x, up)), down)
+
+    weights = draw(width, size), draw(width, size, seed=1), draw(size, width, seed=2)
+    inputs = [draw(*tokens, size), *(w * size**-0.5 for w in weights)]
+    check("mlp", op, expected, inputs, dtype, layout=layout)
 
 
 def check_attention(op, shape, kv, dtype, scale=1.0, layout=lambda x: x):

@@ -87,6 +87,7 @@ def test_every_backend_passes_its_check_at_every_preset(preset, dtype):
     sizes = {
         "rms_norm": [(shape.hidden_size,)],
         "rope": [heads],
+        "rope_qkv": [heads],
         "attention": [(*heads, False), (*heads, True)],
         "swiglu": [(shape.intermediate_size,)],
         "linear_cross_entropy": [(shape.vocab_size, shape.hidden_size)],
@@ -108,6 +109,20 @@ def check_backends(op, sizes, device, dtype):
         assert reason is None or "failed its check" not in reason, backend
         if reason is None:
             assert check._compare(module, op, device, dtype, sizes) is None, backend
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_swiglu_block_is_used_where_it_is_faster(preset, backend, capsys):
+    """And says how long it takes, and what it stands for, where it is not."""
+    shape, dtype = PRESETS[preset], torch.float16 if backend == "cuda" else native_half()
+    width, size = shape.intermediate_size + -shape.intermediate_size % 8, shape.hidden_size
+    shapes = (1_024, size), (width, size), (width, size), (size, width)
+    tensors = [torch.zeros(shape, device="cuda", dtype=dtype) for shape in shapes]
+    reason = importlib.import_module(f"ant5m.kernels.{backend}").why_not("mlp", *tensors)
+    with capsys.disabled():
+        print(f"\n{preset}, {backend}: {reason or 'mlp is faster than what it stands for'}")
+    assert (kernels.mlp(*tensors, backend=backend) is None) == (reason is not None)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "auto"])

@@ -112,6 +112,59 @@ def test_an_error_is_a_reason_and_the_check_runs_once(backend):
     assert len(calls) == 1
 
 
+MLP = [(10, 8), (12, 8), (12, 8), (8, 12)]
+
+
+@pytest.fixture
+def with_mlp(backend, monkeypatch):
+    """A backend with a SwiGLU block, and how long that and what it stands for shall take."""
+    backend.mlp = lambda x, gate, up, down: (reference.swiglu(x @ gate.T, x @ up.T)) @ down.T
+    took, timed = {"block": [], "products": []}, []
+
+    def milliseconds(way, leaves, dy):
+        timed.append(torch.autograd.grad(way(*leaves), leaves, dy))
+        return took["block" if way is backend.mlp else "products"].pop(0)
+
+    monkeypatch.setattr(check, "_milliseconds", milliseconds)
+    monkeypatch.setattr(check, "_TIMED_TOKENS", 50)
+    return took, timed
+
+
+@pytest.mark.parametrize("block", [[3.0, 1.0, 2.0], [3.0, 1.6, 2.0]])
+def test_a_block_is_used_where_it_is_faster_than_what_it_stands_for(block, backend, with_mlp):
+    took, timed = with_mlp
+    took.update(block=[*block], products=[9.0, 1.5, 1.6])
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        reason = check._too_slow(backend, torch.device("cpu"), torch.float32, 12, 8)
+    assert reason == (None if 1.0 in block else "mlp takes 1.600 ms on this device, what it stands for 1.500")
+    assert len(timed) == 6
+    for one, other in zip(timed[0], timed[1], strict=True):
+        assert one.shape == other.shape and one.shape[0] in (50, 16, 8)  # 12 columns become 16
+        torch.testing.assert_close(one, other)
+
+
+def test_a_block_that_fits_where_nothing_else_does_is_used(backend, with_mlp, monkeypatch):
+    def fails(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(check, "_milliseconds", fails)
+    assert check._too_slow(backend, torch.device("cpu"), torch.float32, 12, 8) is None
+
+
+def test_the_clock_is_asked_on_a_gpu_only_and_once(backend, with_mlp, monkeypatch):
+    asked = []
+    monkeypatch.setattr(check, "_too_slow", lambda *given: asked.append(given) or "slow")
+    tensors = [torch.empty(shape) for shape in MLP]
+    assert check.failure(backend, "mlp", *tensors) is None and not asked
+    monkeypatch.setattr(check, "_compare", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    device = torch.device("cuda", 0)
+    for _ in range(2):
+        assert check._failure("tried_backend", "mlp", device, torch.float16, (12, 8)) == "slow"
+    assert check._failure("tried_backend", "swiglu", device, torch.float16, (12,)) is None
+    assert asked == [(backend, device, torch.float16, 12, 8)]
+
+
 def test_torch_compile_checks_while_it_traces(backend):
     def function(gate, up):
         return gate if check.failure(backend, "swiglu", gate, up) else backend.swiglu(gate, up)

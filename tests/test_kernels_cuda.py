@@ -16,6 +16,7 @@ from accuracy import (
     check,
     check_attention,
     check_head,
+    check_mlp,
     check_rms_norm,
     check_rope,
     check_rope_qkv,
@@ -276,16 +277,6 @@ def test_linear_cross_entropy_of_what_is_not_finite(bad):
     assert loss.isnan() and hidden.grad[1].isnan().all() and hidden.grad[[0, 2, 3]].isfinite().all()
 
 
-def plain_mlp(x, gate, up, down):
-    return F.linear(reference.swiglu(F.linear(x, gate), F.linear(x, up)), down)
-
-
-def check_mlp(op, tokens, size, width, layout=lambda x: x):
-    weights = draw(width, size), draw(width, size, seed=1), draw(size, width, seed=2)
-    inputs = [draw(*tokens, size), *(w * size**-0.5 for w in weights)]
-    check("mlp", op, plain_mlp, inputs, fp16, layout=layout)
-
-
 @pytest.mark.parametrize(
     "tokens, size, width",
     [
@@ -296,11 +287,11 @@ def check_mlp(op, tokens, size, width, layout=lambda x: x):
     ],
 )
 def test_mlp(tokens, size, width):
-    check_mlp(ops.mlp, tokens, size, width)
+    check_mlp(ops.mlp, tokens, size, width, fp16)
 
 
 def test_mlp_of_more_than_a_block():
-    check_mlp(ops.mlp, (257,), 64, 36, layout=with_gaps)
+    check_mlp(ops.mlp, (257,), 64, 36, fp16, with_gaps)
 
 
 def halves(*shape, seed=0):
@@ -398,7 +389,7 @@ CHECKS = {
     ],
     "swiglu.cu": lambda: check_swiglu(ops.swiglu, (3, 5, 516), fp32),
     "linear_cross_entropy.cu": lambda: check_head(ops.linear_cross_entropy, 37, 16, 1_003, fp16),
-    "mlp.cu": lambda: check_mlp(ops.mlp, (2, 17), 64, 36),
+    "mlp.cu": lambda: check_mlp(ops.mlp, (2, 17), 64, 36, fp16),
 }
 
 
@@ -436,7 +427,7 @@ RACES = {
         lambda: check_attention(ops.attention, (1, 100, 1, 64), 1, fp16),
         lambda: check_documents(130, [[130], [1, 63, 20, 46]]),
     ],
-    "mlp.cu": [lambda: check_mlp(ops.mlp, (150,), 64, 36)],
+    "mlp.cu": [lambda: check_mlp(ops.mlp, (150,), 64, 36, fp16)],
 }
 BARRIER = "sync_threads();\n"
 BARRIERS = [

@@ -5,6 +5,7 @@ GPU the tests of this file are skipped where pytest finds them, and run in a pro
 test_in_the_interpreter.
 """
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -23,6 +24,7 @@ from accuracy import (
     check,
     check_attention,
     check_head,
+    check_mlp,
     check_rms_norm,
     check_rope,
     check_rope_qkv,
@@ -440,6 +442,33 @@ def test_torch_compile_takes_a_model_without_graph_breaks(half, monkeypatch):
 
 
 @runs_here
+@pytest.mark.parametrize("dtype", [fp16, bf16])
+@pytest.mark.parametrize(
+    "tokens, size, width",
+    [
+        ((2, 17), 64, 36),
+        ((1, 1), 128, 8),
+        ((130,), 256, 60),
+        pytest.param((64, 1_024), 128, 516, marks=big),
+        pytest.param((64, 1_024), 256, 384, marks=big),
+    ],
+)
+def test_mlp(tokens, size, width, dtype):
+    check_mlp(ops.mlp, tokens, size, width, dtype)
+
+
+@runs_here
+def test_mlp_of_no_tokens_and_of_rows_with_gaps(monkeypatch):
+    check_mlp(ops.mlp, (3, 7), 64, 40, fp16, lambda x: torch.cat((x, x), -1)[..., : x.shape[-1]])
+    x, *weights = (draw(*s).half().requires_grad_() for s in ((0, 64), (12, 64), (12, 64), (64, 12)))
+    out = ops.mlp(x, *weights)
+    assert out.shape == (0, 64)
+    assert not any(g.any() for g in torch.autograd.grad(out.sum(), weights))
+    assert "64, 128, 256 channels, not 32" in ops.why_not("mlp", x[:, :32], *weights)
+    assert "not torch.float32" in ops.why_not("mlp", x.float(), *weights)
+
+
+@runs_here
 def test_op_registrations():
     """Schemas, fake kernels and autograd formulas agree with what the ops do."""
     x, weight = draw(3, 16).requires_grad_(), draw(16).requires_grad_()
@@ -451,6 +480,7 @@ def test_op_registrations():
         "rope_back": (q.detach(), k.detach(), k.detach(), angle, angle),
         "attention": (q, k, k, None),
         "swiglu": (x, x),
+        "mlp": tuple(draw(*shape).half().requires_grad_() for shape in ((3, 64), (8, 64), (8, 64), (64, 8))),
         "linear_cross_entropy": (
             x,
             draw(7, 16).requires_grad_(),
@@ -491,8 +521,14 @@ def test_training_follows_the_reference(monkeypatch):
 
 @runs_here
 @pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=big)])
-def test_a_step_in_half_precision_inside_documents(precision, monkeypatch):
-    """Every mixture of dtypes that a step makes: copies, norms on an fp32 stream, a scaled loss."""
+@pytest.mark.parametrize("hidden_size", [SMALL.hidden_size, 64])
+def test_a_step_in_half_precision_inside_documents(hidden_size, precision, monkeypatch):
+    """Every mixture of dtypes that a step makes: copies, norms on an fp32 stream, a scaled loss. 64 channels:
+    the SwiGLU block is one op, of a width that the copies make a multiple of 8."""
+    shape = dataclasses.replace(SMALL, hidden_size=hidden_size, intermediate_size=44)
+    mlp, blocks = ops.mlp, []
+    monkeypatch.setattr(ops, "mlp", lambda *inputs: blocks.append(inputs[1].shape) or mlp(*inputs))
+    monkeypatch.setattr(ops.check, "_too_slow", lambda *_: None)
     if DEVICE == "cuda" and precision == "bf16" and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("this device has no bf16")
     ids = torch.arange(2 * 17, device=DEVICE).view(2, 17) * 7 % 50
@@ -500,11 +536,12 @@ def test_a_step_in_half_precision_inside_documents(precision, monkeypatch):
     for backend in ("reference", "triton"):
         monkeypatch.setattr(kernels, "_selected", backend)
         torch.manual_seed(0)
-        net = Ant(SMALL).to(DEVICE)
+        net = Ant(shape).to(DEVICE)
         scaler = LossScaler(DEVICE) if precision == "fp16" else None
         step = Step(net, Optimizer(net, "muon"), Schedule(5), 2, 1.0, precision, scaler, eos_token_id=0)
         numbers = [step(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()) for _ in range(2)]
         found.append(torch.stack(numbers))
+    assert set(blocks) == ({(48, 64)} if hidden_size == 64 else set())
     assert found[0][:, 2].all() and not torch.equal(*found)
     torch.testing.assert_close(*found, rtol=1e-2, atol=2e-3)
 
@@ -537,6 +574,11 @@ MISTAKES = {
         "KV_ROW: tl.constexpr = (H + KV if JOIN",
     ),
     "sigmoid held constant": ("swiglu", "b_sigmoid + b_silu * (1.0 - b_sigmoid)", "b_sigmoid"),
+    "a tile of columns lost": ("mlp", "range(0, W, BW)", "range(BW, W, BW)"),
+    "sigmoid held constant in the block": ("mlp", "b_sigmoid + b_silu * (1.0 - b_sigmoid)", "b_sigmoid"),
+    "up's part of dx lost": ("mlp", "b_dx = tl.dot(b_dup, b_up, b_dx)", "pass"),
+    "gradients of gate and up in one place": ("mlp", "p_dgate + W, b_dup", "p_dgate, b_dup"),
+    "a square root for a sigmoid": ("mlp", "b_root * b_root", "b_root"),
     "no one-hot": ("linear_cross_entropy", "/ total - 1.0)", "/ total)"),
     "ignored rows count": ("linear_cross_entropy", "target == ignore_index:", "target == ignore_index - 1:"),
     "last entry lost": ("linear_cross_entropy", "tl.where(o < V, b_z", "tl.where(o < V - 1, b_z"),
@@ -566,6 +608,8 @@ def _check_mutant(name, op, monkeypatch, module):
         check_rope_qkv(op, (1, 5, 2, 16), 1, fp32)
     elif name == "swiglu":
         check_swiglu(op, (3, 20), fp32)
+    elif name == "mlp":
+        check_mlp(op, (5,), 64, 44, fp16)
     elif name == "attention":
         check_attention(op, (1, 70, 4, 16), 1, fp16)
     else:
@@ -603,7 +647,7 @@ def test_a_wrong_kernel_fails(mistake, tmp_path, monkeypatch):
 
 
 @runs_here
-@pytest.mark.parametrize("name", (*kernels.OPS, "rope_qkv"))
+@pytest.mark.parametrize("name", (*kernels.OPS, "rope_qkv", "mlp"))
 def test_the_right_kernel_passes_what_wrong_ones_fail(name, tmp_path, monkeypatch):
     source = _source(name)
     module, op = _op_of(tmp_path / f"copy_of_{name}.py", name, source, f"copy_of_{name}")

@@ -35,6 +35,8 @@ PRODUCTS = {
     "attention_bwd_dkdv_kernel",
     "head_loss_kernel",
     "head_gradient_kernel",
+    "mlp_fwd_kernel",
+    "mlp_bwd_kernel",
 }
 
 

@@ -3,7 +3,7 @@
 Kernels are tested in an interpreter or an emulator, on devices that somebody had at hand, with the compiler
 of that day. So the first use of an op, at given sizes and dtype, on a given device runs it once on a few rows
 and compares outputs and gradients with the reference in float64: some milliseconds, beside the compilation
-that the first use costs anyway.
+that the first use costs anyway. An op that stands for several others is also timed beside them.
 """
 
 import sys
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ant5m.kernels import reference
+from ant5m.kernels.pieces import join, split
 from ant5m.kernels.tracing import constant_when_traced
 
 # RMS error over RMS of the reference: three times what the tests allow, and in fp32 room for the 10 bits of
@@ -36,13 +37,16 @@ _USUAL = {
     "mlp": (516, 128),
 }
 
+# Of a step of `ant-5m`.
+_TIMED_TOKENS = 65_536
+
 _found: dict[tuple[Any, ...], str | None] = {}
 
 
 def failure(
     module: ModuleType, op: str, *tensors: torch.Tensor, dtype: torch.dtype | None = None
 ) -> str | None:
-    """Why `module`'s `op` must not be used on such tensors, or None. With none: on the current GPU, in
+    """Why `module`'s `op` should not be used on such tensors, or None. With none: on the current GPU, in
     `dtype` (None: the one that it trains in), at usual sizes. Answers are kept.
     """
     if tensors:
@@ -63,6 +67,8 @@ def _failure(
         _found[key] = _compare(sys.modules[name], op, device, dtype, sizes)
         if _found[key] is not None:
             warnings.warn(f"{name}: {_found[key]}", stacklevel=2)
+        elif op == "mlp" and device.type == "cuda":
+            _found[key] = _too_slow(sys.modules[name], device, dtype, *sizes)
     return _found[key]
 
 
@@ -121,7 +127,7 @@ def _inputs(op: str, sizes: tuple[int, ...]) -> list[torch.Tensor]:
 
 def _call(module: ModuleType, op: str, device: torch.device, sizes: tuple[int, ...]) -> Callable:
     if op == "mlp" and module is reference:  # which has none of its own
-        return lambda x, gate, up, down: F.linear(reference.swiglu(F.linear(x, gate), F.linear(x, up)), down)
+        return _three_products(reference)
     if op == "rope_qkv":
         return lambda *qkv: _rope_qkv(module, *qkv)
     function = getattr(module, op)
@@ -141,6 +147,59 @@ def _call(module: ModuleType, op: str, device: torch.device, sizes: tuple[int, .
         starts = torch.arange(_LENGTH, device=device).expand(2, -1) // 50 * 50
         return lambda q, k, v: function(q, k, v, starts)
     return function
+
+
+def _three_products(module: ModuleType) -> Callable:
+    """What `mlp` stands for, as a model computes it."""
+
+    def mlp(x, gate, up, down):
+        both = F.linear(x, join(gate, up))
+        return F.linear(module.swiglu(*split(both, [len(gate)] * 2)), down)
+
+    return mlp
+
+
+def _too_slow(
+    module: ModuleType, device: torch.device, dtype: torch.dtype, width: int, size: int
+) -> str | None:
+    """A reason if `mlp`, forward and backward, takes longer than three products around `swiglu`."""
+    width += -width % 8  # as a model widens it for those
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, device=device, dtype=dtype, generator=generator)
+
+    ways = module.mlp, _three_products(module)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            gate, up = draw(2 * width, size).split(width)
+            leaves = [x.requires_grad_() for x in (draw(_TIMED_TOKENS, size), gate, up, draw(size, width))]
+            dy = draw(_TIMED_TOKENS, size)
+            # In turns, because a GPU's clock rises as it works.
+            rounds = [[_milliseconds(way, leaves, dy) for way in ways] for _ in range(3)]
+    except torch.OutOfMemoryError:
+        return None  # the block takes less than what it stands for
+    block, products = map(min, zip(*rounds, strict=True))
+    if block < products:
+        return None
+    return f"mlp takes {block:.3f} ms on this device, what it stands for {products:.3f}"
+
+
+def _milliseconds(function, leaves, dy, repeats: int = 10) -> float:
+    """Of `function` and its gradients on the GPU, which waits until all is queued: launches take no part."""
+
+    def run():
+        torch.autograd.grad(function(*leaves), leaves, dy)
+
+    run()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(50_000_000)  # clocks: about 30 ms
+    start.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / repeats
 
 
 def _angles(q):

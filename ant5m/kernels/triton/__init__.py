@@ -18,11 +18,12 @@ else:
     from ant5m.kernels.triton import layout
     from ant5m.kernels.triton.attention import HEAD_SIZES, attention
     from ant5m.kernels.triton.linear_cross_entropy import linear_cross_entropy
+    from ant5m.kernels.triton.mlp import SIZES, mlp
     from ant5m.kernels.triton.rms_norm import MAX_SIZE, rms_norm
     from ant5m.kernels.triton.rope import rope, rope_qkv
     from ant5m.kernels.triton.swiglu import swiglu
 
-__all__ = ["attention", "linear_cross_entropy", "rms_norm", "rope", "rope_qkv", "swiglu", "why_not"]
+__all__ = ["attention", "linear_cross_entropy", "mlp", "rms_norm", "rope", "rope_qkv", "swiglu", "why_not"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -57,7 +58,7 @@ def _machine_refuses(op: str, device: torch.device | None, has_bf16: bool) -> st
     if capability >= (8, 0):
         return None
     name = ".".join(map(str, capability))
-    if op == "attention":
+    if op in ("attention", "mlp"):
         return f"below compute capability 8.0 (this device: {name}) Triton makes no use of tensor cores"
     return f"bf16 needs compute capability 8.0, this device has {name}" if has_bf16 else None
 
@@ -84,6 +85,10 @@ def _tensors_refuse(op, *tensors):
             return "queries and keys differ in length"
     if op == "swiglu" and tensors[1].dtype != x.dtype:
         return f"gate is {x.dtype}, up {tensors[1].dtype}"
+    if op == "mlp" and x.dtype == torch.float32:
+        return "it takes fp16 or bf16, not torch.float32"
+    if op == "mlp" and x.shape[-1] not in SIZES:
+        return f"it takes {', '.join(map(str, SIZES))} channels, not {x.shape[-1]}"
     if op == "rms_norm" and x.shape[-1] > MAX_SIZE:
         return f"it takes rows of up to {MAX_SIZE} elements, not {x.shape[-1]}"
     return None

@@ -93,7 +93,12 @@ def of_training_step(
             outputs.append(ops.attention(q, k, v, starts))
         if dtype.itemsize == 2:
             intermediate += -intermediate % 8  # as the model pads it
+        # Which of the two a device takes is a matter of time.
         outputs.append(ops.swiglu(*draw(2 * intermediate).chunk(2, -1)))
+        if dtype.itemsize == 2 and capability >= 80 and hidden in ops.SIZES:
+            shapes = (intermediate, hidden), (intermediate, hidden), (hidden, intermediate)
+            weights = (torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes)
+            outputs.append(ops.mlp(draw(hidden), *weights))
         few = outputs[0][0, :16]  # because products are computed, on the CPU
         outputs.append(ops.linear_cross_entropy(few, embedding, torch.zeros(16, dtype=torch.long)))
         torch.autograd.backward([out.sum() for out in outputs])
