@@ -101,7 +101,8 @@ def ours(step: Step, backend: str = "triton") -> list[Kernel]:
     On a GPU attention's backward pass is two kernels, so that no sum depends on an order, and the head's
     gradients of logits are written and read by chunks; `triton` makes the logits twice and stores none. The
     `cpu` backend makes each score and each logit once for both directions, and uses them up where they are.
-    The MLP of `cpu`, and that of `cuda` for its sizes, is one op, which counts as linears.
+    The MLP of `cpu`, and that of `cuda` for its sizes, is one op, which counts as linears. That of `triton`
+    is not counted: no device has timed it yet.
     """
     config, layers = step.config, step.config.num_hidden_layers
     width = config.hidden_size
