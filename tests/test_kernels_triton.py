@@ -461,6 +461,14 @@ def test_mlp(tokens, size, width, dtype):
 
 
 @runs_here
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_mlp_with_little_shared_memory(size, monkeypatch):
+    module = sys.modules["ant5m.kernels.triton.mlp"]
+    monkeypatch.setattr(module, "shared_memory", lambda: 99 << 10)
+    check_mlp(ops.mlp, (70,), size, 36, fp16)
+
+
+@runs_here
 def test_mlp_of_no_tokens_and_of_rows_with_gaps(monkeypatch):
     check_mlp(ops.mlp, (3, 7), 64, 40, fp16, lambda x: torch.cat((x, x), -1)[..., : x.shape[-1]])
     x, *weights = (draw(*s).half().requires_grad_() for s in ((0, 64), (12, 64), (12, 64), (64, 12)))
