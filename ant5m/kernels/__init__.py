@@ -74,8 +74,10 @@ def rope_qkv(
     Its gradient is made in one piece. None where the backend has nothing better than `split` and `rope`, and
     while torch.compile traces, which joins gradients in its own way.
     """
+    if torch.compiler.is_compiling() or not hasattr(_in_use(qkv.device, backend), "rope_qkv"):
+        return None
     q, k, v = qkv.unflatten(-1, (sum(heads), -1)).split(heads, -2)
-    module = None if torch.compiler.is_compiling() else _faster("rope_qkv", backend, q, k, v)
+    module = _faster("rope_qkv", backend, q, k, v)
     return None if module is None else module.rope_qkv(qkv, cos, sin, heads)
 
 
