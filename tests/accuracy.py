@@ -34,9 +34,11 @@ def results(op, inputs, dtype, layout=lambda x: x):
     leaves = [x.detach().clone().to(dtype).requires_grad_() for x in inputs]
     outs = op(*(layout(x) for x in leaves))
     outs = outs if isinstance(outs, tuple) else (outs,)
-    loss = sum(
-        (o * torch.linspace(-1, 1, o.numel(), device=DEVICE).view_as(o).to(o.dtype)).sum() for o in outs
-    )
+    # Of each output another, or gradients of outputs of one shape could be taken for one another.
+    ramps = [
+        torch.linspace(-1, 1 + i, o.numel(), device=DEVICE).view_as(o).to(o.dtype) for i, o in enumerate(outs)
+    ]
+    loss = sum((o * ramp).sum() for o, ramp in zip(outs, ramps, strict=True))
     return [*outs, *torch.autograd.grad(loss, leaves)]
 
 

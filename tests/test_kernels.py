@@ -39,7 +39,8 @@ def assert_same(op, truth, *inputs, tolerance=1e-10):
     for function in (op, truth):
         out = function(*inputs)
         outs = out if isinstance(out, tuple) else (out,)
-        loss = sum((o * torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view_as(o)).sum() for o in outs)
+        ramps = [torch.linspace(-1, 1 + i, o.numel(), dtype=o.dtype).view_as(o) for i, o in enumerate(outs)]
+        loss = sum((o * ramp).sum() for o, ramp in zip(outs, ramps, strict=True))
         wanted = [x for x in inputs if x.requires_grad]
         results.append([*outs, *torch.autograd.grad(loss, wanted)])
     for got, expected in zip(*results, strict=True):

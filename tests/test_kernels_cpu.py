@@ -57,7 +57,9 @@ def run(op, inputs):
     """The outputs of `op`, and the gradients of what requires one."""
     out = op(*inputs)
     outs = out if isinstance(out, tuple) else (out,)
-    loss = sum((o * torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view(o.shape)).sum() for o in outs)
+    # Of each output another, or gradients of outputs of one shape could be taken for one another.
+    ramps = [torch.linspace(-1, 1 + i, o.numel(), dtype=o.dtype).view(o.shape) for i, o in enumerate(outs)]
+    loss = sum((o * ramp).sum() for o, ramp in zip(outs, ramps, strict=True))
     if outs[0].ndim == 0:
         loss = 3 * outs[0]
     wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]

@@ -219,7 +219,10 @@ def _results(function, inputs):
     leaves = [x.detach().requires_grad_() for x in inputs]
     outs = function(*leaves)
     outs = outs if isinstance(outs, tuple) else (outs,)
-    ramps = [torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out) for out in outs]
+    # Of each output another, or gradients of outputs of one shape could be taken for one another.
+    ramps = [
+        torch.linspace(-1, 1 + i, out.numel(), device=out.device).view_as(out) for i, out in enumerate(outs)
+    ]
     loss = sum((out * ramp.to(out.dtype)).sum() for out, ramp in zip(outs, ramps, strict=True))
     # A loss alone has no ramp to speak of: -1 is its only weight.
     return [*outs, *torch.autograd.grad(loss, leaves)]
