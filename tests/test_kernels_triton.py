@@ -472,6 +472,8 @@ def test_mlp_with_little_shared_memory(size, monkeypatch):
 def test_mlp_of_no_tokens_and_of_rows_with_gaps(monkeypatch):
     check_mlp(ops.mlp, (3, 7), 64, 40, fp16, lambda x: torch.cat((x, x), -1)[..., : x.shape[-1]])
     x, *weights = (draw(*s).half().requires_grad_() for s in ((0, 64), (12, 64), (12, 64), (64, 12)))
+    padded = sys.modules["ant5m.kernels.triton.mlp"]._padded(x, *weights)
+    assert [tuple(w.shape) for w in padded] == [(16, 64), (16, 64), (64, 16)], "rows of whole vectors"
     out = ops.mlp(x, *weights)
     assert out.shape == (0, 64)
     assert not any(g.any() for g in torch.autograd.grad(out.sum(), weights))
