@@ -7,7 +7,7 @@ Counted for an H100 (2.8 TB/s) and one layer of `ant-5m`: 65,536 tokens, 128 cha
     forward    in three launches: gate and up written and read, as is what becomes of them: 442 MB, 158 us
                in one: 34 MB; 26 GFLOP, 65 us at 400 TFLOP/s
     backward   in three launches, without those for the weights: 578 MB, 207 us
-               in one: 255 MB, 91 us; 44 GFLOP, two products of five being computed again
+               in one: 255 MB; 44 GFLOP, two products of five being computed again, 110 us
 
 And 204 MB a layer need not be kept. Not timed on any device yet: on each, `check` times it beside three
 products around `swiglu` before its first use, and where it is not faster it is not used.
