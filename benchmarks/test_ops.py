@@ -122,8 +122,10 @@ def _arms(op: str) -> dict[str, Callable]:
 def _ours(op: str, backend: str) -> Callable:
     def call(*inputs):
         out = getattr(kernels, op)(*inputs, backend=backend)
-        if out is None:  # mlp, which a backend need not have
-            raise NotImplementedError(f"there is no {op}")
+        if out is None:  # mlp, which a backend need not have, or be fast at
+            module = importlib.import_module(f"ant5m.kernels.{backend}")
+            reason = module.why_not(op, *inputs) if hasattr(module, op) else None
+            raise NotImplementedError(reason or f"there is no {op}")
         return out
 
     return call

@@ -3,7 +3,7 @@
 They lie one behind the other in memory, in the order of the model: so q, k and v are one matrix for the
 product that takes them together, as gate and up are, and nothing is joined in a layer. Zeros bring the width
 of SwiGLU to a multiple of 8 here, once, and not in the stored weights: the fastest products of 16-bit numbers
-take rows of whole 16 bytes. In a step of `ant-5m` that is 121 small kernels less.
+take rows of whole 16 bytes. In a step of `ant-5m` 23 small kernels do what 121 did.
 """
 
 import math
