@@ -396,6 +396,20 @@ def test_offsets_beyond_32_bits():
     agree(
         *(lambda q, k, op=op: op(q, k, angle, angle) for op in (ops.rope, reference.rope)), *(2, 2, 3, 2, 16)
     )
+    heads = [2, 1, 1]
+
+    def turned(qkv):
+        q, k, v = qkv.unflatten(-1, (4, 16)).split(heads, 2)
+        return *reference.rope(q, k, angle, angle), v
+
+    agree(lambda qkv: ops.rope_qkv(qkv, angle, angle, heads), turned, *(1, 2, 3, 64))
+    weights = [(draw(*shape) / 8).half() for shape in ((8, 64), (8, 64), (64, 8))]
+
+    def block(x):
+        gate, up, down = (w.double() for w in weights)
+        return F.linear(reference.swiglu(F.linear(x, gate), F.linear(x, up)), down)
+
+    agree(lambda x: ops.mlp(x, *weights), block, *(1, 2, 64))
 
 
 def _untouched():
