@@ -172,8 +172,9 @@ def _too_slow(
     ways = module.mlp, _three_products(module)
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            gate, up = draw(2 * width, size).split(width)
-            leaves = [x.requires_grad_() for x in (draw(_TIMED_TOKENS, size), gate, up, draw(size, width))]
+            x, down = draw(_TIMED_TOKENS, size), 0.1 * draw(size, width)
+            gate, up = (0.1 * draw(2 * width, size)).split(width)
+            leaves = [leaf.requires_grad_() for leaf in (x, gate, up, down)]
             dy = draw(_TIMED_TOKENS, size)
             # In turns, because a GPU's clock rises as it works.
             rounds = [[_milliseconds(way, leaves, dy) for way in ways] for _ in range(3)]
