@@ -97,6 +97,7 @@ def test_help_shows_examples(command, capsys, monkeypatch):
     usage, rest = page.split("\n", 1)
     assert f"ant5m {command}" in usage
     assert f"ant5m {command}" in rest or f"ant5m-{command}" in rest, "no example in the help"
+    assert "None" not in page and "(default: )" not in page
 
 
 def test_a_reader_who_has_seen_enough():

@@ -4,13 +4,17 @@ Every command is a dataclass with a `run` method in a module of this package; it
 docstring is the help text. Modules are imported only when their command is called, so `--help` stays fast.
 """
 
+import dataclasses
 import errno
+import functools
 import importlib
 import inspect
 import os
 import sys
+import typing
 import warnings
 from collections.abc import Callable
+from types import NoneType
 
 import tyro
 from rich.console import Console
@@ -90,6 +94,7 @@ def guarded(action: Callable[[], object]) -> int:
 def _load(name: str, flags: list[str], program: str):
     module, _, cls = COMMANDS[name][0].partition(":")
     command = getattr(importlib.import_module(module), cls)
+    _leave_out_nothing(command)
     # tyro would drop the examples at the end of the docstring, and give every switch a --no- twin.
     return tyro.cli(
         command,
@@ -98,6 +103,28 @@ def _load(name: str, flags: list[str], program: str):
         description=inspect.cleandoc(command.__doc__ or ""),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+
+
+@functools.cache
+def _leave_out_nothing(command: type) -> None:
+    """Make the help of flags that nobody has to give `--out PATH`, not `--out {None}|PATH (default: None)`:
+    their own text says what holds without them."""
+    plain, full = (typing.get_type_hints(command, include_extras=extras) for extras in (False, True))
+    for field in dataclasses.fields(command):
+        hint = plain[field.name]
+        if dataclasses.is_dataclass(hint):
+            _leave_out_nothing(typing.cast(type, hint))
+        elif field.default in (None, ()):
+            metavar = _metavar(hint) if field.default is None else None
+            shown = tyro.conf.arg(help_behavior_hint="", metavar=metavar)
+            command.__annotations__[field.name] = typing.Annotated[full[field.name], shown]
+
+
+def _metavar(optional: typing.Any) -> str:
+    """PATH of Path | None, {a,b} of Literal["a", "b"] | None."""
+    kind = next(kind for kind in typing.get_args(optional) if kind is not NoneType)
+    names = typing.get_args(kind)
+    return f"{{{','.join(names)}}}" if names else kind.__name__.upper()
 
 
 def _unknown(words: list[str]) -> int:

@@ -37,7 +37,11 @@ class DataPack:
       ant5m data pack builtin --tokenizer my-tokenizer --out data/builtin --validation-fraction 0.02
     """
 
-    inputs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    inputs: Annotated[
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="INPUT...", help_behavior_hint="(required)"),
+    ]
     """.txt, .jsonl (also .gz, .xz, .zst) and .parquet files, folders or globs of them, hf:OWNER/NAME[:SPLIT],
     or builtin"""
     tokenizer: Path

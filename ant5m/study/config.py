@@ -18,7 +18,7 @@ TRAINING = ("sequence_length", "optimizer", "precision", "kernels")
 class CompareConfig:
     """What to compare, on what, for how long. Raises `UserError` when a value is impossible."""
 
-    models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL...]")] = ()
     """presets or config files, the first being the baseline; or none, with --study"""
     study: StudyName | None = None
     """a built-in study"""
