@@ -10,7 +10,9 @@ import functools
 import importlib
 import inspect
 import os
+import shutil
 import sys
+import textwrap
 import typing
 import warnings
 from collections.abc import Callable
@@ -100,9 +102,18 @@ def _load(name: str, flags: list[str], program: str):
         command,
         args=flags,
         prog=program,
-        description=inspect.cleandoc(command.__doc__ or ""),
+        description=_wrapped(inspect.cleandoc(command.__doc__ or "")),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+
+
+def _wrapped(text: str) -> str:
+    """Paragraphs in lines of the terminal's width; what is indented stays as it is. A space begins each line,
+    or tyro would join them again."""
+    width = shutil.get_terminal_size().columns
+    fill = textwrap.TextWrapper(width, initial_indent=" ", subsequent_indent=" ").fill
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(part if part.startswith(" ") else fill(part) for part in paragraphs)
 
 
 @functools.cache
