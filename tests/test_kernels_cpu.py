@@ -449,15 +449,26 @@ class TestLinear:
 
 @pytest.mark.usefixtures("instruction_set")
 class TestWithoutGradients:
-    @pytest.mark.parametrize(("tokens", "dim", "rows"), [(1, 16, 5), (70, 100, 33), (300, 7, 130)])
+    @pytest.mark.parametrize(
+        ("tokens", "dim", "rows"),
+        [(1, 16, 5), (3, 101, 600), (14, 7, 70), (15, 256, 130), (16, 9, 3), (70, 100, 33), (300, 7, 130)],
+    )
     def test_norm_product(self, tokens, dim, rows):
         x, norm, weight = draw(1, tokens, dim, scale=3), draw(dim, seed=1), draw(rows, dim, seed=2)
         doubles = (t.detach().double() for t in (x, norm, weight))
         expected = (lambda x, norm, weight: reference.rms_norm(x, norm, 1e-5) @ weight.T)(*doubles)
-        assert_close(cpu.norm_product(x, norm, 1e-5, weight), expected)
+        assert_close(cpu.norm_product(x, norm, 1e-5, [weight]), expected)
 
     @pytest.mark.parametrize(
-        ("tokens", "dim", "inner", "width"), [(1, 16, 8, 5), (70, 100, 130, 33), (300, 7, 20, 65)]
+        ("tokens", "dim", "inner", "width"),
+        [
+            (1, 16, 8, 5),
+            (2, 130, 100, 516),
+            (7, 5, 3, 70),
+            (15, 256, 64, 33),
+            (70, 100, 130, 33),
+            (300, 7, 20, 65),
+        ],
     )
     def test_finish_layer(self, tokens, dim, inner, width):
         inputs = [
@@ -477,11 +488,41 @@ class TestWithoutGradients:
     def test_strided_and_misaligned(self):
         wide, norm, weight = draw(2, 20, 202), draw(101), draw(101, 30).T
         expected = reference.rms_norm(wide[..., ::2], norm, 1e-5) @ weight.T
-        assert_close(cpu.norm_product(wide[..., ::2], norm, 1e-5, weight), expected.double())
+        assert_close(cpu.norm_product(wide[..., ::2], norm, 1e-5, [weight]), expected.double())
         assert_close(
-            cpu.norm_product(wide[..., :101].transpose(0, 1), norm, 1e-5, weight).transpose(0, 1),
+            cpu.norm_product(wide[..., :101].transpose(0, 1), norm, 1e-5, [weight]).transpose(0, 1),
             (reference.rms_norm(wide[..., :101], norm, 1e-5) @ weight.T).double(),
         )
+
+    @pytest.mark.parametrize("tokens", [5, 15, 16, 40])
+    def test_several_weights_lie_side_by_side(self, tokens):
+        x, norm, *weights = draw(tokens, 50), draw(50), *(draw(rows, 50, seed=rows) for rows in (33, 1, 66))
+        alone = [cpu.norm_product(x, norm, 1e-5, [weight]) for weight in weights]
+        assert torch.equal(cpu.norm_product(x, norm, 1e-5, weights), torch.cat(alone, -1))
+
+    def test_few_tokens_on_any_number_of_threads(self, two_threads):
+        x, mixed, norm, weight = draw(3, 100), draw(3, 40), draw(100), draw(700, 100)
+        layer = draw(100, 40), norm, 1e-5, weight, draw(700, 100, seed=1), draw(100, 700)
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append((cpu.norm_product(x, norm, 1e-5, [weight]), cpu.finish_layer(x, mixed, *layer)))
+        assert_equal(found[0], found[1])
+        assert_equal(found[0], found[2])
+
+    def test_few_tokens_do_not_see_one_another(self):
+        x, mixed, norm, weight = draw(7, 100), draw(7, 40), draw(100), draw(300, 100)
+        layer = draw(100, 40), norm, 1e-5, weight, draw(300, 100, seed=1), draw(100, 300)
+
+        def three(x, mixed):
+            product = cpu.norm_product(x, norm, 1e-5, [weight])
+            with torch.no_grad():
+                return product, cpu.finish_layer(x, mixed, *layer), kernels.linear(x, weight, backend="cpu")
+
+        together, alone = three(x, mixed), [three(x[i : i + 1], mixed[i : i + 1]) for i in range(7)]
+        for one, parts in zip(together, zip(*alone, strict=True), strict=True):
+            assert torch.equal(one, torch.cat(parts))
+        assert_close(together[2], (x.double() @ weight.double().T).detach())
 
     @pytest.mark.parametrize("rows", [None, [3], list(range(40))])
     @pytest.mark.parametrize("tokens", [5, 45])
@@ -548,7 +589,7 @@ def test_an_error_in_a_thread_is_an_error(openmp):
         "from ant5m.kernels import cpu\n"
         "torch.set_num_threads(2)\n"
         f"{'' if openmp else '_cpu.use_openmp(0)'}\n"
-        "inputs = torch.zeros(1, 64, 1 << 18), torch.ones(1 << 18), 1e-5, torch.zeros(3, 1 << 18)\n"
+        "inputs = torch.zeros(1, 64, 1 << 18), torch.ones(1 << 18), 1e-5, [torch.zeros(3, 1 << 18)]\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + (96 << 20), -1))\n"
         "try:\n    cpu.norm_product(*inputs)\n"
@@ -627,7 +668,7 @@ def test_what_it_cannot_run_says_why():
         ("attention", [torch.zeros(1, 3, 2, 4)] * 3 + [torch.zeros(1, 2, dtype=torch.int64)]),
         ("attention_until", [torch.zeros(1, 3, 2, 4)] * 3 + [torch.zeros(3, dtype=torch.int64)]),
         ("logit_summary", [torch.zeros(3, 4), torch.zeros(9, 5)]),
-        ("norm_product", [torch.zeros(3, 4), torch.zeros(4), 1e-5, torch.zeros(9, 5)]),
+        ("norm_product", [torch.zeros(3, 4), torch.zeros(4), 1e-5, [torch.zeros(9, 5)]]),
         (
             "finish_layer",
             [

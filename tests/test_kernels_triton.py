@@ -488,6 +488,14 @@ def test_mlp_of_no_tokens_and_of_rows_with_gaps(monkeypatch):
     x, *weights = (draw(*s).half().requires_grad_() for s in ((0, 64), (12, 64), (12, 64), (64, 12)))
     padded = sys.modules["ant5m.kernels.triton.mlp"]._padded(x, *weights)
     assert [tuple(w.shape) for w in padded] == [(16, 64), (16, 64), (64, 16)], "rows of whole vectors"
+    padded = sys.modules["ant5m.kernels.triton.mlp"]._padded(x, *weights)
+    assert [tuple(w.shape) for w in padded] == [(16, 64), (16, 64), (64, 16)], "rows of whole vectors"
+    padded = sys.modules["ant5m.kernels.triton.mlp"]._padded(x, *weights)
+    assert [tuple(w.shape) for w in padded] == [(16, 64), (16, 64), (64, 16)], "rows of whole vectors"
+    padded = sys.modules["ant5m.kernels.triton.mlp"]._padded(x, *weights)
+    assert [tuple(w.shape) for w in padded] == [(16, 64), (16, 64), (64, 16)], "rows of whole vectors"
+    padded = sys.modules["ant5m.kernels.triton.mlp"]._padded(x, *weights)
+    assert [tuple(w.shape) for w in padded] == [(16, 64), (16, 64), (64, 16)], "rows of whole vectors"
     out = ops.mlp(x, *weights)
     assert out.shape == (0, 64)
     assert not any(g.any() for g in torch.autograd.grad(out.sum(), weights))

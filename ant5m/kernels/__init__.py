@@ -142,7 +142,7 @@ def norm_product(
     Without gradients. None where the backend has nothing faster than one after the other.
     """
     module = _faster("norm_product", backend, x, norm, *weights)
-    return None if module is None else module.norm_product(x, norm, eps, torch.cat(tuple(weights)))
+    return None if module is None else module.norm_product(x, norm, eps, weights)
 
 
 def finish_layer(

@@ -25,7 +25,10 @@ MLP_SIZE = 256
 
 
 FEW_TOKENS = 32
-"""what vectors hold at once; for fewer, as in generation, torch's products are faster"""
+"""what vectors hold at once; for fewer torch's products are faster"""
+
+_FEWEST = 16
+"""tokens; of fewer, products read the weights once and pack nothing (csrc/cpu/few.h)"""
 
 _WITHOUT_GRADIENTS = ("norm_product", "finish_layer")
 
@@ -44,7 +47,7 @@ def why_not(op: str, *tensors: torch.Tensor) -> str | None:
             return f"it takes fp32 and bf16, not {str(x.dtype).removeprefix('torch.')}"
     if op in ("mlp", *_WITHOUT_GRADIENTS) and tensors and tensors[0].shape[-1] > MLP_SIZE:
         return f"it takes up to {MLP_SIZE} channels, not {tensors[0].shape[-1]}"
-    if op in ("linear", *_WITHOUT_GRADIENTS) and tensors and _count(tensors[0]) < FEW_TOKENS:
+    if op == "linear" and tensors and _count(tensors[0]) < FEW_TOKENS and torch.is_grad_enabled():
         return f"for fewer than {FEW_TOKENS} tokens torch's products are faster"
     if op in ("mlp", "query_key_value", "linear", *_WITHOUT_GRADIENTS) and torch.is_autocast_enabled("cpu"):
         return "its products are in fp32, whatever autocast says"
@@ -212,7 +215,7 @@ def linear(x, weight):
 def _product(rows, weight, bf16):
     """rows [N, D] @ weight [R, D]^T."""
     out = _empty(rows, len(rows), len(weight))
-    if _leave_to_torch(rows, bf16):
+    if len(rows) >= _FEWEST and _leave_to_torch(rows, bf16):
         return torch.mm(rows, weight.T, out=out)
     return _multiply(rows, weight, False, out, bf16)
 
@@ -369,18 +372,25 @@ def mlp(x, gate, up, down):
     return _MLP.apply(x.float(), gate.float(), up.float(), down.float(), bf16).to(x.dtype)
 
 
-def norm_product(x, norm, eps, weight):
-    """rms_norm(x [..., D], norm [D], eps) @ weight [R, D]^T: [..., R], without gradients."""
-    _check_dtypes(x, norm, weight)
-    fit = norm.shape == x.shape[-1:] == weight.shape[1:]
-    _check(fit, "x {}, norm {} and weight {} do not fit", x, norm, weight)
-    rows, norm, weight = _matrix(x.detach().float()), _dense(norm), _dense(weight)
-    out = _empty(rows, len(rows), len(weight))
-    _cpu.norm_product(
-        *(*rows.shape, len(weight), *_rows(rows), eps, _address(norm), _address(weight)),
-        *(_address(out), torch.get_num_threads()),
-    )
-    return out.view(*x.shape[:-1], len(weight)).to(x.dtype)
+def norm_product(x, norm, eps, weights):
+    """rms_norm(x [..., D], norm [D], eps) times weights [R_i, D]^T side by side, without gradients."""
+    _check_dtypes(x, norm, *weights)
+    for weight in weights:
+        fit = norm.shape == x.shape[-1:] == weight.shape[1:]
+        _check(fit, "x {}, norm {} and weight {} do not fit", x, norm, weight)
+    rows, norm, weights = _matrix(x.detach().float()), _dense(norm), [_dense(weight) for weight in weights]
+    if len(rows) >= FEW_TOKENS:  # for fewer, joining them would take longer than the products
+        weights = [torch.cat(weights)]
+    width, first = sum(map(len, weights)), 0
+    out = _empty(rows, len(rows), width)
+    for weight in weights:
+        part = out[:, first : first + len(weight)]
+        _cpu.norm_product(
+            *(*rows.shape, len(weight), *_rows(rows), eps, _address(norm), _address(weight)),
+            *(*_rows(part), torch.get_num_threads()),
+        )
+        first += len(weight)
+    return out.view(*x.shape[:-1], width).to(x.dtype)
 
 
 def finish_layer(residual, mixed, weight, norm, eps, gate, up, down):

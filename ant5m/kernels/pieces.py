@@ -23,7 +23,8 @@ class _Split(torch.autograd.Function):
 def split(x: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
     """x.split(sizes, -1), whose gradient is not copied together when it was made in one piece."""
     # torch.compile sees no addresses, and joins gradients in its own way.
-    return x.split(sizes, -1) if torch.compiler.is_compiling() else _Split.apply(x, *sizes)
+    plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+    return x.split(sizes, -1) if plain else _Split.apply(x, *sizes)
 
 
 def _side_by_side(parts):

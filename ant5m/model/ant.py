@@ -116,7 +116,9 @@ class Attention(nn.Module):
 def _attention_over_cache(q, k, v):
     """Causal attention of the last T of the S positions of k, v [B, S, KV, D]."""
     new, total = q.shape[1], k.shape[1]
-    seen = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
+    seen = None  # one position sees all before it
+    if new > 1:
+        seen = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=grouped).transpose(1, 2)
@@ -279,7 +281,7 @@ class Ant(nn.Module):
         if head is not None:
             return head(hidden, self.head_weight)
         if targets is None:
-            return F.linear(hidden, self.head_weight)
+            return _linear(hidden, self.head_weight)
         return kernels.linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten())
 
 

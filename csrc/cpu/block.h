@@ -38,10 +38,10 @@ void load_lanes(const Block& block, const float* x, int64_t row, int64_t dim, fl
     }
 }
 
-[[maybe_unused]] void store_lanes(const Block& block, const float* lanes, int64_t dim, float* x) {
+[[maybe_unused]] void store_lanes(const Block& block, const float* lanes, int64_t dim, float* x, int64_t row) {
     for (int64_t panel = 0; panel < block.panels; ++panel)
         transpose(dim, block.lanes_of(panel), lanes + panel * dim * kLanes, kLanes,
-                  x + (block.first + panel * kLanes) * dim, dim);
+                  x + (block.first + panel * kLanes) * row, row);
 }
 
 constexpr int64_t kMlpScratch = 3 * kTile * kLanes;  // floats

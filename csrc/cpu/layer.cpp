@@ -2,6 +2,7 @@
 #include <math.h>
 
 #include "block.h"
+#include "few.h"
 #include "memory.h"
 #include "parallel.h"
 
@@ -34,10 +35,53 @@ void multiply_lanes(const Block& block, int64_t rows, int64_t depth, const float
                                     out + panel * rows * kLanes, kLanes);
 }
 
+// to [tokens, dim] = RMSNorm of the tokens x [tokens, x_row].
+void norm_few(int64_t tokens, const float* x, int64_t x_row, int64_t dim, float eps, const float* weight, float* to) {
+    for (int64_t t = 0; t < tokens; ++t, x += x_row, to += dim) {
+        Vec squares = {};
+        for_vectors(dim, [&](int64_t d, auto read, auto) {
+            const Vec value = read(x + d);
+            squares += value * value;
+        });
+        const float scale = 1.0f / sqrtf(sum(squares) / static_cast<float>(dim) + eps);
+        for_vectors(dim, [&](int64_t d, auto read, auto write) { write(to + d, read(x + d) * scale * read(weight + d)); });
+    }
+}
+
+void finish_few(const MlpShape& shape, int64_t inner, const float* mixed, int64_t mixed_row, const float* residual,
+                int64_t residual_row, const float* weight, float eps, const float* norm, const float* gate,
+                const float* up, const float* down, float* out, int threads) {
+    const auto [tokens, dim, width] = shape;
+    float* x = scratch(tokens * (dim + 2 * width));
+    float* gates = x + tokens * dim;
+    float* ups = gates + tokens * width;
+    for (int64_t t = 0; t < tokens; ++t)
+        std::memcpy(out + t * dim, residual + t * residual_row, sizeof(float) * dim);
+    multiply_few<true>(tokens, dim, inner, weight, mixed, mixed_row, out, dim, threads);
+    norm_few(tokens, out, dim, dim, eps, norm, x);
+    for_rows(threads, width, dim, [&](int64_t first, int64_t count) {
+        multiply_rows_few<false>(tokens, count, dim, gate + first * dim, x, dim, gates + first, width);
+        multiply_rows_few<false>(tokens, count, dim, up + first * dim, x, dim, ups + first, width);
+        for (int64_t t = 0; t < tokens; ++t) {
+            float *g = gates + t * width + first, *u = ups + t * width + first;
+            for_vectors(count, [&](int64_t i, auto read, auto write) {
+                const Vec value = read(g + i);
+                write(g + i, value * sigmoid(value) * read(u + i));
+            });
+        }
+    });
+    multiply_few<true>(tokens, dim, width, down, gates, width, out, dim, threads);
+}
+
 }  // namespace
 
 void norm_product(int64_t tokens, int64_t dim, int64_t rows, const float* x, int64_t x_row, float eps,
-                  const float* norm, const float* weight, float* out, int threads) {
+                  const float* norm, const float* weight, float* out, int64_t out_row, int threads) {
+    if (tokens < kFew) {
+        float* normed = scratch(tokens * dim);
+        norm_few(tokens, x, x_row, dim, eps, norm, normed);
+        return multiply_few<false>(tokens, rows, dim, weight, normed, dim, out, out_row, threads);
+    }
     parallel(threads, divide_up(tokens, kTokens), [&](int64_t index) {
         const Block block(tokens, index);
         float* x_lanes = scratch(kTokens * (dim + rows));
@@ -45,13 +89,16 @@ void norm_product(int64_t tokens, int64_t dim, int64_t rows, const float* x, int
         load_lanes<Fp32>(block, x, x_row, dim, x_lanes);
         norm_lanes(block, x_lanes, dim, eps, norm, x_lanes);
         multiply_lanes<false>(block, rows, dim, weight, x_lanes, out_lanes);
-        store_lanes(block, out_lanes, rows, out);
+        store_lanes(block, out_lanes, rows, out, out_row);
     });
 }
 
 void finish_layer(const MlpShape& shape, int64_t inner, const float* mixed, int64_t mixed_row, const float* residual,
                   int64_t residual_row, const float* weight, float eps, const float* norm, const float* gate,
                   const float* up, const float* down, float* out, int threads) {
+    if (shape.tokens < kFew)
+        return finish_few(shape, inner, mixed, mixed_row, residual, residual_row, weight, eps, norm, gate, up, down,
+                          out, threads);
     parallel(threads, divide_up(shape.tokens, kTokens), [&](int64_t index) {
         const Block block(shape.tokens, index);
         float* memory = scratch(kMlpScratch + kTokens * (2 * shape.dim + inner));
@@ -63,7 +110,7 @@ void finish_layer(const MlpShape& shape, int64_t inner, const float* mixed, int6
         multiply_lanes<true>(block, shape.dim, inner, weight, mixed_lanes, total);
         norm_lanes(block, total, shape.dim, eps, norm, x);
         add_mlp<Fp32>(shape, block, x, gate, up, down, total, memory);
-        store_lanes(block, total, shape.dim, out);
+        store_lanes(block, total, shape.dim, out, shape.dim);
     });
 }
 

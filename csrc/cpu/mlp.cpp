@@ -58,7 +58,7 @@ void forward_block(const MlpShape& shape, const Block& block, const float* x, in
     load_lanes<Word>(block, x, x_row, dim, x_lanes);
     std::memset(out_lanes, 0, sizeof(float) * block.panels * dim * kLanes);
     add_mlp<Word>(shape, block, x_lanes, gate, up, down, out_lanes, memory);
-    store_lanes(block, out_lanes, dim, out);
+    store_lanes(block, out_lanes, dim, out, dim);
 }
 
 // The weights as the backward pass reads them, gate and up [width, padded] in words along width, down transposed
@@ -128,7 +128,7 @@ struct Chunk {
             to += shape.width * padded;
             multiply<Word, kAdd>(n, columns, depth, {hidden, kStride, 1}, grad_rows, padded, to, padded);
         }
-        store_lanes(block, grad_x_lanes, dim, grad_x);
+        store_lanes(block, grad_x_lanes, dim, grad_x, dim);
     }
 
     // Fills the panel's columns of grad_gates, grad_ups and hidden, words along the tokens, and adds to its gradient

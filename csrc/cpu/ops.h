@@ -101,9 +101,10 @@ using MlpBackward = void(const MlpShape& shape, const float* x, int64_t x_row, c
                          int threads);
 
 // The next two are a layer around its attention, without what a backward pass needs. Matrices are contiguous.
-// out [tokens, rows] = RMSNorm of x [tokens, dim], with the gains `norm` [dim], times weight [rows, dim]^T.
+// out [tokens, rows], rows of which are out_row apart, = RMSNorm of x [tokens, dim], with the gains `norm` [dim], times
+// weight [rows, dim]^T.
 using NormProduct = void(int64_t tokens, int64_t dim, int64_t rows, const float* x, int64_t x_row, float eps,
-                         const float* norm, const float* weight, float* out, int threads);
+                         const float* norm, const float* weight, float* out, int64_t out_row, int threads);
 
 // total = residual [tokens, dim] + mixed [tokens, inner] weight [dim, inner]^T; out [tokens, dim] = total + the MLP of
 // the RMSNorm of total.

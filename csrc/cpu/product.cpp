@@ -1,5 +1,6 @@
 // The products between the ops, and their gradients: in bf16 of numbers that stay in fp32, which torch could only
 // convert before and after, and in fp32, where torch's are no faster and their sums depend on the number of threads.
+#include "few.h"
 #include "memory.h"
 #include "ops.h"
 #include "parallel.h"
@@ -95,6 +96,8 @@ void multiply_over_tokens(int64_t tokens, int64_t rows, int64_t columns, const f
 
 void product(int64_t tokens, int64_t depth, int64_t rows, const float* x, int64_t x_row, const float* weight,
              bool transposed, float* out, bool bf16, int threads) {
+    if (tokens < kFew && !transposed && !bf16)
+        return multiply_few<false>(tokens, rows, depth, weight, x, x_row, out, rows, threads);
     with_word(bf16, [&](auto word) {
         multiply_rows<decltype(word)>(tokens, depth, rows, x, x_row, weight, transposed, out, threads);
     });
