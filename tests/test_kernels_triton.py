@@ -496,6 +496,8 @@ def test_mlp_of_no_tokens_and_of_rows_with_gaps(monkeypatch):
     assert [tuple(w.shape) for w in padded] == [(16, 64), (16, 64), (64, 16)], "rows of whole vectors"
     padded = sys.modules["ant5m.kernels.triton.mlp"]._padded(x, *weights)
     assert [tuple(w.shape) for w in padded] == [(16, 64), (16, 64), (64, 16)], "rows of whole vectors"
+    padded = sys.modules["ant5m.kernels.triton.mlp"]._padded(x, *weights)
+    assert [tuple(w.shape) for w in padded] == [(16, 64), (16, 64), (64, 16)], "rows of whole vectors"
     out = ops.mlp(x, *weights)
     assert out.shape == (0, 64)
     assert not any(g.any() for g in torch.autograd.grad(out.sum(), weights))

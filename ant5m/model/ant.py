@@ -281,7 +281,9 @@ class Ant(nn.Module):
         if head is not None:
             return head(hidden, self.head_weight)
         if targets is None:
-            return _linear(hidden, self.head_weight)
+            # The logits of many positions are large: not for memory that a backend keeps.
+            product = _linear if hidden.shape[1] == 1 else F.linear
+            return product(hidden, self.head_weight)
         return kernels.linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten())
 
 
