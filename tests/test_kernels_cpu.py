@@ -494,6 +494,16 @@ class TestWithoutGradients:
             (reference.rms_norm(wide[..., :101], norm, 1e-5) @ weight.T).double(),
         )
 
+    @pytest.mark.parametrize("tokens", [5, 40])
+    def test_rows_with_gaps(self, tokens):
+        residual, mixed, norm, weight = draw(tokens, 103), draw(tokens, 45), draw(100), draw(30, 100)
+        layer = draw(100, 40), norm, 1e-5, weight, draw(30, 100, seed=1), draw(100, 30)
+        apart = residual[:, 1:101], mixed[:, 3:43]
+        dense = (x.contiguous() for x in apart)
+        assert torch.equal(cpu.finish_layer(*apart, *layer), cpu.finish_layer(*dense, *layer))
+        product = cpu.norm_product(apart[0], norm, 1e-5, [weight])
+        assert torch.equal(product, cpu.norm_product(apart[0].contiguous(), norm, 1e-5, [weight]))
+
     @pytest.mark.parametrize("tokens", [5, 15, 16, 40])
     def test_several_weights_lie_side_by_side(self, tokens):
         x, norm, *weights = draw(tokens, 50), draw(50), *(draw(rows, 50, seed=rows) for rows in (33, 1, 66))
