@@ -151,6 +151,15 @@ def test_a_block_that_fits_where_nothing_else_does_is_used(backend, with_mlp, mo
     assert check._too_slow(backend, torch.device("cpu"), torch.float32, 12, 8) is None
 
 
+def test_a_block_that_fails_at_full_size_is_not_used(backend, with_mlp, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("invalid argument\nin a launch")
+
+    monkeypatch.setattr(check, "_milliseconds", fails)
+    reason = check._too_slow(backend, torch.device("cpu"), torch.float32, 12, 8)
+    assert reason == "mlp could not be timed on this device: RuntimeError: invalid argument"
+
+
 def test_the_clock_is_asked_on_a_gpu_only_and_once(backend, with_mlp, monkeypatch):
     asked = []
     monkeypatch.setattr(check, "_too_slow", lambda *given: asked.append(given) or "slow")

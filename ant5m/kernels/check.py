@@ -176,10 +176,13 @@ def _too_slow(
             gate, up = (0.1 * draw(2 * width, size)).split(width)
             leaves = [leaf.requires_grad_() for leaf in (x, gate, up, down)]
             dy = draw(_TIMED_TOKENS, size)
-            # In turns, because a GPU's clock rises as it works.
-            rounds = [[_milliseconds(way, leaves, dy) for way in ways] for _ in range(3)]
+            with torch.cuda.device_of(x):
+                # In turns, because a GPU's clock rises as it works.
+                rounds = [[_milliseconds(way, leaves, dy) for way in ways] for _ in range(3)]
     except torch.OutOfMemoryError:
         return None  # the block takes less than what it stands for
+    except Exception as error:  # at so many tokens something fails that the comparison had no need of
+        return f"mlp could not be timed on this device: {_first_line(error)}"
     block, products = map(min, zip(*rounds, strict=True))
     if block < products:
         return None
