@@ -34,6 +34,12 @@ def _sigmoid(b):
 
 
 @triton.jit
+def _tokens(p, i_n, o_n, o_d, stride, m):
+    """Rows i_n + o_n; 0 where m says that there is none."""
+    return tl.load(p + i_n * stride + (o_n[:, None] * stride + o_d[None, :]), mask=m, other=0.0)
+
+
+@triton.jit
 def _weights(p_gate, p_up, p_down, first, W: tl.constexpr, D: tl.constexpr, BW: tl.constexpr):
     """Columns first.. of gate and up [BW, D] and of down [D, BW]; behind the last one 0."""
     o_w = first + tl.arange(0, BW)
@@ -64,7 +70,7 @@ def mlp_fwd_kernel(
     o_n = tl.arange(0, BN)
     o_d = tl.arange(0, D)
     m = (i_n + o_n < N)[:, None]
-    b_x = tl.load(p_x + i_n * stride_x + (o_n[:, None] * stride_x + o_d[None, :]), mask=m, other=0.0)
+    b_x = _tokens(p_x, i_n, o_n, o_d, stride_x, m)
     b_y = tl.zeros((BN, D), tl.float32)
     for w in range(0, W, BW):
         b_gate, b_up, b_down = _weights(p_gate, p_up, p_down, w, W, D, BW)
@@ -98,8 +104,8 @@ def mlp_bwd_kernel(
     o_n = tl.arange(0, BN)
     o_d = tl.arange(0, D)
     m = (i_n + o_n < N)[:, None]
-    b_x = tl.load(p_x + i_n * stride_x + (o_n[:, None] * stride_x + o_d[None, :]), mask=m, other=0.0)
-    b_dy = tl.load(p_dy + i_n * stride_dy + (o_n[:, None] * stride_dy + o_d[None, :]), mask=m, other=0.0)
+    b_x = _tokens(p_x, i_n, o_n, o_d, stride_x, m)
+    b_dy = _tokens(p_dy, i_n, o_n, o_d, stride_dy, m)
     b_dx = tl.zeros((BN, D), tl.float32)
     p_hidden += i_n * W
     p_dboth += i_n * (2 * W)
