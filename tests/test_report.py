@@ -82,8 +82,27 @@ def test_running_mean():
 
 
 def test_the_plot_takes_a_run_without_training_lines(tmp_path):
-    report.plot_loss([], (0, 9.7), tmp_path / "loss.png")
+    validation = {"kind": "validation", "step": 0, "loss": 9.7, "tokens": 8}
+    report.plot_loss([validation], tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 1_000
+
+
+def test_losses_over_different_text_are_not_joined():
+    lines = [
+        {"kind": kind, "step": step, "loss": loss, "tokens": tokens}
+        for kind, step, loss, tokens in (
+            ("validation", 1, 7.0, 50),
+            ("train", 1, 7.5, 64),
+            ("validation", 2, 6.0, 50),
+            ("validation", 2, 6.5, 900),
+        )
+    ]
+    assert report._by_text(lines) == {50: [(1, 7.0), (2, 6.0)], 900: [(2, 6.5)]}
+
+
+def test_a_text_read_in_part_is_not_read_no_times():
+    read = [report.times_over(tokens, 1_000) for tokens in (48, 999, 1_000, 12_345)]
+    assert read == ["0.05", "1.00", "1.0", "12.3"]
 
 
 def test_progress_shows_mfu_only_with_a_known_peak(capsys):

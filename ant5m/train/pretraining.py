@@ -22,7 +22,7 @@ from ant5m.train.config import TrainConfig
 from ant5m.train.default_text import pack_default_text
 from ant5m.train.plan import complete, measure_speed
 from ant5m.train.precision import choose_device, choose_precision
-from ant5m.train.report import device_of, finish
+from ant5m.train.report import device_of, finish, times_over
 from ant5m.train.run import Run
 from ant5m.train.stop import Stop
 from ant5m.train.trainer import Trainer
@@ -155,7 +155,7 @@ def _introduce(run: Run, net: Ant, precision: str) -> None:
     console.print(
         f"{run.folder}: {config.model}, {parameters:,} parameters, on {where} in {precision}\n"
         f"{config.steps:,} steps of {config.batch_size} x {config.sequence_length:,} tokens = {tokens:,}, "
-        f"{tokens / unique:.1f} times over the {unique:,} of {run.shards}\n"
+        f"{times_over(tokens, unique)} times over the {unique:,} of {run.shards}\n"
         f"{run.ran['kernels']}",
         markup=False,
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import shutil
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def finish(run: Run, trainer: Trainer) -> Evaluation:
     record(run.folder, checkpoint.name, evaluation, held_out=True)
     samples = write_samples(trainer)
     lines = read_metrics(run.folder / "metrics.jsonl")
-    plot_loss(lines, (trainer.step, evaluation.loss), run.folder / "loss.png")
+    final = {"kind": "validation", "step": trainer.step, "loss": evaluation.loss, "tokens": evaluation.tokens}
+    plot_loss([*lines, final], run.folder / "loss.png")
     tasks = section_of(run.folder, checkpoint)
     _export(run, trainer, checkpoint, samples, tasks)
     write_file(run.folder / "report.md", report(run, trainer, lines, evaluation, samples, tasks))
@@ -54,25 +56,42 @@ def write_samples(trainer: Trainer) -> list[Sample]:
     return [Sample(prompt, text, find_loops(text).looping) for prompt, text in pairs]
 
 
-def plot_loss(lines: list[dict[str, Any]], final: tuple[int, float], path: Path) -> None:
-    """Draw training loss (each step, and a running mean), validation loss and the `final` (step, loss)."""
+def plot_loss(lines: list[dict[str, Any]], path: Path) -> None:
+    """Draw training loss (each step, and a running mean) and validation loss from the lines of metrics.jsonl.
+
+    Losses over different numbers of tokens, and so over different text, are not joined by a line.
+    """
     train = [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
-    validation = [(line["step"], line["loss"]) for line in lines if line["kind"] == "validation"]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
         axes.plot(steps, _running_mean(losses, len(losses) // 50 + 1), color="tab:blue", label="training")
-    axes.plot(
-        *zip(*validation, final, strict=True), "o-", color="tab:orange", markersize=4, label="validation"
-    )
+    validation = _by_text(lines)
+    for number, (tokens, points) in enumerate(validation.items(), 1):
+        label = "validation" + (f", {tokens:,} tokens" if len(validation) > 1 else "")
+        axes.plot(*zip(*points, strict=True), "o-", color=f"C{number}", markersize=4, label=label)
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     write_file(path, picture.getvalue())
+
+
+def _by_text(lines: list[dict[str, Any]]) -> dict[int, list[tuple[int, float]]]:
+    """{tokens: [(step, loss)]} of the validations: as many tokens are the same text."""
+    points: dict[int, list[tuple[int, float]]] = defaultdict(list)
+    for line in lines:
+        if line["kind"] == "validation":
+            points[line["tokens"]].append((line["step"], line["loss"]))
+    return points
+
+
+def times_over(tokens: int, unique: int) -> str:
+    """How often `unique` tokens are read: 4.3, and below one what can be seen, 0.05."""
+    return f"{tokens / unique:.{1 if tokens >= unique else 2}f}"
 
 
 def report(
@@ -98,7 +117,7 @@ def report(
         unique=f"{data['train']['tokens']:,}",
         megabytes=f"{data['train']['bytes'] / 1e6:.1f}",
         tokens=f"{trainer.tokens:,}",
-        epochs=f"{trainer.tokens / data['train']['tokens']:.1f}",
+        epochs=times_over(trainer.tokens, data["train"]["tokens"]),
         steps=f"{trainer.step:,}",
         batch=f"{config.batch_size} x {config.sequence_length}",
         optimizer="Muon and AdamW" if config.optimizer == "muon" else "AdamW",
