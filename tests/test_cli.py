@@ -193,6 +193,12 @@ def test_bad_flags(words, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_a_value_of_the_wrong_kind_is_told_the_right_one(capsys):
+    assert run(["train", "--steps", "x"]) == 2
+    message = capsys.readouterr().err
+    assert "--steps" in message and "INT" in message and "None" not in message
+
+
 @pytest.mark.parametrize(
     "error, code, line",
     [

@@ -103,7 +103,7 @@ def _load(name: str, flags: list[str], program: str):
         args=flags,
         prog=program,
         description=_wrapped(inspect.cleandoc(command.__doc__ or "")),
-        config=(tyro.conf.FlagCreatePairsOff,),
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
     )
 
 
