@@ -21,6 +21,7 @@ ctypes.CDLL(sys.argv[2])
 import torch  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from ant5m import kernels  # noqa: E402
 from ant5m.kernels import check, cuda, triton  # noqa: E402
@@ -35,7 +36,8 @@ from ant5m.train.step import Step  # noqa: E402
 
 
 class Ours(TorchDispatchMode):
-    """Remembers the ops of our backends by name."""
+    """Remembers the ops of our backends by name; nothing may be made on the host, where torch itself would
+    still take a single number from."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +46,10 @@ class Ours(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace.startswith("ant5m"):
             self.names.add(str(func).removesuffix(".default"))
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        made = {x.device.type for x in tree_leaves(out) if isinstance(x, torch.Tensor)}
+        assert "cpu" not in made, f"{func} made a tensor on the host"
+        return out
 
 
 def pretend(capability):
