@@ -28,7 +28,7 @@ FEW_TOKENS = 32
 """what vectors hold at once; for fewer torch's products are faster"""
 
 _FEWEST = 16
-"""tokens; of fewer, products read the weights once and pack nothing (csrc/cpu/few.h)"""
+"""tokens; of fewer, products read the weights once and pack nothing (csrc/cpu/skinny_gemm.h)"""
 
 _WITHOUT_GRADIENTS = ("norm_product", "finish_layer")
 

@@ -13,7 +13,7 @@
 #include "memory.h"
 #include "ops.h"
 #include "parallel.h"
-#include "tile.h"
+#include "gemm.h"
 
 namespace ant5m::ANT5M_ISA {
 namespace {
@@ -39,9 +39,9 @@ Rows rows_of(const Heads& x, int64_t batch, int64_t head) {
     return {x.data + batch * x.batch + head * x.head, x.time};
 }
 
-// K or V as products read it, keys first or dimensions first: for fp32 where it lies, else the words along the other of
+// K or V as products read it, keys first or dimensions first: for fp32 where it lies, else packed along the other of
 // the two, of every head [batch, kv_heads, ..].
-template <typename Word>
+template <typename Format>
 class Keys {
   public:
     enum Order { kKeysFirst, kDimensionsFirst };
@@ -50,26 +50,26 @@ class Keys {
         : shape_(shape),
           x_(x),
           order_(order),
-          row_(order == kKeysFirst ? Word::count(shape.dim) : shape.dim),
-          size_((order == kKeysFirst ? shape.length : Word::count(shape.length)) * row_),
-          memory_(Word::kNumbers == 1 ? 0 : shape.batch * shape.kv_heads * size_) {
-        if (Word::kNumbers == 1) return;
+          row_(order == kKeysFirst ? Format::count(shape.dim) : shape.dim),
+          size_((order == kKeysFirst ? shape.length : Format::count(shape.length)) * row_),
+          memory_(Format::kVnni == 1 ? 0 : shape.batch * shape.kv_heads * size_) {
+        if (Format::kVnni == 1) return;
         parallel(threads, shape.batch * shape.kv_heads, [&](int64_t i) {
             const Rows rows = rows_of(x, i / shape.kv_heads, i % shape.kv_heads);
             float* to = memory_.data() + i * size_;
             if (order == kKeysFirst)
-                Word::pack_columns(shape.length, shape.dim, rows.data, rows.row, to, row_);
+                Format::pack_columns(shape.length, shape.dim, rows.data, rows.row, to, row_);
             else
-                Word::pack_rows(shape.length, shape.dim, rows.data, rows.row, to, row_);
+                Format::pack_rows(shape.length, shape.dim, rows.data, rows.row, to, row_);
         });
     }
 
     // From key `start` on, which is even.
     Operand from(int64_t start, int64_t batch, int64_t head) const {
         Rows rows = rows_of(x_, batch, head);
-        if (Word::kNumbers > 1) rows = {memory_.data() + (batch * shape_.kv_heads + head) * size_, row_};
+        if (Format::kVnni > 1) rows = {memory_.data() + (batch * shape_.kv_heads + head) * size_, row_};
         if (order_ == kKeysFirst) return {rows.from(start).data, rows.row, 1};
-        return {rows.from(start / Word::kNumbers).data, 1, rows.row};
+        return {rows.from(start / Format::kVnni).data, 1, rows.row};
     }
 
   private:
@@ -175,11 +175,11 @@ class Sights {
 };
 
 // The online softmax of one head's panel of positions, and its output so far.
-template <typename Word>
+template <typename Format>
 struct Online {
     Vec highest[kVecs];
     Vec total[kVecs];
-    float* queries;  // [dim, kLanes] in words along dim
+    float* queries;  // [dim, kLanes] packed along dim
     float* output;   // [dim, kLanes]
 
     // One tile of n keys: k with the keys first, v with the dimensions first.
@@ -188,7 +188,7 @@ struct Online {
         const int64_t dim = kDim ? kDim : any_dim;
         Vec now[kVecs];
         ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) now[j] = highest[j];
-        multiply_panel<Word, kVecs, false>(n, dim, k, queries, kLanes, tile, kLanes,
+        multiply_panel<Format, kVecs, false>(n, dim, k, queries, kLanes, tile, kLanes,
                                            [&](Vec score, int64_t i, int j) {
                                                score = visible(score, i, j);
                                                now[j] = max(now[j], score);
@@ -201,16 +201,16 @@ struct Online {
             sum[j] = total[j] * shrink[j];
             highest[j] = now[j];
         }
-        for (int64_t i = n; i % Word::kNumbers; ++i)
+        for (int64_t i = n; i % Format::kVnni; ++i)
             ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) store(tile + i * kLanes + j * kWidth, broadcast(-kInfinity));
-        for (int64_t i = 0; i < n; i += Word::kNumbers)
+        for (int64_t i = 0; i < n; i += Format::kVnni)
             ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {
-                Vec p[Word::kNumbers];
-                ANT5M_UNROLL for (int m = 0; m < Word::kNumbers; ++m) {
+                Vec p[Format::kVnni];
+                ANT5M_UNROLL for (int m = 0; m < Format::kVnni; ++m) {
                     p[m] = exp2(load(tile + (i + m) * kLanes + j * kWidth) - now[j]);
                     sum[j] += p[m];
                 }
-                store(tile + i / Word::kNumbers * kLanes + j * kWidth, Word::of(p));
+                store(tile + i / Format::kVnni * kLanes + j * kWidth, Format::of(p));
             }
         ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) total[j] = sum[j];
         for (int64_t d = 0; d < dim; ++d)
@@ -218,13 +218,13 @@ struct Online {
                 float* at = output + d * kLanes + j * kWidth;
                 store(at, load(at) * shrink[j]);
             }
-        multiply_panel<Word, kVecs, true>(dim, n, v, tile, kLanes, output, kLanes);
+        multiply_panel<Format, kVecs, true>(dim, n, v, tile, kLanes, output, kLanes);
     }
 };
 
 // All heads of key/value head `kv`, for the panel of positions from `first` on.
-template <typename Word, int kDim>
-void forward_panel(const AttentionShape& shape, const Heads& q, const Keys<Word>& k, const Keys<Word>& v,
+template <typename Format, int kDim>
+void forward_panel(const AttentionShape& shape, const Heads& q, const Keys<Format>& k, const Keys<Format>& v,
                    const Sight& sight, int64_t batch, int64_t kv, int64_t first, float* out, float* lse) {
     const int64_t dim = kDim ? kDim : shape.dim;
     const int64_t group = shape.heads / shape.kv_heads;
@@ -234,7 +234,7 @@ void forward_panel(const AttentionShape& shape, const Heads& q, const Keys<Word>
     float* state = last + kLanes * 2;
     for (int64_t g = 0; g < group; ++g) {
         const int64_t head = kv * group + g;
-        Online<Word> online;
+        Online<Format> online;
         ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {
             online.highest[j] = broadcast(kLowest);
             online.total[j] = Vec{};
@@ -243,7 +243,7 @@ void forward_panel(const AttentionShape& shape, const Heads& q, const Keys<Word>
         online.output = state + dim * kLanes;
         load_lanes(rows_of(q, batch, head).from(first), lanes, dim, kLog2e / sqrtf(static_cast<float>(dim)),
                    online.queries);
-        Word::pack_rows(dim, kLanes, online.queries, kLanes, online.queries, kLanes);
+        Format::pack_rows(dim, kLanes, online.queries, kLanes, online.queries, kLanes);
         std::memset(online.output, 0, sizeof(float) * dim * kLanes);
         sight.for_tiles(first, lanes, kForwardKeys, [&](int64_t start, int64_t n, const auto& visible) {
             online.template add<kDim>(k.from(start, batch, kv), v.from(start, batch, kv), n, dim, visible, tile);
@@ -266,11 +266,11 @@ void forward_panel(const AttentionShape& shape, const Heads& q, const Keys<Word>
 
 // What the backward pass keeps of one head's panel of positions.
 struct Panel {
-    float* queries;    // [dim, kLanes] in words along dim, times scale and log2(e)
-    float* grad;       // [dim, kLanes] in words along dim, gradient of the output
+    float* queries;    // [dim, kLanes] packed along dim, times scale and log2(e)
+    float* grad;       // [dim, kLanes] packed along dim, gradient of the output
     float* grad_q;     // [dim, kLanes]
-    float* query_row;  // [kLanes, width] in words along the lanes, as `queries`
-    float* grad_row;   // [kLanes, width] in words along the lanes
+    float* query_row;  // [kLanes, width] packed along the lanes, as `queries`
+    float* grad_row;   // [kLanes, width] packed along the lanes
     float* lse;        // [kLanes], +inf behind the last position, which makes the probabilities 0
     float* delta;      // [kLanes], sum over dim of output * gradient
 
@@ -292,7 +292,7 @@ void copy_rows(const Rows& rows, int64_t lanes, int64_t dim, float scale, float*
         for (int64_t d = 0; d < dim; ++d) to[i * width + d] = rows.data[i * rows.row + d] * scale;
 }
 
-template <typename Word>
+template <typename Format>
 void load_panel(const Rows& q, const Rows& out, const Rows& grad, const float* lse, int64_t lanes, int64_t dim,
                 const Panel& panel) {
     const float scale = kLog2e / sqrtf(static_cast<float>(dim));
@@ -308,20 +308,20 @@ void load_panel(const Rows& q, const Rows& out, const Rows& grad, const float* l
         // Of the gradient that the scores' is made of, or that of a row would not sum to 0.
         for (int64_t d = 0; d < dim; ++d)
             delta += load(outputs + d * kLanes + j * kWidth) *
-                     Word::rounded(load(panel.grad + d * kLanes + j * kWidth));
+                     Format::rounded(load(panel.grad + d * kLanes + j * kWidth));
         store(panel.delta + j * kWidth, delta);
     }
     std::memset(panel.grad_q, 0, sizeof(float) * dim * kLanes);
     for (float* lanes_of_dim : {panel.queries, panel.grad})
-        Word::pack_rows(dim, kLanes, lanes_of_dim, kLanes, lanes_of_dim, kLanes);
+        Format::pack_rows(dim, kLanes, lanes_of_dim, kLanes, lanes_of_dim, kLanes);
     const int64_t width = round_up(dim);
-    for (float* rows : {panel.query_row, panel.grad_row}) Word::pack_rows(kLanes, width, rows, width, rows, width);
+    for (float* rows : {panel.query_row, panel.grad_row}) Format::pack_rows(kLanes, width, rows, width, rows, width);
 }
 
 // K and V for the backward pass.
-template <typename Word>
+template <typename Format>
 struct BackwardKeys {
-    Keys<Word> k, v, k_by_dimension;
+    Keys<Format> k, v, k_by_dimension;
     BackwardKeys(const AttentionShape& shape, const Heads& k_, const Heads& v_, int threads)
         : k(shape, k_, k.kKeysFirst, threads),
           v(shape, v_, v.kKeysFirst, threads),
@@ -330,37 +330,37 @@ struct BackwardKeys {
 
 // One tile of n keys by one panel: adds to the panel's grad_q and to grad_k, grad_v [n, width]. k and v with the keys
 // first, k_by_dimension with the dimensions first.
-template <typename Word, int kDim, typename Visible>
+template <typename Format, int kDim, typename Visible>
 void backward_tile(const Operand& k, const Operand& v, const Operand& k_by_dimension, int64_t n, int64_t any_dim,
                    const Panel& panel, const Visible& visible, float* probabilities, float* grad_k, float* grad_v) {
     const int64_t dim = kDim ? kDim : any_dim;
     const int64_t width = round_up(dim);
     float* grad_scores = probabilities + kBackwardKeys * kLanes;
-    float* words = grad_scores + kBackwardKeys * kLanes;
+    float* packed = grad_scores + kBackwardKeys * kLanes;
     Vec lse[kVecs];
     Vec delta[kVecs];
     ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {
         lse[j] = load(panel.lse + j * kWidth);
         delta[j] = load(panel.delta + j * kWidth);
     }
-    multiply_panel<Word, kVecs, false>(
+    multiply_panel<Format, kVecs, false>(
         n, dim, k, panel.queries, kLanes, probabilities, kLanes,
         [&](Vec score, int64_t i, int j) { return exp2(visible(score - lse[j], i, j)); });
-    multiply_panel<Word, kVecs, false>(n, dim, v, panel.grad, kLanes, grad_scores, kLanes,
+    multiply_panel<Format, kVecs, false>(n, dim, v, panel.grad, kLanes, grad_scores, kLanes,
                                        [&](Vec grad, int64_t i, int j) {
                                            return (grad - delta[j]) * load(probabilities + i * kLanes + j * kWidth);
                                        });
-    const auto [columns, row] = panel_of<Word>(n, grad_scores, kLanes, words);
-    multiply_panel<Word, kVecs, true>(dim, n, k_by_dimension, columns, row, panel.grad_q, kLanes);
-    for (float* rows : {probabilities, grad_scores}) Word::pack_columns(n, kLanes, rows, kLanes, rows, kLanes);
-    multiply<Word, true>(n, width, kLanes, {probabilities, kLanes, 1}, panel.grad_row, width, grad_v, width);
-    multiply<Word, true>(n, width, kLanes, {grad_scores, kLanes, 1}, panel.query_row, width, grad_k, width);
+    const auto [columns, row] = panel_of<Format>(n, grad_scores, kLanes, packed);
+    multiply_panel<Format, kVecs, true>(dim, n, k_by_dimension, columns, row, panel.grad_q, kLanes);
+    for (float* rows : {probabilities, grad_scores}) Format::pack_columns(n, kLanes, rows, kLanes, rows, kLanes);
+    multiply<Format, true>(n, width, kLanes, {probabilities, kLanes, 1}, panel.grad_row, width, grad_v, width);
+    multiply<Format, true>(n, width, kLanes, {grad_scores, kLanes, 1}, panel.query_row, width, grad_k, width);
 }
 
 // Everything of one key/value head of one sequence: panel by panel of the positions of its query heads, while K, V
 // and their gradients stay in L2.
-template <typename Word, int kDim>
-void backward_head(const AttentionShape& shape, const Heads& q, const BackwardKeys<Word>& keys, const Heads& out,
+template <typename Format, int kDim>
+void backward_head(const AttentionShape& shape, const Heads& q, const BackwardKeys<Format>& keys, const Heads& out,
                    const Heads& grad, const Sight& sight, const float* lse, int64_t batch, int64_t kv, float* grad_q,
                    float* grad_k, float* grad_v) {
     const int64_t dim = kDim ? kDim : shape.dim;
@@ -374,11 +374,11 @@ void backward_head(const AttentionShape& shape, const Heads& q, const BackwardKe
     for (int64_t first = 0; first < shape.length; first += kLanes)
         for (int64_t head = kv * group; head < (kv + 1) * group; ++head) {
             const int64_t lanes = shape.length - first < kLanes ? shape.length - first : kLanes;
-            load_panel<Word>(rows_of(q, batch, head).from(first), rows_of(out, batch, head).from(first),
+            load_panel<Format>(rows_of(q, batch, head).from(first), rows_of(out, batch, head).from(first),
                              rows_of(grad, batch, head).from(first),
                              lse + (batch * shape.heads + head) * shape.length + first, lanes, dim, panel);
             sight.for_tiles(first, lanes, kBackwardKeys, [&](int64_t start, int64_t n, const auto& visible) {
-                backward_tile<Word, kDim>(keys.k.from(start, batch, kv), keys.v.from(start, batch, kv),
+                backward_tile<Format, kDim>(keys.k.from(start, batch, kv), keys.v.from(start, batch, kv),
                                           keys.k_by_dimension.from(start, batch, kv), n, dim, panel, visible, tiles,
                                           sum_k + start * width, sum_v + start * width);
             });
@@ -404,34 +404,34 @@ void with_dim(int64_t dim, const Body& body) {
     }
 }
 
-template <typename Word>
+template <typename Format>
 void forward(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, const int32_t* ends,
              float* out, float* lse, int threads) {
     const int64_t panels = panels_of(shape.length);
     const Sights sights(shape, ends);
-    const Keys<Word> keys(shape, k, keys.kKeysFirst, threads);
-    const Keys<Word> values(shape, v, keys.kDimensionsFirst, threads);
+    const Keys<Format> keys(shape, k, keys.kKeysFirst, threads);
+    const Keys<Format> values(shape, v, keys.kDimensionsFirst, threads);
     with_dim(shape.dim, [&](auto dim) {
         parallel(threads, shape.batch * shape.kv_heads * panels, [&](int64_t task) {
             const int64_t batch = task / panels / shape.kv_heads;
             const int64_t head = task / panels % shape.kv_heads;
             const int64_t panel = panels - 1 - task % panels;  // the longest first
-            forward_panel<Word, dim.value>(shape, q, keys, values, sights.of(batch), batch, head, panel * kLanes, out,
+            forward_panel<Format, dim.value>(shape, q, keys, values, sights.of(batch), batch, head, panel * kLanes, out,
                                            lse);
         });
     });
 }
 
-template <typename Word>
+template <typename Format>
 void backward(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, const Heads& out,
               const Heads& grad, const int32_t* ends, const float* lse, float* grad_q, float* grad_k, float* grad_v,
               int threads) {
     const Sights sights(shape, ends);
-    const BackwardKeys<Word> keys(shape, k, v, threads);
+    const BackwardKeys<Format> keys(shape, k, v, threads);
     with_dim(shape.dim, [&](auto dim) {
         parallel(threads, shape.batch * shape.kv_heads, [&](int64_t task) {
             const int64_t batch = task / shape.kv_heads;
-            backward_head<Word, dim.value>(shape, q, keys, out, grad, sights.of(batch), lse, batch,
+            backward_head<Format, dim.value>(shape, q, keys, out, grad, sights.of(batch), lse, batch,
                                            task % shape.kv_heads, grad_q, grad_k, grad_v);
         });
     });
@@ -441,14 +441,14 @@ void backward(const AttentionShape& shape, const Heads& q, const Heads& k, const
 
 void attention_forward(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v,
                        const int32_t* ends, float* out, float* lse, bool bf16, int threads) {
-    with_word(bf16, [&](auto word) { forward<decltype(word)>(shape, q, k, v, ends, out, lse, threads); });
+    with_format(bf16, [&](auto format) { forward<decltype(format)>(shape, q, k, v, ends, out, lse, threads); });
 }
 
 void attention_backward(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, const Heads& out,
                         const Heads& grad, const int32_t* ends, const float* lse, float* grad_q, float* grad_k,
                         float* grad_v, bool bf16, int threads) {
-    with_word(bf16, [&](auto word) {
-        backward<decltype(word)>(shape, q, k, v, out, grad, ends, lse, grad_q, grad_k, grad_v, threads);
+    with_format(bf16, [&](auto format) {
+        backward<decltype(format)>(shape, q, k, v, out, grad, ends, lse, grad_q, grad_k, grad_v, threads);
     });
 }
 

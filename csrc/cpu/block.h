@@ -4,7 +4,7 @@
 #pragma once
 #include "ops.h"
 #include "silu.h"
-#include "tile.h"
+#include "gemm.h"
 
 namespace ant5m::ANT5M_ISA {
 namespace {
@@ -26,15 +26,15 @@ struct Block {
     int64_t lanes_of(int64_t panel) const { return smaller(kLanes, tokens - panel * kLanes); }
 };
 
-// x [tokens, dim] of a block to [panels, dim, kLanes], zero behind the last token; of each panel in place the words
+// x [tokens, dim] of a block to [panels, dim, kLanes], zero behind the last token; each panel packed in place
 // along dim.
-template <typename Word>
+template <typename Format>
 void load_lanes(const Block& block, const float* x, int64_t row, int64_t dim, float* to) {
     for (int64_t panel = 0; panel < block.panels; ++panel) {
         float* at = to + panel * dim * kLanes;
         if (block.lanes_of(panel) < kLanes) std::memset(at, 0, sizeof(float) * dim * kLanes);
         transpose(block.lanes_of(panel), dim, x + (block.first + panel * kLanes) * row, row, at, kLanes);
-        Word::pack_rows(dim, kLanes, at, kLanes, at, kLanes);
+        Format::pack_rows(dim, kLanes, at, kLanes, at, kLanes);
     }
 }
 
@@ -46,12 +46,12 @@ void load_lanes(const Block& block, const float* x, int64_t row, int64_t dim, fl
 
 constexpr int64_t kMlpScratch = 3 * kTile * kLanes;  // floats
 
-// Adds down (silu(gate x) * (up x)) to out; x and out are [panels, dim, kLanes], x and the weights' rows in words.
-template <typename Word>
+// Adds down (silu(gate x) * (up x)) to out; x and out are [panels, dim, kLanes], x and the weights' rows packed.
+template <typename Format>
 void add_mlp(const MlpShape& shape, const Block& block, const float* x, const float* gate, const float* up,
              const float* down, float* out, float* memory) {
     const int64_t dim = shape.dim;
-    const int64_t row = Word::count(dim);
+    const int64_t row = Format::count(dim);
     float* hidden = memory;
     float* spare_gates = hidden + kTile * kLanes;
     float* spare_ups = spare_gates + kTile * kLanes;
@@ -62,17 +62,17 @@ void add_mlp(const MlpShape& shape, const Block& block, const float* x, const fl
             const int64_t at = (panel * shape.width + start) * kLanes;
             float* gates = block.gates ? block.gates + at : spare_gates;
             float* ups = block.ups ? block.ups + at : spare_ups;
-            multiply_panel<Word, kVecs, false>(n, dim, {gate + start * row, row, 1}, from, kLanes, gates, kLanes);
-            multiply_panel<Word, kVecs, false>(n, dim, {up + start * row, row, 1}, from, kLanes, ups, kLanes,
+            multiply_panel<Format, kVecs, false>(n, dim, {gate + start * row, row, 1}, from, kLanes, gates, kLanes);
+            multiply_panel<Format, kVecs, false>(n, dim, {up + start * row, row, 1}, from, kLanes, ups, kLanes,
                                                [&](Vec value, int64_t i, int j) {
                                                    const int64_t to = i * kLanes + j * kWidth;
                                                    const Vec g = load(gates + to);
                                                    store(hidden + to, g * sigmoid(g) * value);
                                                    return value;
                                                });
-            Word::pack_rows(n, kLanes, hidden, kLanes, hidden, kLanes);
-            multiply_panel<Word, kVecs, true>(dim, n,
-                                              {down + start / Word::kNumbers, Word::count(shape.width), 1}, hidden,
+            Format::pack_rows(n, kLanes, hidden, kLanes, hidden, kLanes);
+            multiply_panel<Format, kVecs, true>(dim, n,
+                                              {down + start / Format::kVnni, Format::count(shape.width), 1}, hidden,
                                               kLanes, out + panel * dim * kLanes, kLanes);
         }
     }

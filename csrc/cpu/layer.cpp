@@ -2,7 +2,7 @@
 #include <math.h>
 
 #include "block.h"
-#include "few.h"
+#include "skinny_gemm.h"
 #include "memory.h"
 #include "parallel.h"
 

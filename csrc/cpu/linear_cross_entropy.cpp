@@ -11,7 +11,7 @@
 #include "memory.h"
 #include "ops.h"
 #include "parallel.h"
-#include "tile.h"
+#include "gemm.h"
 
 namespace ant5m::ANT5M_ISA {
 namespace {
@@ -24,7 +24,7 @@ constexpr int64_t kStride = kTokens + kWidth;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kLog2e = 1.4426950408889634f;
 
-// The operands; see ops.h. by_dim [vocab, by_dim_row] are the weight's words along dim, by_entry [.., by_entry_row]
+// The operands; see ops.h. by_dim [vocab, by_dim_row] is the weight packed along dim, by_entry [.., by_entry_row]
 // those along the vocabulary: for fp32 both are the weight itself.
 struct Head {
     const float* hidden;
@@ -39,40 +39,40 @@ struct Head {
 
     bool wants_gradient() const { return grad_hidden || grad_weight; }
 
-    template <typename Word>
+    template <typename Format>
     int64_t packed_size() const {
-        if (Word::kNumbers == 1) return 0;
-        return vocab * Word::count(dim) + (wants_gradient() ? Word::count(vocab) * dim : 0);
+        if (Format::kVnni == 1) return 0;
+        return vocab * Format::count(dim) + (wants_gradient() ? Format::count(vocab) * dim : 0);
     }
 
-    // Fills `memory` with the words of the weight, if they are not the weight itself.
-    template <typename Word>
+    // Packs the weight into `memory`, if it is not read where it lies.
+    template <typename Format>
     void pack(float* memory, int threads) {
-        if (Word::kNumbers == 1) return;
-        by_dim_row = Word::count(dim), by_entry_row = dim;
+        if (Format::kVnni == 1) return;
+        by_dim_row = Format::count(dim), by_entry_row = dim;
         float* rows = memory;
         float* pairs = memory + vocab * by_dim_row;
         parallel(threads, divide_up(vocab, kEntries), [&](int64_t tile) {
             const int64_t first = tile * kEntries;
             const int64_t n = smaller(kEntries, vocab - first);
             const float* from = weight + first * weight_row;
-            Word::pack_columns(n, dim, from, weight_row, rows + first * by_dim_row, by_dim_row);
+            Format::pack_columns(n, dim, from, weight_row, rows + first * by_dim_row, by_dim_row);
             if (!wants_gradient()) return;
-            Word::pack_rows(n, dim, from, weight_row, pairs + first / Word::kNumbers * dim, dim);
+            Format::pack_rows(n, dim, from, weight_row, pairs + first / Format::kVnni * dim, dim);
         });
         by_dim = rows, by_entry = pairs;
     }
 };
 
 // One block of tokens and where its intermediate results live.
-template <typename Word>
+template <typename Format>
 struct Block {
     const Head& head;
     int64_t dim, row, tiles, chunks;  // row: stride of hidden_rows
     int64_t first = 0, tokens = 0, panels = 0;
     float inverse_count;
-    float* hidden_lanes;  // [panels, dim, kLanes], times log2(e), of each panel in place the words along dim
-    float* hidden_rows;   // [kTokens, row], zero behind dim and behind the last token; words along the tokens
+    float* hidden_lanes;  // [panels, dim, kLanes], times log2(e), each panel packed in place along dim
+    float* hidden_rows;   // [kTokens, row], zero behind dim and behind the last token; packed along the tokens
     float* highest;       // [tiles, kTokens]
     float* total;         // [tiles, kTokens]
     float* likeliest = nullptr;  // [tiles, kTokens], row of the tile's first largest logit; null when not wanted
@@ -136,11 +136,11 @@ struct Block {
         float* to = hidden_lanes + panel * dim * kLanes;
         if (lanes < kLanes) std::memset(to, 0, sizeof(float) * dim * kLanes);
         transpose(lanes, dim, hidden, head.hidden_row, to, kLanes, kLog2e);
-        Word::pack_rows(dim, kLanes, to, kLanes, to, kLanes);
-        constexpr int64_t kRowsOfWords = kLanes / Word::kNumbers;
-        float* rows = hidden_rows + panel * kRowsOfWords * row;
-        std::memset(rows, 0, sizeof(float) * kRowsOfWords * row);
-        Word::pack_rows(lanes, dim, hidden, head.hidden_row, rows, row);
+        Format::pack_rows(dim, kLanes, to, kLanes, to, kLanes);
+        constexpr int64_t kPackedRows = kLanes / Format::kVnni;
+        float* rows = hidden_rows + panel * kPackedRows * row;
+        std::memset(rows, 0, sizeof(float) * kPackedRows * row);
+        Format::pack_rows(lanes, dim, hidden, head.hidden_row, rows, row);
     }
 
     // The block that begins with token `first`.
@@ -160,7 +160,7 @@ struct Block {
             Vec most[kVecs];
             Vec where[kVecs] = {};
             ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) most[j] = broadcast(-__builtin_inff());
-            multiply_panel<Word, kVecs, false>(
+            multiply_panel<Format, kVecs, false>(
                 n, dim, weight, hidden_lanes + panel * dim * kLanes, kLanes, logits, kLanes,
                 [&](Vec logit, int64_t i, int j) {
                     if constexpr (kLikeliest)
@@ -234,8 +234,8 @@ struct Block {
     void differentiate(int64_t tile, float* grad_hidden_lanes) const {
         const int64_t n = entries_of(tile);
         float* grad = scratch(kEntries * (kStride + kLanes));
-        float* words = grad + kEntries * kStride;
-        const Operand weight{head.by_entry + tile * kEntries / Word::kNumbers * head.by_entry_row, 1,
+        float* packed = grad + kEntries * kStride;
+        const Operand weight{head.by_entry + tile * kEntries / Format::kVnni * head.by_entry_row, 1,
                              head.by_entry_row};
         for (int64_t panel = 0; panel < panels; ++panel) {
             const float* from = exponentials_of(tile, panel);
@@ -252,16 +252,16 @@ struct Block {
                           ANT5M_ISA::load(from + i * kLanes + j * kWidth) * factor[j]);
             for_targets(tile, panel, [&](int64_t token, int64_t i) { grad[i * kStride + token] -= inverse_count; });
             if (head.grad_hidden) {
-                const auto [data, data_row] = panel_of<Word>(n, columns, kStride, words);
-                multiply_panel<Word, kVecs, true>(dim, n, weight, data, data_row,
+                const auto [data, data_row] = panel_of<Format>(n, columns, kStride, packed);
+                multiply_panel<Format, kVecs, true>(dim, n, weight, data, data_row,
                                                   grad_hidden_lanes + panel * dim * kLanes, kLanes);
             }
-            Word::pack_columns(n, kLanes, columns, kStride, grad + panel * kLanes / Word::kNumbers, kStride);
+            Format::pack_columns(n, kLanes, columns, kStride, grad + panel * kLanes / Format::kVnni, kStride);
         }
         if (!head.grad_weight) return;
         float* grad_weight = head.grad_weight + tile * kEntries * head.grad_weight_row;
         if (first == 0) std::memset(grad_weight, 0, sizeof(float) * n * head.grad_weight_row);
-        multiply<Word, true>(n, divide_up(dim, kWidth) * kWidth, panels * kLanes, {grad, kStride, 1}, hidden_rows,
+        multiply<Format, true>(n, divide_up(dim, kWidth) * kWidth, panels * kLanes, {grad, kStride, 1}, hidden_rows,
                              row, grad_weight, head.grad_weight_row);
     }
 
@@ -283,14 +283,14 @@ struct Block {
     }
 };
 
-template <typename Word>
+template <typename Format>
 float mean_loss(Head head, int threads) {
-    const Memory packed(head.packed_size<Word>());
-    head.pack<Word>(packed.data(), threads);
+    const Memory packed(head.packed_size<Format>());
+    head.pack<Format>(packed.data(), threads);
     int64_t count = 0;
     for (int64_t i = 0; i < head.tokens; ++i) count += head.targets[i] != head.ignore_index;
-    const Memory memory(Block<Word>::size(head));
-    Block<Word> block(head, count, memory.data());
+    const Memory memory(Block<Format>::size(head));
+    Block<Format> block(head, count, memory.data());
     double losses = 0;
     for (block.first = 0; block.first < head.tokens; block.first += kTokens) {
         block.begin(threads);
@@ -311,7 +311,7 @@ void linear_cross_entropy(int64_t tokens, int64_t dim, int64_t vocab, const floa
                           int threads) {
     const Head head{hidden, weight, targets, grad_hidden, grad_weight,
                     tokens, dim, vocab, hidden_row, weight_row, grad_weight_row, ignore_index};
-    with_word(bf16, [&](auto word) { *loss = mean_loss<decltype(word)>(head, threads); });
+    with_format(bf16, [&](auto format) { *loss = mean_loss<decltype(format)>(head, threads); });
 }
 
 void logit_summary(int64_t tokens, int64_t dim, int64_t vocab, const float* hidden, int64_t hidden_row,

@@ -13,11 +13,11 @@ namespace {
 constexpr int64_t kStride = kTokens + kWidth;
 constexpr int64_t kPartialFloats = 8 << 20;  // 32 MiB for the chunks' gradients of the weights, if that is 4 chunks
 
-// x [tokens, dim] of a block to [panels * kLanes, padded], zero behind dim and the last token; words along the tokens.
-template <typename Word>
+// x [tokens, dim] of a block to [panels * kLanes, padded], zero behind dim and the last token; packed along the tokens.
+template <typename Format>
 void load_rows(const Block& block, const float* x, int64_t row, int64_t dim, float* to, int64_t padded) {
-    std::memset(to, 0, sizeof(float) * block.panels * kLanes / Word::kNumbers * padded);
-    Word::pack_rows(block.tokens, dim, x + block.first * row, row, to, padded);
+    std::memset(to, 0, sizeof(float) * block.panels * kLanes / Format::kVnni * padded);
+    Format::pack_rows(block.tokens, dim, x + block.first * row, row, to, padded);
 }
 
 // Calls of parallel() for so many rows of a matrix at a time.
@@ -28,17 +28,17 @@ void for_tiles(int threads, int64_t rows, const Body& body) {
     });
 }
 
-// The rows of a contiguous matrix in words; for fp32 where they lie.
-template <typename Word>
+// The rows of a contiguous matrix packed; for fp32 where they lie.
+template <typename Format>
 class Packed {
   public:
     Packed(int64_t rows, int64_t columns, const float* from, int threads)
-        : memory_(Word::kNumbers == 1 ? 0 : rows * Word::count(columns)),
-          data_(Word::kNumbers == 1 ? from : memory_.data()) {
+        : memory_(Format::kVnni == 1 ? 0 : rows * Format::count(columns)),
+          data_(Format::kVnni == 1 ? from : memory_.data()) {
         if (data_ == from) return;
-        const int64_t row = Word::count(columns);
+        const int64_t row = Format::count(columns);
         for_tiles(threads, rows, [&](int64_t i, int64_t n) {
-            Word::pack_columns(n, columns, from + i * columns, columns, memory_.data() + i * row, row);
+            Format::pack_columns(n, columns, from + i * columns, columns, memory_.data() + i * row, row);
         });
     }
     const float* data() const { return data_; }
@@ -48,22 +48,22 @@ class Packed {
     const float* data_;
 };
 
-template <typename Word>
+template <typename Format>
 void forward_block(const MlpShape& shape, const Block& block, const float* x, int64_t x_row, const float* gate,
                    const float* up, const float* down, float* out) {
     const int64_t dim = shape.dim;
     float* memory = scratch(kMlpScratch + 2 * kTokens * dim);
     float* x_lanes = memory + kMlpScratch;
     float* out_lanes = x_lanes + kTokens * dim;
-    load_lanes<Word>(block, x, x_row, dim, x_lanes);
+    load_lanes<Format>(block, x, x_row, dim, x_lanes);
     std::memset(out_lanes, 0, sizeof(float) * block.panels * dim * kLanes);
-    add_mlp<Word>(shape, block, x_lanes, gate, up, down, out_lanes, memory);
+    add_mlp<Format>(shape, block, x_lanes, gate, up, down, out_lanes, memory);
     store_lanes(block, out_lanes, dim, out, dim);
 }
 
-// The weights as the backward pass reads them, gate and up [width, padded] in words along width, down transposed
-// [width, padded] in words along dim. The odd stride keeps the elements of a column out of one another's sets in L1.
-template <typename Word>
+// The weights as the backward pass reads them, gate and up [width, padded] packed along width, down transposed
+// [width, padded] packed along dim. The odd stride keeps the elements of a column out of one another's sets in L1.
+template <typename Format>
 struct Weights {
     float *gate, *up, *down;
 
@@ -72,22 +72,22 @@ struct Weights {
         : gate(memory), up(gate + shape.width * padded), down(up + shape.width * padded) {
         for_tiles(threads, shape.width, [&](int64_t i, int64_t n) {
             const int64_t from = i * shape.dim;
-            const int64_t to = i / Word::kNumbers * padded;
-            Word::pack_rows(n, shape.dim, from_gate + from, shape.dim, gate + to, padded);
-            Word::pack_rows(n, shape.dim, from_up + from, shape.dim, up + to, padded);
+            const int64_t to = i / Format::kVnni * padded;
+            Format::pack_rows(n, shape.dim, from_gate + from, shape.dim, gate + to, padded);
+            Format::pack_rows(n, shape.dim, from_up + from, shape.dim, up + to, padded);
             float* rows = down + i * padded;
             transpose(shape.dim, n, from_down + i, shape.width, rows, padded);
-            Word::pack_columns(n, shape.dim, rows, padded, rows, padded);
+            Format::pack_columns(n, shape.dim, rows, padded, rows, padded);
         });
     }
 };
 
 // A fixed number of blocks, whose gradients of the weights are summed apart: [3, width, padded] for gate, up and
 // (transposed) down.
-template <typename Word>
+template <typename Format>
 struct Chunk {
     const MlpShape& shape;
-    const Weights<Word>& weights;
+    const Weights<Format>& weights;
     const float *x, *grad;
     int64_t x_row, grad_row;
     float* grad_x;
@@ -99,9 +99,9 @@ struct Chunk {
     float* grad_gates = memory;                       // [kTile, kStride]
     float* grad_ups = grad_gates + kTile * kStride;   // [kTile, kStride]
     float* hidden = grad_ups + kTile * kStride;       // [kTile, kStride]
-    float* gate_words = hidden + kTile * kStride;     // [kTile, kLanes]
-    float* up_words = gate_words + kTile * kLanes;    // [kTile, kLanes]
-    float* grad_lanes = up_words + kTile * kLanes;    // [panels, dim, kLanes]
+    float* packed_gates = hidden + kTile * kStride;   // [kTile, kLanes]
+    float* packed_ups = packed_gates + kTile * kLanes;  // [kTile, kLanes]
+    float* grad_lanes = packed_ups + kTile * kLanes;  // [panels, dim, kLanes]
     float* grad_x_lanes = grad_lanes + kTokens * dim;  // [panels, dim, kLanes]
     float* grad_rows = grad_x_lanes + kTokens * dim;  // [kTokens, padded]
     float* x_rows = grad_rows + kTokens * padded;     // [kTokens, padded]
@@ -112,9 +112,9 @@ struct Chunk {
     // The gradients of a block, those of the weights beside (kAdd) or in place of what is there.
     template <bool kAdd>
     void add(const Block& block) const {
-        load_lanes<Word>(block, grad, grad_row, dim, grad_lanes);
-        load_rows<Word>(block, grad, grad_row, dim, grad_rows, padded);
-        load_rows<Word>(block, x, x_row, dim, x_rows, padded);
+        load_lanes<Format>(block, grad, grad_row, dim, grad_lanes);
+        load_rows<Format>(block, grad, grad_row, dim, grad_rows, padded);
+        load_rows<Format>(block, x, x_row, dim, x_rows, padded);
         std::memset(grad_x_lanes, 0, sizeof(float) * block.panels * dim * kLanes);
         for (int64_t start = 0; start < shape.width; start += kTile) {
             const int64_t n = smaller(kTile, shape.width - start);
@@ -122,16 +122,16 @@ struct Chunk {
             const int64_t depth = block.panels * kLanes;
             const int64_t columns = padded - kWidth;
             float* to = grad_weights + start * padded;
-            multiply<Word, kAdd>(n, columns, depth, {grad_gates, kStride, 1}, x_rows, padded, to, padded);
+            multiply<Format, kAdd>(n, columns, depth, {grad_gates, kStride, 1}, x_rows, padded, to, padded);
             to += shape.width * padded;
-            multiply<Word, kAdd>(n, columns, depth, {grad_ups, kStride, 1}, x_rows, padded, to, padded);
+            multiply<Format, kAdd>(n, columns, depth, {grad_ups, kStride, 1}, x_rows, padded, to, padded);
             to += shape.width * padded;
-            multiply<Word, kAdd>(n, columns, depth, {hidden, kStride, 1}, grad_rows, padded, to, padded);
+            multiply<Format, kAdd>(n, columns, depth, {hidden, kStride, 1}, grad_rows, padded, to, padded);
         }
         store_lanes(block, grad_x_lanes, dim, grad_x, dim);
     }
 
-    // Fills the panel's columns of grad_gates, grad_ups and hidden, words along the tokens, and adds to its gradient
+    // Fills the panel's columns of grad_gates, grad_ups and hidden, packed along the tokens, and adds to its gradient
     // of x.
     void differentiate(const Block& block, int64_t panel, int64_t start, int64_t n) const {
         const int64_t at = (panel * shape.width + start) * kLanes;
@@ -140,7 +140,7 @@ struct Chunk {
         float* panel_gates = grad_gates + panel * kLanes;
         float* panel_ups = grad_ups + panel * kLanes;
         float* panel_hidden = hidden + panel * kLanes;
-        multiply_panel<Word, kVecs, false>(n, dim, {weights.down + start * padded, padded, 1},
+        multiply_panel<Format, kVecs, false>(n, dim, {weights.down + start * padded, padded, 1},
                                            grad_lanes + panel * dim * kLanes, kLanes, panel_gates, kStride,
                                            [&](Vec g, int64_t i, int j) {
                                                const int64_t from = i * kLanes + j * kWidth;
@@ -151,53 +151,53 @@ struct Chunk {
                                                store(panel_ups + to, g * silu.value);
                                                return g * u * silu.slope;
                                            });
-        const int64_t row = start / Word::kNumbers * padded;
-        add_grad_x(panel, n, weights.gate + row, panel_gates, gate_words);
-        add_grad_x(panel, n, weights.up + row, panel_ups, up_words);
+        const int64_t row = start / Format::kVnni * padded;
+        add_grad_x(panel, n, weights.gate + row, panel_gates, packed_gates);
+        add_grad_x(panel, n, weights.up + row, panel_ups, packed_ups);
         for (float* columns : {grad_gates, grad_ups, hidden})
-            Word::pack_columns(n, kLanes, columns + panel * kLanes, kStride, columns + panel * kLanes / Word::kNumbers,
+            Format::pack_columns(n, kLanes, columns + panel * kLanes, kStride, columns + panel * kLanes / Format::kVnni,
                                kStride);
     }
 
     // `grads` [n, kLanes] of rows `weight` on.
-    void add_grad_x(int64_t panel, int64_t n, const float* weight, const float* grads, float* words) const {
-        const auto [data, row] = panel_of<Word>(n, grads, kStride, words);
-        multiply_panel<Word, kVecs, true>(dim, n, {weight, 1, padded}, data, row, grad_x_lanes + panel * dim * kLanes,
+    void add_grad_x(int64_t panel, int64_t n, const float* weight, const float* grads, float* packed) const {
+        const auto [data, row] = panel_of<Format>(n, grads, kStride, packed);
+        multiply_panel<Format, kVecs, true>(dim, n, {weight, 1, padded}, data, row, grad_x_lanes + panel * dim * kLanes,
                                           kLanes);
     }
 };
 
-template <typename Word>
+template <typename Format>
 void forward(const MlpShape& shape, const float* x, int64_t x_row, const float* gate, const float* up,
              const float* down, float* out, float* gates, float* ups, int threads) {
-    const Packed<Word> gate_rows(shape.width, shape.dim, gate, threads);
-    const Packed<Word> up_rows(shape.width, shape.dim, up, threads);
-    const Packed<Word> down_rows(shape.dim, shape.width, down, threads);
+    const Packed<Format> gate_rows(shape.width, shape.dim, gate, threads);
+    const Packed<Format> up_rows(shape.width, shape.dim, up, threads);
+    const Packed<Format> down_rows(shape.dim, shape.width, down, threads);
     parallel(threads, divide_up(shape.tokens, kTokens), [&](int64_t index) {
-        forward_block<Word>(shape, Block(shape.tokens, index, shape.width, gates, ups), x, x_row, gate_rows.data(),
+        forward_block<Format>(shape, Block(shape.tokens, index, shape.width, gates, ups), x, x_row, gate_rows.data(),
                             up_rows.data(), down_rows.data(), out);
     });
 }
 
-template <typename Word>
+template <typename Format>
 void backward(const MlpShape& shape, const float* x, int64_t x_row, const float* gate, const float* up,
               const float* down, float* gates, float* ups, const float* grad, int64_t grad_row, float* grad_x,
               float* grad_gate, float* grad_up, float* grad_down, int threads) {
     const int64_t blocks = divide_up(shape.tokens, kTokens);
-    const int64_t size = Chunk<Word>::size(shape);
+    const int64_t size = Chunk<Format>::size(shape);
     int64_t chunks = kPartialFloats / size;
     chunks = smaller(divide_up(blocks, 2), chunks < 4 ? 4 : chunks > 16 ? 16 : chunks);
     const Memory packed(size);
-    const Weights<Word> weights(shape, gate, up, down, Chunk<Word>::padded_of(shape), packed.data(), threads);
+    const Weights<Format> weights(shape, gate, up, down, Chunk<Format>::padded_of(shape), packed.data(), threads);
     const Memory partial(chunks * size);
     parallel(threads, chunks, [&](int64_t index) {
-        const Chunk<Word> chunk{shape, weights, x, grad, x_row, grad_row, grad_x, partial.data() + index * size};
+        const Chunk<Format> chunk{shape, weights, x, grad, x_row, grad_row, grad_x, partial.data() + index * size};
         int64_t block = index * blocks / chunks;
         chunk.template add<false>(Block(shape.tokens, block, shape.width, gates, ups));
         while (++block < (index + 1) * blocks / chunks)
             chunk.template add<true>(Block(shape.tokens, block, shape.width, gates, ups));
     });
-    const int64_t row = Chunk<Word>::padded_of(shape);
+    const int64_t row = Chunk<Format>::padded_of(shape);
     parallel_rows(threads, 3 * shape.width, 16, [&](int64_t, int64_t i) {
         float* sum = scratch(shape.dim);
         std::memset(sum, 0, sizeof(float) * shape.dim);
@@ -216,16 +216,16 @@ void backward(const MlpShape& shape, const float* x, int64_t x_row, const float*
 
 void mlp_forward(const MlpShape& shape, const float* x, int64_t x_row, const float* gate, const float* up,
                  const float* down, float* out, float* gates, float* ups, bool bf16, int threads) {
-    with_word(bf16, [&](auto word) {
-        forward<decltype(word)>(shape, x, x_row, gate, up, down, out, gates, ups, threads);
+    with_format(bf16, [&](auto format) {
+        forward<decltype(format)>(shape, x, x_row, gate, up, down, out, gates, ups, threads);
     });
 }
 
 void mlp_backward(const MlpShape& shape, const float* x, int64_t x_row, const float* gate, const float* up,
                   const float* down, float* gates, float* ups, const float* grad, int64_t grad_row, float* grad_x,
                   float* grad_gate, float* grad_up, float* grad_down, bool bf16, int threads) {
-    with_word(bf16, [&](auto word) {
-        backward<decltype(word)>(shape, x, x_row, gate, up, down, gates, ups, grad, grad_row, grad_x, grad_gate,
+    with_format(bf16, [&](auto format) {
+        backward<decltype(format)>(shape, x, x_row, gate, up, down, gates, ups, grad, grad_row, grad_x, grad_gate,
                                  grad_up, grad_down, threads);
     });
 }

@@ -22,7 +22,7 @@ namespace ant5m::ANT5M_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kWidth = 16;  // floats in a register
-constexpr int kRows = 8;    // rows of a register tile: see tile.h
+constexpr int kRows = 8;    // of the tile of the microkernel: see gemm.h
 #elif defined(__AVX2__)
 constexpr int kWidth = 8;
 constexpr int kRows = 6;

@@ -3,12 +3,12 @@
 #pragma once
 #include <type_traits>
 
-#include "words.h"
+#include "vnni.h"
 
 namespace ant5m::ANT5M_ISA {
 
-// A register tile has kRows x kVecs accumulators: enough to hide the latency of a multiply-add (8 on AVX-512),
-// few enough to stay in registers, and fewer loads than multiply-adds. On a Sapphire Rapids core 8 x 2 reaches
+// The tile of the microkernel has kRows x kVecs accumulators: enough to hide the latency of a multiply-add (8 on
+// AVX-512), few enough to stay in registers, and fewer loads than multiply-adds. On a Sapphire Rapids core 8 x 2 reaches
 // the rate of MKL's large products (185 GFLOP/s fp32), without any packing of A.
 constexpr int kVecs = 2;
 constexpr int kLanes = kVecs * kWidth;  // columns of a panel of B
@@ -21,7 +21,7 @@ struct Keep {
     Vec operator()(Vec c, int64_t, int) const { return c; }
 };
 
-// A matrix operand read word by word: (i, k) is at data[i * row + k * column].
+// A matrix operand read 32 bits by 32 bits: (i, k) is at data[i * row + k * column].
 struct Operand {
     const float* data;
     int64_t row, column;
@@ -29,46 +29,47 @@ struct Operand {
 
 // Never inlined: inside a larger function the accumulators are the first to be spilled, and the product runs at half
 // its speed (measured with GCC 12 on AVX2).
-template <typename Word, int R, int V, bool kAdd, typename Finish>
-[[gnu::noinline]] void register_tile(int64_t words, const float* a, int64_t row, int64_t column, const float* b,
-                                     int64_t ldb, float* c, int64_t ldc, const Finish& finish, int64_t first) {
+template <typename Format, int R, int V, bool kAdd, typename Epilogue>
+[[gnu::noinline]] void microkernel(int64_t depth, const float* a, int64_t row, int64_t column, const float* b,
+                                     int64_t ldb, float* c, int64_t ldc, const Epilogue& epilogue, int64_t first) {
     Vec sum[R][V];
     ANT5M_UNROLL for (int i = 0; i < R; ++i)
         ANT5M_UNROLL for (int j = 0; j < V; ++j) sum[i][j] = kAdd ? load(c + i * ldc + j * kWidth) : Vec{};
-    for (int64_t k = 0; k < words; ++k) {
+    for (int64_t k = 0; k < depth; ++k) {
         Vec from[V];
         ANT5M_UNROLL for (int j = 0; j < V; ++j) from[j] = load(b + k * ldb + j * kWidth);
         ANT5M_UNROLL for (int i = 0; i < R; ++i) {
-            const Vec element = Word::broadcast(a + i * row + k * column);
-            ANT5M_UNROLL for (int j = 0; j < V; ++j) sum[i][j] = Word::multiply_add(element, from[j], sum[i][j]);
+            const Vec element = Format::broadcast(a + i * row + k * column);
+            ANT5M_UNROLL for (int j = 0; j < V; ++j) sum[i][j] = Format::multiply_add(element, from[j], sum[i][j]);
         }
     }
-    // All of them before the first is stored, so that what `finish` gathers can stay in registers.
+    // All of them before the first is stored, so that what `epilogue` gathers can stay in registers.
     ANT5M_UNROLL for (int i = 0; i < R; ++i)
-        ANT5M_UNROLL for (int j = 0; j < V; ++j) sum[i][j] = finish(sum[i][j], first + i, j);
+        ANT5M_UNROLL for (int j = 0; j < V; ++j) sum[i][j] = epilogue(sum[i][j], first + i, j);
     ANT5M_UNROLL for (int i = 0; i < R; ++i)
         ANT5M_UNROLL for (int j = 0; j < V; ++j) store(c + i * ldc + j * kWidth, sum[i][j]);
 }
 
-// C [rows, V * kWidth] = (C +) A [rows, depth] B [depth, V * kWidth]; `finish(value, row, vector)` is what is stored.
-// Depth counts numbers, the strides of A and B words.
-template <typename Word, int V, bool kAdd, int R = kRows, typename Finish = Keep>
+// C [rows, V * kWidth] = (C +) A [rows, depth] B [depth, V * kWidth]; `epilogue(value, row, vector)` is what is stored.
+// Depth counts numbers; the strides of A and B are packed.
+template <typename Format, int V, bool kAdd, int R = kRows, typename Epilogue = Keep>
 inline void multiply_panel(int64_t rows, int64_t depth, Operand a, const float* b, int64_t ldb, float* c, int64_t ldc,
-                           const Finish& finish = {}, int64_t i = 0) {
+                           const Epilogue& epilogue = {}, int64_t i = 0) {
     for (; i + R <= rows; i += R)
-        register_tile<Word, R, V, kAdd>(Word::count(depth), a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc,
-                                        ldc, finish, i);
-    if constexpr (R > 1) multiply_panel<Word, V, kAdd, R == 6 ? 4 : R / 2>(rows, depth, a, b, ldb, c, ldc, finish, i);
+        microkernel<Format, R, V, kAdd>(Format::count(depth), a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc,
+                                        ldc, epilogue, i);
+    if constexpr (R > 1)
+        multiply_panel<Format, V, kAdd, R == 6 ? 4 : R / 2>(rows, depth, a, b, ldb, c, ldc, epilogue, i);
 }
 
 // C [rows, columns] = (C +) A [rows, depth] B [depth, columns]; columns is a multiple of kWidth.
-template <typename Word, bool kAdd>
+template <typename Format, bool kAdd>
 inline void multiply(int64_t rows, int64_t columns, int64_t depth, Operand a, const float* b, int64_t ldb, float* c,
                      int64_t ldc) {
     int64_t j = 0;
     for (; j + kLanes <= columns; j += kLanes)
-        multiply_panel<Word, kVecs, kAdd>(rows, depth, a, b + j, ldb, c + j, ldc);
-    if (j < columns) multiply_panel<Word, 1, kAdd>(rows, depth, a, b + j, ldb, c + j, ldc);
+        multiply_panel<Format, kVecs, kAdd>(rows, depth, a, b + j, ldb, c + j, ldc);
+    if (j < columns) multiply_panel<Format, 1, kAdd>(rows, depth, a, b + j, ldb, c + j, ldc);
 }
 
 // B's columns for a product, at `data`, rows `row` apart.
@@ -77,11 +78,11 @@ struct Columns {
     int64_t row;
 };
 
-// Of a panel [depth, kLanes] of numbers: where they lie for fp32, else their words in `spare`.
-template <typename Word>
+// Of a panel [depth, kLanes] of numbers: where they lie for fp32, else packed in `spare`.
+template <typename Format>
 inline Columns panel_of(int64_t depth, const float* from, int64_t row, float* spare) {
-    if (Word::kNumbers == 1) return {from, row};
-    Word::pack_rows(depth, kLanes, from, row, spare, kLanes);
+    if (Format::kVnni == 1) return {from, row};
+    Format::pack_rows(depth, kLanes, from, row, spare, kLanes);
     return {spare, kLanes};
 }
 

@@ -1,15 +1,15 @@
-// What a product multiplies: words of 32 bits. Each is a number in fp32 or two numbers in bf16, which are neighbours
-// along the product's depth and whose products are both added to a sum in fp32. So one tile does for both: of bf16 it
-// sees half the depth.
+// What a product multiplies, in units of 32 bits: a number in fp32, or a VNNI pair, two numbers in bf16 that are
+// neighbours along the product's depth and whose products are both added to a sum in fp32. So one microkernel does for
+// both: of bf16 it sees half the depth.
 #pragma once
 #include "simd.h"
 
 namespace ant5m::ANT5M_ISA {
 
 struct Fp32 {
-    static constexpr int64_t kNumbers = 1;  // of a word
+    static constexpr int64_t kVnni = 1;  // numbers in a unit
     static constexpr int64_t count(int64_t depth) { return depth; }
-    static Vec broadcast(const float* word) { return ANT5M_ISA::broadcast(*word); }
+    static Vec broadcast(const float* number) { return ANT5M_ISA::broadcast(*number); }
     static Vec multiply_add(Vec a, Vec b, Vec sum) { return sum + a * b; }
     static Vec of(const Vec (&numbers)[1]) { return numbers[0]; }
     static Vec rounded(Vec numbers) { return numbers; }
@@ -28,11 +28,11 @@ struct Fp32 {
 
 #ifdef __AVX512BF16__
 struct Bf16 {
-    static constexpr int64_t kNumbers = 2;
+    static constexpr int64_t kVnni = 2;
     static constexpr int64_t count(int64_t depth) { return (depth + 1) / 2; }
-    static Vec broadcast(const float* word) {
+    static Vec broadcast(const float* pair) {
         int32_t bits;
-        std::memcpy(&bits, word, sizeof bits);
+        std::memcpy(&bits, pair, sizeof bits);
         return (Vec)_mm512_set1_epi32(bits);
     }
     static Vec multiply_add(Vec a, Vec b, Vec sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
@@ -46,15 +46,15 @@ struct Bf16 {
                              int64_t to_row) {
         for (int64_t i = 0; i < rows; ++i) {
             const float* x = from + i * from_row;
-            float* words = to + i * to_row;
+            float* pairs = to + i * to_row;
             int64_t j = 0;
             for (; j + 2 * kWidth <= columns; j += 2 * kWidth)
-                store(words + j / 2, round(load(x + j), load(x + j + kWidth)));
+                store(pairs + j / 2, round(load(x + j), load(x + j + kWidth)));
             if (j == columns) continue;
             const int64_t left = columns - j;
             const Vec low = load_part(x + j, left < kWidth ? left : kWidth);
             const Vec high = left > kWidth ? load_part(x + j + kWidth, left - kWidth) : Vec{};
-            store_part(words + j / 2, round(low, high), count(left));
+            store_part(pairs + j / 2, round(low, high), count(left));
         }
     }
 
@@ -64,9 +64,9 @@ struct Bf16 {
         for (int64_t i = 0; i < rows; i += 2) {
             const float* low = from + i * from_row;
             const float* high = i + 1 < rows ? low + from_row : nullptr;
-            float* words = to + i / 2 * to_row;
+            float* pairs = to + i / 2 * to_row;
             for_vectors(columns, [&](int64_t j, const auto& load, const auto& store) {
-                store(words + j, of({load(low + j), high ? load(high + j) : Vec{}}));
+                store(pairs + j, of({load(low + j), high ? load(high + j) : Vec{}}));
             });
         }
     }
@@ -87,7 +87,7 @@ struct Bf16 {
 
 // Calls body(Bf16()) where bf16 is asked for and there, else body(Fp32()).
 template <typename Body>
-void with_word([[maybe_unused]] bool bf16, const Body& body) {
+void with_format([[maybe_unused]] bool bf16, const Body& body) {
 #ifdef __AVX512BF16__
     if (bf16) return body(Bf16());
 #endif

@@ -1,8 +1,8 @@
-// Products of few tokens, as in generation: what layer.cpp and product.cpp share.
+// Skinny GEMM: products of few tokens, as in generation: what layer.cpp and product.cpp share.
 #pragma once
 #include "parallel.h"
 #include "simd.h"
-#include "tile.h"
+#include "gemm.h"
 
 namespace ant5m::ANT5M_ISA {
 namespace {
