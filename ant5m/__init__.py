@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ant5m.model.ant import Ant
     from ant5m.model.checkpoint import load
-    from ant5m.model.config import ModelConfig, load_config
+    from ant5m.model.config import ModelConfig
+    from ant5m.model.config_file import load_config
 
 __version__ = "0.1.0"
 __all__ = ["Ant", "ModelConfig", "load", "load_config"]
@@ -14,7 +15,7 @@ __all__ = ["Ant", "ModelConfig", "load", "load_config"]
 _HOME = {
     "Ant": "ant5m.model.ant",
     "ModelConfig": "ant5m.model.config",
-    "load_config": "ant5m.model.config",
+    "load_config": "ant5m.model.config_file",
     "load": "ant5m.model.checkpoint",
 }
 

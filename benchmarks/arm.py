@@ -85,7 +85,7 @@ class Arm:
 def _serve(settings: dict[str, Any]) -> None:
     import torch
 
-    from ant5m.model.config import load_config
+    from ant5m.model.config_file import load_config
 
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -27,7 +27,7 @@ from rich.table import Table
 from work import OPS, Kernel, Step, ours, traced
 
 from ant5m.files import write_json
-from ant5m.model.config import load_config
+from ant5m.model.config_file import load_config
 from ant5m.model.doctor import count_flops
 
 RUN_TOKENS = 655_360_000  # the published run

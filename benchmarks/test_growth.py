@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, StrMethodFormatter
 from rich.console import Console
 from rich.table import Table
 
-from ant5m.model.config import load_config
+from ant5m.model.config_file import load_config
 
 ARMS = ("transformers", *backends())
 # axis: what the sizes count, and for each size [batch, context, vocabulary]

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 from ant5m import kernels  # noqa: E402
 from ant5m.kernels import check, cuda, triton  # noqa: E402
 from ant5m.model.ant import Ant  # noqa: E402
-from ant5m.model.config import load_config  # noqa: E402
+from ant5m.model.config_file import load_config  # noqa: E402
 from ant5m.train import step as module  # noqa: E402
 from ant5m.train.losses import make_loop_loss  # noqa: E402
 from ant5m.train.optimizer import Optimizer  # noqa: E402

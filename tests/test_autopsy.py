@@ -16,9 +16,10 @@ from ant5m.errors import UserError
 from ant5m.eval.autopsy import embedding, evidence, forward, groups, heads, looping, report
 from ant5m.eval.autopsy.embedding import Counts, effective_rank
 from ant5m.eval.autopsy.evidence import Estimate
+from ant5m.export.card import ModelCard
+from ant5m.export.huggingface import export
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
-from ant5m.model.huggingface import ModelCard, export
 
 SYMBOLS, SIZE = 31, 32
 LENGTH = 64

@@ -15,9 +15,10 @@ from ant5m import cli
 from ant5m.cli import COMMANDS, call
 from ant5m.cli.doctor import Doctor
 from ant5m.data.tokenizer import train_tokenizer
+from ant5m.export.card import ModelCard
+from ant5m.export.huggingface import export
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
-from ant5m.model.huggingface import ModelCard, export
 
 SURFACE = {
     "tokenizer train": "out vocab-size sample-mb max-documents text-column",

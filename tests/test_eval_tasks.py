@@ -23,11 +23,13 @@ from ant5m.eval import results, tasks
 from ant5m.eval.items import choose_files, find_files, read_rows
 from ant5m.eval.results import TaskResult, parts, rows
 from ant5m.eval.tasks import evaluate_tasks, known_tasks, lm_eval_tasks
+from ant5m.export.card import ModelCard
+from ant5m.export.huggingface import export
 from ant5m.files import file_sha256, read_json, write_json
 from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import FORMAT, VERSION, load
 from ant5m.model.config import ModelConfig
-from ant5m.model.huggingface import ModelCard, export, save_model
+from ant5m.model.weights import save_model
 
 lm_eval = pytest.importorskip("lm_eval")
 

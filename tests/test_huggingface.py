@@ -9,18 +9,16 @@ from safetensors.torch import load_file, save_file
 
 from ant5m.data.tokenizer import Tokenizer, train_tokenizer
 from ant5m.errors import UserError
+from ant5m.export.card import ModelCard
+from ant5m.export.huggingface import export
 from ant5m.files import file_sha256
 from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import find_run, latest_checkpoint, load, save_model, verify_checkpoint
-from ant5m.model.config import PRESETS, ModelConfig, load_config
+from ant5m.model.config import PRESETS, ModelConfig
+from ant5m.model.config_file import load_config
 from ant5m.model.generation import generate
-from ant5m.model.huggingface import (
-    ModelCard,
-    config_from_huggingface,
-    config_to_huggingface,
-    export,
-    load_model,
-)
+from ant5m.model.huggingface import config_from_huggingface, config_to_huggingface
+from ant5m.model.weights import load_model
 
 TEXT = "the ant carries a leaf along the path and the other ants follow it to the nest by the old tree"
 SMALL = ModelConfig(

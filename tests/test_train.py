@@ -17,11 +17,11 @@ from ant5m.data.packing import pack
 from ant5m.data.tokenizer import train_tokenizer
 from ant5m.errors import UserError
 from ant5m.eval.perplexity import masks_documents, record
+from ant5m.export.card import card_of_run
 from ant5m.files import write_json
 from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import latest_checkpoint, load
 from ant5m.model.config import PRESETS, ModelConfig
-from ant5m.model.huggingface import card_of_run
 from ant5m.train import TrainConfig, optimizer, plan, pretrain, trainer
 from ant5m.train.checkpoint import prune_checkpoints
 from ant5m.train.metrics import read_metrics

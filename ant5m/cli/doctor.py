@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ant5m.model.config import load_config
+from ant5m.model.config_file import load_config
 
 if TYPE_CHECKING:
     from ant5m.model.doctor import Diagnosis

@@ -31,8 +31,9 @@ class Export:
 
     def run(self) -> None:
         from ant5m.eval.results import section_of
+        from ant5m.export.card import ModelCard, card_of_run
+        from ant5m.export.huggingface import export
         from ant5m.model.checkpoint import find_run, load_with_tokenizer, resolve
-        from ant5m.model.huggingface import ModelCard, card_of_run, export
 
         run, folder = find_run(self.model), resolve(self.model)
         net, tokenizer = load_with_tokenizer(folder)

@@ -104,7 +104,7 @@ class TokenizerHealth:
         from ant5m.data import health
         from ant5m.data.corpus import Corpus, tracked
         from ant5m.data.tokenizer import Tokenizer
-        from ant5m.model.config import load_config
+        from ant5m.model.config_file import load_config
 
         _check_amounts(self.sample_mb, self.max_documents)
         health.picture_kind(self.picture)

@@ -23,7 +23,7 @@ import numpy as np
 from ant5m.errors import UserError
 from ant5m.eval import arithmark, items
 from ant5m.eval.results import BENCHMARKS, GROUPS, Benchmark, TaskResult
-from ant5m.model.huggingface import check_tokenizer
+from ant5m.model.checkpoint import check_tokenizer
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from ant5m.errors import UserError
 from ant5m.files import file_sha256, read_json
-from ant5m.model.config import ModelConfig, load_config
-from ant5m.model.huggingface import WEIGHTS, check_tokenizer, load_model, save_model
+from ant5m.model.config import ModelConfig
+from ant5m.model.config_file import load_config
+from ant5m.model.weights import WEIGHTS, load_model, save_model
 
 if TYPE_CHECKING:
     from ant5m.data.tokenizer import Tokenizer
@@ -125,6 +126,18 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
         if file_sha256(file) != expected:
             raise UserError(f"{file} is not what was saved (its hash differs): the checkpoint is damaged")
     return state
+
+
+def check_tokenizer(tokenizer: "Tokenizer", config: ModelConfig) -> None:
+    """Raise `UserError` when the tokenizer makes ids that the model has no row for.
+
+    A model may have more rows than the tokenizer has entries: tables are often padded to a round number.
+    """
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size:,} entries, the model {config.vocab_size:,}: "
+            "they do not belong together (take a larger model, or a smaller tokenizer)"
+        )
 
 
 def _load_checkpoint(folder: Path, tokenizer_folder: Path) -> "tuple[Ant, Tokenizer | None]":

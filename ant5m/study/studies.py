@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ant5m.errors import UserError
-from ant5m.model.config import PRESETS, ModelConfig, load_config
+from ant5m.model.config import PRESETS, ModelConfig
+from ant5m.model.config_file import load_config
 from ant5m.model.doctor import count_parameters
 
 TOLERANCE = 0.003

@@ -17,7 +17,7 @@ from ant5m.data.tokenizer import Tokenizer
 from ant5m.errors import UserError
 from ant5m.eval.perplexity import Evaluation
 from ant5m.model.ant import Ant
-from ant5m.model.huggingface import check_tokenizer
+from ant5m.model.checkpoint import check_tokenizer
 from ant5m.train.config import TrainConfig
 from ant5m.train.default_text import pack_default_text
 from ant5m.train.plan import complete, measure_speed

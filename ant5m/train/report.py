@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 
 from ant5m.eval.perplexity import Evaluation, record
 from ant5m.eval.results import section_of
+from ant5m.export.card import card_of_run
+from ant5m.export.huggingface import export
 from ant5m.files import write_file
 from ant5m.model.generation import find_loops, generate
-from ant5m.model.huggingface import card_of_run, export
 from ant5m.train.metrics import read_metrics
 from ant5m.train.run import Run, versions
 from ant5m.train.trainer import Trainer

@@ -11,7 +11,8 @@ from typing import Any
 
 from ant5m.errors import UserError
 from ant5m.files import read_json, write_json
-from ant5m.model.config import ModelConfig, load_config
+from ant5m.model.config import ModelConfig
+from ant5m.model.config_file import load_config
 from ant5m.train.config import TrainConfig
 
 # What may be given anew when a run is resumed: where and how it computes, where its data lie now, until when.

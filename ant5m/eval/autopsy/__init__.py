@@ -18,7 +18,7 @@ from ant5m.eval.autopsy.embedding import Counts
 from ant5m.eval.autopsy.evidence import Estimate, Finding, Organ, Step
 from ant5m.eval.loops import PROMPTS
 from ant5m.model.ant import Ant
-from ant5m.model.huggingface import check_tokenizer
+from ant5m.model.checkpoint import check_tokenizer
 
 __all__ = ["Autopsy", "Counts", "Finding", "Organ", "examine"]
 

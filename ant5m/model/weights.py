@@ -1,0 +1,106 @@
+"""A model's weights on the disk: safetensors, under the names of Hugging Face's `LlamaForCausalLM`."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ant5m.errors import UserError
+from ant5m.files import read_json
+from ant5m.model.ant import Ant, rope_table
+from ant5m.model.config import ModelConfig
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def save_model(net: Ant, folder: Path) -> None:
+    """Write `folder/model.safetensors`: every weight once, in its own dtype, under its Hugging Face name."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def load_model(config: ModelConfig, folder: Path) -> Ant:
+    """An fp32 `Ant` on the CPU with the weights of a folder: one `model.safetensors` or shards with an index.
+
+    Raises `UserError` when weights are missing, too many, of another shape, not numbers, or unreadable.
+    """
+    weights = _read_weights(folder)
+    if config.tie_word_embeddings:
+        weights = _tied(weights, folder)
+    with torch.device("meta"):  # nothing is drawn that would be thrown away
+        net = Ant(config)
+    expected = {name: tensor.shape for name, tensor in net.state_dict().items()}
+    _check_names(set(expected), set(weights), folder)
+    for name, shape in expected.items():
+        if weights[name].shape != shape:
+            raise UserError(
+                f"{folder}: {name} is {tuple(weights[name].shape)}, its config says {tuple(shape)}: "
+                "weights and config.json do not belong together"
+            )
+        if not weights[name].is_floating_point():
+            raise UserError(
+                f"{folder}: {name} is {weights[name].dtype}: only floating-point weights can be read"
+            )
+        if not torch.isfinite(weights[name].float()).all():
+            raise UserError(
+                f"{folder}: {name} holds NaN or infinity: the file is damaged or its training diverged"
+            )
+    # Copies: what was read may be the mapped file itself.
+    net.load_state_dict({name: weights[name].to(torch.float32, copy=True) for name in expected}, assign=True)
+    net.cos, net.sin = rope_table(config)
+    return net
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    if not (folder / WEIGHTS).exists() and not (folder / INDEX).exists():
+        pickled = next(folder.glob("*.bin"), None)
+        reason = f" ({pickled.name} may run code when loaded: convert it to safetensors)" if pickled else ""
+        raise UserError(f"{folder} has no {WEIGHTS}{reason}")
+    weights: dict[str, Tensor] = {}
+    for name in _weight_files(folder):
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                weights.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        except FileNotFoundError:
+            raise UserError(f"{folder / name} is missing though {INDEX} names it") from None
+        except SafetensorError as error:
+            raise UserError(f"{folder / name} is damaged or not a safetensors file ({error})") from None
+    # Buffers that old versions of transformers saved; they follow from the config.
+    return {key: tensor for key, tensor in weights.items() if not key.endswith("rotary_emb.inv_freq")}
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if (folder / WEIGHTS).exists():
+        return [WEIGHTS]
+    index = read_json(folder / INDEX)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"{folder / INDEX} has no weight_map of file names")
+    outside = [name for name in names.values() if Path(name).name != name]
+    if outside:
+        raise UserError(f"{folder / INDEX} names {outside[0]!r}, which is not a file of that folder")
+    return sorted(set(names.values()))
+
+
+def _tied(weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Leave one copy of a tied table, whichever of its two names (or both) the file uses."""
+    head = weights.pop("lm_head.weight", None)
+    if head is None:
+        return weights
+    table = weights.setdefault("model.embed_tokens.weight", head)
+    if not torch.equal(table, head):
+        raise UserError(
+            f"{folder}: config.json ties the head to the token table, but lm_head.weight differs from it: "
+            "set tie_word_embeddings to false if the head was trained apart"
+        )
+    return weights
+
+
+def _check_names(expected: set[str], found: set[str], folder: Path) -> None:
+    for what, names in (("lacks", expected - found), ("holds unexpected", found - expected)):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise UserError(f"{folder} {what} {shown}: weights and config.json do not belong together")
