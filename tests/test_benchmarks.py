@@ -1,6 +1,7 @@
 """What the benchmarks rest on: no wrong result is timed, clocks are read, seconds are those of the marks."""
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from matplotlib.image import imread
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import peers
+import same_bits
 import test_ops as ops
 from arm import backends
 from bars import draw_file
@@ -113,3 +115,16 @@ def test_steps_are_drawn_and_ops_are_not(tmp_path):
         draw_file(tmp_path / f"{name}.json", tmp_path / f"{name}.png")
     assert imread(tmp_path / "steps.png").shape[1] == 960
     assert not (tmp_path / "ops.png").exists()
+
+
+def test_two_trees_with_the_same_bits_and_a_difference_of_the_last_one(tmp_path):
+    steps = [(1.0, 2.0), (0.5, 1.5)]
+    assert same_bits.difference(steps, list(steps)) == ""
+    other = [steps[0], (0.5, 1.5000000000000002)]
+    assert same_bits.difference(steps, other) == (
+        "DIFFERS at step 2: loss 0.5 and 0.5, norm 1.5 and 1.5000000000000002"
+    )
+    assert same_bits.difference(steps, steps[:1]) == "DIFFERS: 2 and 1 steps"
+    command = [sys.executable, same_bits.__file__, ".", ".", "--steps", "2", "--only", "adamw"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, "fp32 adamw 2 steps, every bit the same".split())
