@@ -6,7 +6,7 @@ import torch
 from ant5m import kernels
 from ant5m.errors import UserError
 from ant5m.eval import scoring
-from ant5m.eval.scoring import Request, plant, score
+from ant5m.eval.scoring import Request, pack_requests, score
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
 
@@ -84,7 +84,7 @@ def test_what_a_greedy_model_writes_is_greedy(net):
 
 def test_what_requests_share_is_computed_once():
     context = list(range(20))
-    packs = list(plant([Request(context, [30 + answer, 40]) for answer in range(4)], CONTEXT))
+    packs = list(pack_requests([Request(context, [30 + answer, 40]) for answer in range(4)], CONTEXT))
     assert sum(len(pack.ids) for pack in packs) == 20 + 4
 
 

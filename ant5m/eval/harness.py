@@ -120,15 +120,15 @@ class AntLM(TemplateLM):
         """Each text in windows of the model's context that do not overlap, the first behind the prefix."""
         texts = [request.args[0] for request in requests]
         ids = self._encode_all(texts)
-        windows, owners = list[Request](), list[int]()
-        for owner, text in enumerate(texts):
+        windows, text_ids = list[Request](), list[int]()
+        for number, text in enumerate(texts):
             self.rolling_tokens += len(ids[text])
             for window in get_rolling_token_windows(ids[text], self.prefix_token_id, self.max_length, 1):
                 windows.append(Request(*make_disjoint_window(window)))
-                owners.append(owner)
+                text_ids.append(number)
         totals = [0.0] * len(texts)
-        for owner, one in zip(owners, self._score(windows), strict=True):
-            totals[owner] += one.log_likelihood
+        for number, one in zip(text_ids, self._score(windows), strict=True):
+            totals[number] += one.log_likelihood
         return totals
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:

@@ -52,9 +52,10 @@ class Pack:
     ends: list[int] = field(default_factory=list)
     """behind the last descendant"""
     rows: list[int] = field(default_factory=list)
-    """positions whose next token is asked for; beside each that token, and the request that asks"""
+    """positions whose next token is asked for: `targets` holds that token, `requests` who asks"""
     targets: list[int] = field(default_factory=list)
-    owners: list[int] = field(default_factory=list)
+    requests: list[int] = field(default_factory=list)
+    """indices into the requests"""
 
 
 def score(
@@ -72,27 +73,29 @@ def score(
     net.eval()
     try:
         with torch.inference_mode():
-            forest = plant(requests, net.config.max_position_embeddings, _pack_tokens(net.device))
-            for packs in _batches(forest):
-                owners, log_probs, likeliest = _score_packs(net, packs)
-                np.add.at(total, owners, log_probs)
-                np.logical_and.at(greedy, owners, likeliest)
+            packs = pack_requests(requests, net.config.max_position_embeddings, _pack_tokens(net.device))
+            for batch in _batches(packs):
+                ids, log_probs, likeliest = _score_batch(net, batch)
+                np.add.at(total, ids, log_probs)
+                np.logical_and.at(greedy, ids, likeliest)
                 if on_scored:
-                    on_scored(len(np.unique(owners)))
+                    on_scored(len(np.unique(ids)))
     finally:
         net.train(training)
     return [Score(float(nats), bool(flag)) for nats, flag in zip(total, greedy, strict=True)]
 
 
-def plant(requests: Sequence[Request], context: int, pack_tokens: int = PACK_TOKENS) -> Iterator[Pack]:
+def pack_requests(
+    requests: Sequence[Request], context: int, pack_tokens: int = PACK_TOKENS
+) -> Iterator[Pack]:
     """The trie of all requests in packs of about so many tokens. `context`: what a sequence may have."""
     sequences = [[*request.context, *request.continuation][-context - 1 :] for request in requests]
     pack, path, last = Pack(), list[int](), list[int]()
     # The last token is only predicted, never read.
-    asking = [index for index, request in enumerate(requests) if request.continuation]
-    for owner in sorted(asking, key=lambda index: sequences[index][:-1]):
-        *tokens, _ = sequence = sequences[owner]
-        asked = len(requests[owner].continuation)
+    asking = [index for index, one in enumerate(requests) if one.continuation]
+    for request in sorted(asking, key=lambda index: sequences[index][:-1]):
+        *tokens, _ = sequence = sequences[request]
+        asked = len(requests[request].continuation)
         if asked > len(tokens):
             raise UserError(
                 f"an item's answer of {asked} tokens does not fit into the model's context of {context}"
@@ -110,7 +113,7 @@ def plant(requests: Sequence[Request], context: int, pack_tokens: int = PACK_TOK
         pack.ends += [-1] * grown
         pack.rows += path[-asked:]
         pack.targets += sequence[-asked:]
-        pack.owners += [owner] * asked
+        pack.requests += [request] * asked
         last = tokens
     if pack.ids:
         _close(pack, path)
@@ -147,7 +150,7 @@ def _batches(packs: Iterator[Pack]) -> Iterator[list[Pack]]:
         yield batch
 
 
-class _Forest:
+class _PackedBatch:
     """Stands in for the KV cache of `Body`: attention inside each pack, along its branches."""
 
     def __init__(self, packs: list[Pack], group: int, like: Tensor) -> None:
@@ -196,15 +199,15 @@ def _offsets(packs: list[Pack]) -> np.ndarray:
     return np.cumsum([0, *(len(pack.ids) for pack in packs[:-1])])
 
 
-def _score_packs(net: Ant, packs: list[Pack]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(request, log-probability, whether it is the likeliest) for every token asked for."""
+def _score_batch(net: Ant, packs: list[Pack]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(index of the request, log-probability, whether it is the likeliest) for every token asked for."""
     pairs = zip(packs, _offsets(packs), strict=True)
     rows = np.concatenate([np.array(pack.rows) + offset for pack, offset in pairs])
     targets = np.array(list(itertools.chain.from_iterable(pack.targets for pack in packs)))
-    owners = np.array(list(itertools.chain.from_iterable(pack.owners for pack in packs)))
+    requests = np.array(list(itertools.chain.from_iterable(pack.requests for pack in packs)))
     unique, pointer = np.unique(rows, return_inverse=True)
     log_probs, likeliest = _log_probs(net, _hidden(net, packs, unique), pointer, targets)
-    return owners, log_probs, likeliest
+    return requests, log_probs, likeliest
 
 
 def _hidden(net: Ant, packs: list[Pack], rows: np.ndarray) -> Tensor:
@@ -213,9 +216,9 @@ def _hidden(net: Ant, packs: list[Pack], rows: np.ndarray) -> Tensor:
     ids = torch.tensor([list(itertools.chain.from_iterable(pack.ids for pack in packs))], device=net.device)
     positions = list(itertools.chain.from_iterable(pack.positions for pack in packs))
     place = torch.tensor(positions, device=net.device)
-    forest = _Forest(packs, net.config.num_attention_heads // net.config.num_key_value_heads, table)
+    batch = _PackedBatch(packs, net.config.num_attention_heads // net.config.num_key_value_heads, table)
     wanted = torch.from_numpy(rows).to(net.device)
-    return net.model(ids, net.cos[place], net.sin[place], forest, rows=wanted)[0]
+    return net.model(ids, net.cos[place], net.sin[place], batch, rows=wanted)[0]
 
 
 def _log_probs(
