@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 import torch
 from rich.console import Console
-from tokenizers import processors
+from tokenizers import models, processors
 
 from ant5m.cli import call
 from ant5m.cli.evaluate import _task_table
@@ -261,6 +261,34 @@ def test_a_tokenizer_with_a_bos_of_its_own_scores_as_in_lm_eval(tokenizer, tmp_p
     for (expected, _), (got, _) in zip(*of_pairs, strict=True):
         assert got == pytest.approx(expected, abs=1e-3)
     assert of_texts[0] == pytest.approx(of_texts[1], abs=1e-3)
+
+
+def test_an_answer_that_merges_into_its_context_is_refused(tokenizer):
+    """lm-eval's `hf` model fails an assertion where nothing is left of the answer."""
+    from lm_eval.api.instance import Instance
+
+    from ant5m.eval.harness import AntLM
+
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            {"<|endoftext|>": 0, "a": 1, "b": 2, "c": 3, "ab": 4, "bc": 5, "abc": 6},
+            [("a", "b"), ("b", "c"), ("ab", "c")],
+        )
+    )
+    merging = Tokenizer(backend, "<|endoftext|>")
+    net = Ant(dataclasses.replace(CONFIG, vocab_size=7)).eval()
+    lm = AntLM(net=net, tokenizer=merging)
+
+    def ask(context, answer):
+        return lm.loglikelihood([Instance("loglikelihood", {}, (context, answer), 0, ("piqa", 7, 1))])
+
+    with pytest.raises(UserError, match="piqa, item 7: the answer 'bc' has no tokens of its own"):
+        ask("a", "bc")
+    with pytest.raises(UserError, match="the answer '' has no tokens"):
+        ask("a", "")
+    with torch.inference_mode():  # as lm-eval has it: what is left, behind the context as it is alone
+        expected = net(torch.tensor([[1]]))[0, -1].log_softmax(-1)[1].item()
+    assert ask("a", "bca") == [(pytest.approx(expected, abs=1e-5), False)]
 
 
 def test_files_in_the_layout_of_the_hub(tmp_path):

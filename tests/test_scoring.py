@@ -42,7 +42,7 @@ def alone(net: Ant, request: Request) -> tuple[float, bool]:
 
 
 def draw(seed: int) -> list[Request]:
-    """Requests that share contexts, share beginnings of answers, repeat, are too long, have empty answers."""
+    """Requests that share contexts, share beginnings of answers, repeat, are too long."""
     random = torch.Generator().manual_seed(seed)
 
     def tokens(low: int, high: int) -> list[int]:
@@ -51,7 +51,7 @@ def draw(seed: int) -> list[Request]:
 
     requests = []
     for _ in range(12):
-        context, stem = tokens(1, 20), tokens(0, 3)
+        context, stem = tokens(1, 20), tokens(1, 3)
         requests += [Request(context, stem + tokens(1, 8)) for _ in range(4)]
         requests += [Request(context, stem), Request(context[:1], [*stem, 1]), requests[-1]]
     return requests + [Request(tokens(60, 70), tokens(1, CONTEXT)) for _ in range(3)]
@@ -89,7 +89,7 @@ def test_what_requests_share_is_computed_once():
 
 
 def test_the_progress_counts_every_request_with_an_answer_once(net):
-    requests = [request for request in draw(seed=1) if request.continuation]
+    requests = draw(seed=1)
     counts = list[int]()
     score(net, requests, counts.append)
     assert sum(counts) == len(requests)
@@ -105,3 +105,8 @@ def test_the_net_keeps_its_mode(net):
 def test_an_answer_longer_than_the_context_is_refused(net):
     with pytest.raises(UserError, match=f"answer of {CONTEXT + 1} tokens does not fit"):
         score(net, [Request([1], [2] * (CONTEXT + 1))])
+
+
+def test_an_answer_without_tokens_is_refused(net):
+    with pytest.raises(UserError, match="no tokens"):
+        score(net, [Request([1], [2]), Request([1], [])])

@@ -16,6 +16,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from ant5m.errors import UserError
 from ant5m.eval.scoring import Request, Score, score
 from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import load_with_tokenizer
@@ -99,14 +100,16 @@ class AntLM(TemplateLM):
         texts = self._encode_all(text for context, rest in behind for text in (context, context + rest))
         alone = self._encode_all((continuation for context, continuation in pairs if not context), False)
         tokens = []
-        for context, continuation in pairs:
+        for request, (context, continuation) in zip(requests, pairs, strict=True):
             if context:
                 first, whole = texts[context], texts[context + continuation]
-                tokens.append(Request(first, whole[len(first) :]))
+                answer = whole[len(first) :]
             else:
-                ids = alone[continuation]
-                begins = ids[:1] == [self.prefix_token_id]
-                tokens.append(Request([self.prefix_token_id], ids[1:] if begins else ids))
+                first, answer = [self.prefix_token_id], alone[continuation]
+                answer = answer[1:] if answer[:1] == first else answer
+            if not answer:
+                raise UserError(_no_tokens(request, continuation))
+            tokens.append(Request(first, answer))
         return [(one.log_likelihood, one.greedy) for one in self._score(tokens)]
 
     def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
@@ -133,6 +136,16 @@ class AntLM(TemplateLM):
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         raise NotImplementedError("ant5m does not write texts for lm-eval: none of its tasks asks for them")
+
+
+def _no_tokens(request: Any, continuation: str) -> str:
+    """lm-eval's `hf` model fails an assertion here."""
+    task, item, _ = getattr(request, "metadata", None) or (None, None, None)
+    where = "" if task is None else f"{task}, item {item}: "
+    return (
+        f"{where}the answer {continuation!r} has no tokens of its own (it is empty, or this tokenizer merges "
+        "it into the end of its context), so it cannot be scored: leave the item out, or the task"
+    )
 
 
 def _spaces_moved(context: str, continuation: str) -> tuple[str, str]:

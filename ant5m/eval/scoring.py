@@ -63,9 +63,9 @@ def score(
 ) -> list[Score]:
     """The scores of all requests, in their order.
 
-    A sequence that is longer than the model's context loses its beginning, as in lm-eval; an empty
-    continuation is certain. Computes in the net's dtype. `on_scored` is called now and then with a number of
-    requests that are done. Raises `UserError` when a continuation alone is longer than the context.
+    A sequence that is longer than the model's context loses its beginning, as in lm-eval. Computes in the
+    net's dtype. `on_scored` is called now and then with a number of requests that are done. Raises
+    `UserError` when a continuation is empty (it would be certain, and always win) or longer than the context.
     """
     total = np.zeros(len(requests))
     greedy = np.ones(len(requests), dtype=bool)
@@ -89,11 +89,12 @@ def pack_requests(
     requests: Sequence[Request], context: int, pack_tokens: int = PACK_TOKENS
 ) -> Iterator[Pack]:
     """The trie of all requests in packs of about so many tokens. `context`: what a sequence may have."""
+    if any(not request.continuation for request in requests):
+        raise UserError("an answer of no tokens cannot be scored")
     sequences = [[*request.context, *request.continuation][-context - 1 :] for request in requests]
     pack, path, last = Pack(), list[int](), list[int]()
     # The last token is only predicted, never read.
-    asking = [index for index, one in enumerate(requests) if one.continuation]
-    for request in sorted(asking, key=lambda index: sequences[index][:-1]):
+    for request in sorted(range(len(requests)), key=lambda index: sequences[index][:-1]):
         *tokens, _ = sequence = sequences[request]
         asked = len(requests[request].continuation)
         if asked > len(tokens):
