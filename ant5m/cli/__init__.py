@@ -28,16 +28,22 @@ from ant5m.errors import UserError
 
 # command -> ("module:Class", what it does)
 COMMANDS = {
-    "tokenizer train": ("ant5m.cli.tokenizer:TokenizerTrain", "learn a byte-level BPE from text"),
-    "tokenizer health": ("ant5m.cli.tokenizer:TokenizerHealth", "is this tokenizer fit for this text?"),
+    "tokenizer train": ("ant5m.cli.tokenizer:TokenizerTrain", "train a byte-level BPE tokenizer on text"),
+    "tokenizer health": (
+        "ant5m.cli.tokenizer:TokenizerHealth",
+        "check whether a tokenizer suits a text and a model",
+    ),
     "data pack": ("ant5m.cli.data:DataPack", "turn text into token shards"),
     "train": ("ant5m.cli.train:Train", "pre-train a model (with no flag: everything, on built-in text)"),
     "eval": (
         "ant5m.cli.evaluate:Evaluate",
-        "loss, perplexities and bits per byte of a model; its 0-shot table",
+        "loss, perplexities, bits per byte and 0-shot scores of a model",
     ),
-    "autopsy": ("ant5m.cli.autopsy:AutopsyCommand", "examine a trained model: table, heads, groups, loops"),
-    "generate": ("ant5m.cli.generate:Generate", "let a model write"),
+    "autopsy": (
+        "ant5m.cli.autopsy:AutopsyCommand",
+        "examine a trained model: embeddings, heads, groups, loops",
+    ),
+    "generate": ("ant5m.cli.generate:Generate", "generate text with a model"),
     "doctor": ("ant5m.cli.doctor:Doctor", "examine an architecture before training it"),
     "compare": ("ant5m.cli.compare:Compare", "a controlled experiment: models, seeds, intervals, verdicts"),
     "export": ("ant5m.cli.export:Export", "write a Hugging Face folder from a checkpoint"),

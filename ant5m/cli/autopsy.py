@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class AutopsyCommand:
-    """Examine a trained model: token table, heads and RoPE, grouped queries, loops.
+    """Examine a trained model: token embeddings, attention heads and RoPE, grouped queries, loops.
 
-    Every finding has its number, its uncertainty, a null to compare with, its picture and what it does not
-    show. They are written to autopsy/ in the model's folder: autopsy.md, autopsy.json and pictures.
+    Every finding has a number, its uncertainty, a baseline to compare with, and what it does not show. They
+    are written to autopsy/ in the model's folder: autopsy.md, autopsy.json and pictures.
 
-    For example:
+    Examples:
 
         ant5m autopsy runs/my-run
         ant5m autopsy runs/my-run/hf --data book.txt --tokens 65536 --out my-autopsy
@@ -37,11 +37,11 @@ class AutopsyCommand:
     data: tuple[str, ...] = ()
     """folder of shards (its validation split is used), or texts; default: the run's own shards"""
     text_column: str = "text"
-    """field of .jsonl, .parquet and hf: rows that holds the text"""
+    """name of the text field in .jsonl, .parquet and hf: data"""
     tokens: int = 16_384
-    """held-out tokens to look at"""
+    """number of held-out tokens to examine"""
     prompts: int = 0
-    """take the beginnings of so many held-out documents as prompts for loops; 0: 56 built-in prompts"""
+    """number of held-out documents whose beginnings are prompts of the loop test; 0: 56 built-in prompts"""
     out: Path | None = None
     """folder to write; default: autopsy/ in the folder of the run or model"""
     device: str = "auto"

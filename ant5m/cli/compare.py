@@ -16,15 +16,17 @@ from ant5m.study.config import CompareConfig
 
 @dataclass
 class Compare:
-    """A controlled experiment: several models on the same text, with n seeds, judged in bits per byte.
+    """Run a controlled experiment: several models on the same text, with several seeds, compared in bits per
+    byte.
 
-    Every arm is an ordinary run folder. The table, a picture and a verdict for each published claim are
-    written anew after each run; Ctrl-C saves, and the same command goes on.
+    Every variant is an ordinary run folder. The table, a picture and a verdict for each published claim are
+    updated after each run. Ctrl-C saves; the same command continues.
 
     Examples:
-      ant5m compare --study published --data books/ --tokens 650000000 --seeds 3
-      ant5m compare --study head-dim --data books/ --sequence-length 256 --tokens 1000000
-      ant5m compare ant-5m ant-5m-fit my-model.json --data books/ --tokens 20000000
+
+        ant5m compare --study published --data books/ --tokens 650000000 --seeds 3
+        ant5m compare --study head-dim --data books/ --sequence-length 256 --tokens 1000000
+        ant5m compare ant-5m ant-5m-fit my-model.json --data books/ --tokens 20000000
     """
 
     config: Annotated[CompareConfig, tyro.conf.arg(name="")]

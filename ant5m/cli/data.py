@@ -28,13 +28,14 @@ FEW_DOCUMENTS, FEW_TOKENS = 20, 20_000
 class DataPack:
     """Turn text into token shards: memory-mapped uint16, split into train and validation by document.
 
-    Can be stopped at any time (Ctrl-C): the same command goes on from there, with the same result.
+    It can be stopped at any time (Ctrl-C). The same command continues it, with the same result.
 
     Examples:
-      ant5m data pack books/ more.jsonl.zst --tokenizer my-tokenizer --out data/books
-      ant5m data pack hf:roneneldan/TinyStories --tokenizer my-tokenizer --out data/stories
-      ant5m data pack web.jsonl.zst --tokenizer my-tokenizer --out data/web --filters repeats boilerplate
-      ant5m data pack builtin --tokenizer my-tokenizer --out data/builtin --validation-fraction 0.02
+
+        ant5m data pack books/ more.jsonl.zst --tokenizer my-tokenizer --out data/books
+        ant5m data pack hf:roneneldan/TinyStories --tokenizer my-tokenizer --out data/stories
+        ant5m data pack web.jsonl.zst --tokenizer my-tokenizer --out data/web --filters repeats boilerplate
+        ant5m data pack builtin --tokenizer my-tokenizer --out data/builtin --validation-fraction 0.02
     """
 
     inputs: Annotated[
@@ -47,18 +48,18 @@ class DataPack:
     tokenizer: Path
     """tokenizer folder, or a tokenizer.json"""
     out: Path
-    """folder for the shards: new, or an unfinished one of the same command"""
+    """folder for the shards: a new one, or one that the same command left unfinished"""
     validation_fraction: float = 0.005
-    """share of the documents that is held out"""
+    """share of the documents that is held out for validation"""
     text_column: str = "text"
-    """field of .jsonl, .parquet and hf: rows that holds the text"""
+    """name of the text field in .jsonl, .parquet and hf: data"""
     shard_tokens: int = 1 << 26
-    """tokens of a shard file"""
+    """tokens in one shard file"""
     seed: int = 0
-    """of the split"""
+    """seed of the split into train and validation"""
     filters: tuple[Literal["repeats", "boilerplate"], ...] = ()
-    """repeats: leave out lines that occurred before in their document, and documents that mostly repeat
-    themselves; boilerplate: URLs, e-mail addresses, lines about cookies, policies and copyright"""
+    """repeats: remove lines that already occurred in the same document, and documents that mostly repeat
+    themselves; boilerplate: remove URLs, e-mail addresses, and lines about cookies, policies and copyright"""
 
     def run(self) -> None:
         from ant5m.data.corpus import Corpus

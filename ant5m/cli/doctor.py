@@ -20,9 +20,9 @@ _STYLE = {"ok": "green", "note": "cyan", "warning": "yellow", "failure": "bold r
 
 @dataclass
 class Doctor:
-    """Examine an architecture before training it: parameters, FLOPs, memory, weak points.
+    """Examine an architecture before training it: parameters, FLOPs, memory and weak points.
 
-    For example:
+    Examples:
 
         ant5m doctor ant-5m
         ant5m doctor ant-5m-wide --max-params 5M
@@ -33,9 +33,9 @@ class Doctor:
     """a preset (ant-5m, ant-5m-wide, ant-5m-fit, ant-5m-best, archaea-74m), a config file or a folder
     with one"""
     max_params: str | None = None
-    """the envelope to keep, like 5M or 4_950_000"""
+    """upper limit for the number of parameters, like 5M or 4_950_000"""
     device_memory: str = "detected"
-    """memory to fit a batch into, like 16GB or 15GiB; "detected": this machine's"""
+    """memory that a batch must fit into, like 16GB or 15GiB; "detected": that of this machine"""
     json: bool = False
     """print JSON and nothing else"""
 

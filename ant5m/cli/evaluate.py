@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Evaluate:
-    """Measure how well a model predicts text (loss, token and word perplexity, bits per byte), or, with
-    --tasks, the 0-shot table by lm-eval's definitions (needs the extra: pip install 'ant5m[eval]').
+    """Measure how well a model predicts text (loss, token and word perplexity, bits per byte) or, with
+    --tasks, its 0-shot scores by lm-eval's definitions (needs the extra: pip install 'ant5m[eval]').
 
-    Of a run, its newest good checkpoint is evaluated, on the run's own validation shards unless --data names
-    other text; results are kept in the run's eval.json, and the table in its report.md and model card. An
-    evaluation that was stopped goes on where it was.
+    For a run folder, the newest intact checkpoint is evaluated, on the run's own validation shards unless
+    --data names other text. Results are stored in the run's eval.json, and the table of tasks in its
+    report.md and model card. An evaluation that was stopped continues where it was.
 
-    For example:
+    Examples:
 
         ant5m eval runs/my-run
         ant5m eval runs/my-run --data book.txt more.jsonl.gz
@@ -43,17 +43,17 @@ class Evaluate:
     data: tuple[str, ...] = ()
     """folder of shards (its validation split is used), or texts as for `ant5m data pack`"""
     text_column: str = "text"
-    """field of .jsonl, .parquet and hf: rows that holds the text"""
+    """name of the text field in .jsonl, .parquet and hf: data"""
     tasks: tuple[str, ...] = ()
-    """names of tasks, or all: 0-shot instead of perplexity"""
+    """names of tasks, or all: measure 0-shot scores instead of perplexity"""
     data_dir: Path | None = None
     """folder of .jsonl or .parquet files with the tasks' items (default: the Hugging Face hub)"""
     limit: int | None = None
-    """take only the first so many items of each task"""
+    """use only the first N items of each task"""
     output: Path | None = None
-    """JSON file that keeps the tasks' results, so that a stopped evaluation goes on (default: of the run)"""
+    """JSON file for the tasks' results, which a stopped evaluation continues (default: that of the run)"""
     batch_size: int = 8
-    """sequences computed at once for perplexity"""
+    """sequences per forward pass, for perplexity"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1"""
     json: bool = False

@@ -14,9 +14,9 @@ class Export:
     """Write a Hugging Face folder from a run or a checkpoint.
 
     It opens offline with transformers' AutoModelForCausalLM and AutoTokenizer, and holds config.json,
-    model.safetensors, the tokenizer and a model card (README.md) that says what the run folder knows.
+    model.safetensors, the tokenizer and a model card (README.md) made from what the run folder records.
 
-    For example:
+    Examples:
 
         ant5m export runs/my-run my-model
         ant5m export runs/my-run/checkpoints/step-00001000 my-model-1000 --name "My model after 1,000 steps"
@@ -25,9 +25,9 @@ class Export:
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """run folder, checkpoint or Hugging Face folder"""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """folder to make"""
+    """folder to create"""
     name: str | None = None
-    """of the model in its card; default: the folder's name"""
+    """name of the model in its card; default: the folder's name"""
 
     def run(self) -> None:
         from ant5m.eval.results import section_of

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Generate:
-    """Let a model continue a text.
+    """Generate text from a prompt.
 
-    Ends at the end-of-text token, after --max-new-tokens, or where the model's context is full. Warns when
-    the text falls into a loop. The same seed gives the same text.
+    Generation ends at the end-of-text token, after --max-new-tokens, or when the model's context is full. A
+    warning says when the text falls into a loop. The same seed gives the same text.
 
-    For example:
+    Examples:
 
         ant5m generate runs/my-run --prompt "Once upon a time"
         ant5m generate runs/my-run --prompt "The ant" "The tree" --temperature 0.7 --top-p 0.95 --seed 3
@@ -33,19 +33,19 @@ class Generate:
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """run folder, checkpoint or Hugging Face folder"""
     prompt: tuple[str, ...] = ("",)
-    """one or more texts to continue; without one the model begins a text of its own"""
+    """one or more texts to continue; default: an empty prompt"""
     max_new_tokens: int = 200
-    """tokens to write at most"""
+    """largest number of tokens to generate"""
     temperature: float = 0.8
-    """below 1: likelier tokens, above: bolder; 0 always takes the likeliest"""
+    """below 1: more predictable text; above 1: more varied; 0: always the most likely token (greedy)"""
     top_k: int = 0
-    """draw from so many of the likeliest tokens only; 0: no limit"""
+    """sample from the k most likely tokens; 0: no limit"""
     top_p: float = 1.0
-    """draw from the smallest set of likeliest tokens with this probability"""
+    """sample from the smallest set of most likely tokens whose probabilities sum to p"""
     repetition_penalty: float = 1.0
-    """above 1: tokens that are already there become less likely"""
+    """above 1: tokens that already occurred become less likely; 1: no penalty"""
     seed: int = 0
-    """of the draws"""
+    """seed of the random sampling"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1"""
     json: bool = False

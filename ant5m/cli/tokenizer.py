@@ -23,9 +23,9 @@ _STYLE = {"fit": "bold green", "fit with reservations": "bold yellow", "unfit": 
 
 @dataclass
 class TokenizerTrain:
-    """Learn a byte-level BPE from text.
+    """Train a byte-level BPE tokenizer on text.
 
-    For example:
+    Examples:
 
         ant5m tokenizer train books/ more.jsonl.zst --out my-tokenizer
         ant5m tokenizer train hf:roneneldan/TinyStories --vocab-size 4096 --out stories-tokenizer
@@ -40,15 +40,15 @@ class TokenizerTrain:
     """.txt, .jsonl (also .gz, .xz, .zst) and .parquet files, folders or globs of them, hf:OWNER/NAME[:SPLIT],
     or builtin"""
     out: Path
-    """folder for tokenizer.json and the files that transformers needs to open it; must not exist"""
+    """folder for tokenizer.json and the files that transformers needs to open it; must not exist yet"""
     vocab_size: int = 16_384
-    """entries, the 256 bytes and <|endoftext|> included; at most 65,536"""
+    """number of entries, including the 256 bytes and <|endoftext|>; at most 65,536"""
     sample_mb: int = 100
-    """megabytes of text to learn from, evenly spread over the inputs"""
+    """megabytes of text to train on, sampled evenly from the inputs"""
     max_documents: int | None = None
-    """read no more than so many: for a data set that is too large to be read to its end"""
+    """read at most this many documents: for a data set that is too large to read to its end"""
     text_column: str = "text"
-    """field of .jsonl, .parquet and hf: rows that holds the text"""
+    """name of the text field in .jsonl, .parquet and hf: data"""
 
     def run(self) -> None:
         from ant5m.data.corpus import Corpus, tracked
@@ -66,9 +66,9 @@ class TokenizerTrain:
 
 @dataclass
 class TokenizerHealth:
-    """Is this tokenizer fit for this text, and for a model of this size?
+    """Check whether a tokenizer suits a text and a model of a given size.
 
-    For example:
+    Examples:
 
         ant5m tokenizer health books/ --tokenizer my-tokenizer
         ant5m tokenizer health books/ --tokenizer my-tokenizer --preset ant-5m-fit --compare 1024 2048
@@ -85,18 +85,18 @@ class TokenizerHealth:
     tokenizer: Path
     """tokenizer folder, or a tokenizer.json"""
     preset: str = "ant-5m"
-    """model whose table the vocabulary becomes: a preset (ant-5m, ant-5m-wide, ant-5m-fit, ant-5m-best,
+    """model that would use the tokenizer: a preset (ant-5m, ant-5m-wide, ant-5m-fit, ant-5m-best,
     archaea-74m) or a config file"""
     compare: tuple[int, ...] = (2_048, 4_096, 8_192, 16_384)
-    """vocabulary sizes to learn from the same text, to see what each costs and brings"""
+    """vocabulary sizes to train on the same text for comparison"""
     sample_mb: int = 10
-    """megabytes of text to measure on, evenly spread over the inputs"""
+    """megabytes of text to measure on, sampled evenly from the inputs"""
     max_documents: int | None = None
-    """read no more than so many: for a data set that is too large to be read to its end"""
+    """read at most this many documents: for a data set that is too large to read to its end"""
     text_column: str = "text"
-    """field of .jsonl, .parquet and hf: rows that holds the text"""
+    """name of the text field in .jsonl, .parquet and hf: data"""
     picture: Path = Path("tokenizer-health.png")
-    """where the picture goes"""
+    """file for the picture"""
     json: bool = False
     """print JSON instead of tables"""
 

@@ -16,10 +16,10 @@ class Train:
     report.
 
     Without any flag it does everything on text that every machine has: it trains a tokenizer, packs the text
-    and trains ant-5m for about ten minutes. Ctrl-C, SIGTERM and --max-minutes save first; --resume goes on
-    exactly there.
+    and trains ant-5m for about ten minutes. Ctrl-C, SIGTERM and --max-minutes save a checkpoint before they
+    stop; --resume continues exactly there.
 
-    For example:
+    Examples:
 
         ant5m train
         ant5m train --model ant-5m-fit --data data/books --steps 10000 --batch-size 64

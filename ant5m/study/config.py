@@ -23,35 +23,35 @@ class CompareConfig:
     study: StudyName | None = None
     """a built-in study"""
     arms: tuple[str, ...] = ()
-    """only these arms of the study, and its baseline; default: all"""
+    """only these variants of the study, and its baseline; default: all"""
     data: tuple[str, ...] = ("builtin",)
-    """texts as for `ant5m data pack`; a tokenizer for each vocabulary is trained on them, once"""
+    """texts as for `ant5m data pack`; one tokenizer per vocabulary size is trained on them"""
     out: Path | None = None
-    """folder of the study, new or to be continued; default: runs/study-NAME"""
+    """folder of the study, a new one or one to continue; default: runs/study-NAME"""
     cache: Path | None = None
-    """tokenizers and shards, which several studies on the same text may share; default: in --out"""
+    """folder for tokenizers and shards, which studies on the same text can share; default: in --out"""
 
     tokens: int = 10_000_000
-    """training tokens of a run of the baseline; other tokenizers get as many bytes of text"""
+    """training tokens per run of the baseline; with another tokenizer, as many as give the same bytes"""
     seeds: int = 3
-    """runs of an arm: seeds 1, 2, ..."""
+    """runs per variant, with seeds 1, 2, ..."""
     sequence_length: int | None = None
-    """tokens of a sequence, and the models' context; default: that of each model"""
+    """tokens per sequence, and the models' context length; default: that of each model"""
     batch_size: int | None = None
-    """sequences of an optimizer step, in all arms; default: by the number of tokens"""
+    """sequences per optimizer step, for all variants; default: chosen from the number of tokens"""
     optimizer: Literal["adamw", "muon"] = "muon"
-    """where the study does not vary it"""
+    """optimizer, unless the study varies it"""
     learning_rate: float = 4e-3
-    """peak learning rate of AdamW, in all arms"""
+    """peak learning rate of AdamW, for all variants"""
     muon_learning_rate: float = 0.014
-    """peak learning rate of Muon, in all arms"""
+    """peak learning rate of Muon, for all variants"""
     rate_factors: tuple[float, ...] = (1.0,)
-    """every arm is trained with both rates times each of these, and its best one counts"""
+    """train every variant with both learning rates times each of these factors; the best one counts"""
 
     validation_fraction: float = 0.005
-    """share of the documents that is held out"""
+    """share of the documents that is held out for validation"""
     workers: int = 1
-    """runs at the same time: on a machine with GPUs one GPU each, else they share the CPU"""
+    """runs at the same time: one GPU each on a machine with GPUs, else they share the CPU"""
     device: str = "auto"
     """auto, cpu, cuda"""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

@@ -22,26 +22,27 @@ class TrainConfig:
     tokenizer: Path | None = None
     """tokenizer folder; default: the one beside the shards, or a new one trained on the built-in text"""
     out: Path | None = None
-    """run folder to make; default: runs/MODEL-NUMBER"""
+    """run folder to create; default: runs/MODEL-NUMBER"""
     resume: Path | None = None
-    """run folder to continue, with its settings; only device, precision, kernels, data, max-minutes and
-    micro-batch-size may be given anew (a flag at its default counts as not given)"""
+    """run folder to continue with its settings; only device, precision, kernels, data, max-minutes and
+    micro-batch-size may be overridden (a flag at its default counts as not given)"""
 
     steps: int | None = None
     """optimizer steps of the whole run"""
     tokens: int | None = None
-    """or: training tokens of the whole run; default: one pass over --data, or ten minutes without it"""
+    """training tokens of the whole run, instead of --steps; default: one epoch of --data, or ten minutes
+    without it"""
     max_minutes: float | None = None
-    """save and stop after so many minutes; alone, it also decides the number of steps"""
+    """save and stop after this many minutes; without --steps or --tokens it also sets the number of steps"""
     batch_size: int | None = None
-    """sequences of one optimizer step; default: by the number of tokens of the run"""
+    """sequences per optimizer step; default: chosen from the number of training tokens"""
     micro_batch_size: int | None = None
-    """sequences computed at once (the rest is accumulated); default: what fits the device"""
+    """sequences per forward and backward pass (gradients are accumulated); default: what fits the device"""
     sequence_length: int | None = None
-    """tokens of one sequence, which becomes the model's context; default: the context of --model"""
+    """tokens per sequence, which becomes the model's context length; default: that of --model"""
 
     document_mask: bool = False
-    """attention stays inside documents; in public runs of larger models that made no difference"""
+    """keep attention inside documents; in public runs of larger models this made no difference"""
 
     optimizer: Literal["adamw", "muon"] = "muon"
     """muon: Muon for the matrices of the layers, AdamW for the rest"""
@@ -50,50 +51,50 @@ class TrainConfig:
     muon_learning_rate: float = 0.014
     """peak learning rate of Muon"""
     betas: tuple[float, float] = (0.9, 0.99)
-    """AdamW's"""
+    """betas of AdamW"""
     eps: float = 1e-8
-    """AdamW's"""
+    """epsilon of AdamW"""
     weight_decay: float = 0.1
-    """decoupled; norms have none"""
+    """decoupled weight decay; not applied to norms"""
     grad_clip: float = 1.0
-    """largest 2-norm of the gradient; 0: no limit"""
+    """clip the gradient to this 2-norm; 0: no clipping"""
     schedule: Literal["linear", "cosine", "wsd"] = "linear"
-    """how the learning rate falls; wsd: warm-up, stable, linear decay"""
+    """learning rate schedule; wsd: warm-up, stable, linear decay"""
     warmup: float = 0.03
-    """share of the steps in which the learning rate rises"""
+    """share of the steps that are warm-up"""
     decay: float = 0.4
-    """share of the steps in which wsd falls"""
+    """share of the steps in which wsd decays"""
     final_rate: float = 0.0
-    """learning rate at the end, as a share of the peak"""
+    """final learning rate as a share of the peak"""
 
     loop_loss: Literal["none", "unlikelihood", "ditto"] = "none"
-    """against loops, beside the cross-entropy at the end of the run: unlikelihood of tokens that came before,
-    or ditto, on phrases that are repeated on purpose (twice the time while it lasts)"""
+    """extra loss against repetition, added in the last steps of the run: token unlikelihood, or DITTO on
+    phrases repeated on purpose (its steps take twice as long)"""
     loop_loss_weight: float = 1.0
-    """of it, the cross-entropy having 1"""
+    """weight of the loop loss; the cross-entropy has weight 1"""
     loop_loss_share: float = 0.1
-    """share of the steps, the last ones, in which it is added"""
+    """share of the steps, at the end of the run, that use the loop loss"""
 
     seed: int = 1
-    """of weights and data order"""
+    """seed of the initial weights and of the data order"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1"""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 where the device multiplies it, else fp16 on a GPU and fp32 on a CPU; on a CPU, bf16 rounds
-    the factors of products only"""
+    """auto: bf16 where the hardware supports it, else fp16 on a GPU and fp32 on a CPU; on a CPU, bf16 is used
+    for the inputs of matrix products only"""
     kernels: str | None = None
-    """kernel backend, or auto; default: what ANT5M_KERNELS says, else auto"""
+    """kernel backend, or auto; default: the value of ANT5M_KERNELS, else auto"""
 
     eval_every: int | None = None
-    """steps between validations; default: a tenth of the run"""
+    """steps between validations; default: a tenth of all steps"""
     eval_tokens: int | None = None
-    """validation tokens each time (the last time: all); default: about 1.5 % of the training tokens"""
+    """tokens per validation (the last one uses all); default: about 1.5 % of the training tokens"""
     sample_every: int | None = None
-    """steps between sample texts, 0 for none; default: as --eval-every"""
+    """steps between sample texts; 0: none; default: as --eval-every"""
     checkpoint_every: int | None = None
-    """steps between checkpoints; default: a tenth of the run"""
+    """steps between checkpoints; default: a tenth of all steps"""
     keep_last: int = 2
-    """checkpoints to keep"""
+    """number of newest checkpoints to keep"""
 
     def __post_init__(self) -> None:
         for name in _PATHS:
