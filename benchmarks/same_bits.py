@@ -1,5 +1,5 @@
-"""Does a refactor change what is computed? Trains a small model with two commits and compares the loss and the
-gradient norm of every step, to the last bit.
+"""Does a refactor change what is computed? Trains a small model with two commits and compares the loss and
+the gradient norm of every step, to the last bit.
 
     python benchmarks/same_bits.py main .                 # main beside the working tree
     python benchmarks/same_bits.py HEAD~3 HEAD --only fp16
@@ -86,7 +86,8 @@ def difference(before: Steps, after: Steps) -> str:
     """The first step that differs, or nothing."""
     for number, (one, other) in enumerate(zip(before, after, strict=False), 1):
         if one != other:
-            return f"DIFFERS at step {number}: loss {one[0]!r} and {other[0]!r}, norm {one[1]!r} and {other[1]!r}"
+            pairs = (f"{a!r} and {b!r}" for a, b in zip(one, other, strict=True))
+            return "DIFFERS at step {}: loss {}, norm {}".format(number, *pairs)
     return "" if len(before) == len(after) else f"DIFFERS: {len(before)} and {len(after)} steps"
 
 

@@ -127,4 +127,4 @@ def test_two_trees_with_the_same_bits_and_a_difference_of_the_last_one(tmp_path)
     assert same_bits.difference(steps, steps[:1]) == "DIFFERS: 2 and 1 steps"
     command = [sys.executable, same_bits.__file__, ".", ".", "--steps", "2", "--only", "adamw"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stdout.split()) == (0, "fp32 adamw 2 steps, every bit the same".split())
+    assert done.returncode == 0 and done.stdout == "fp32 adamw           2 steps, every bit the same\n"
