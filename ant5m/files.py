@@ -1,20 +1,31 @@
-"""Writing so that nothing is lost: aside, synced, then renamed into place."""
+"""Files are whole or not there: written aside, synced, renamed. JSON has a schema, a folder one writer."""
 
 import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import filelock
+import msgspec
 
 from ant5m.errors import UserError
+
+LOCK = ".lock"
+"""in a folder that is being written; without meaning when no process holds it"""
+ASIDE = ".aside"
+"""ends the hidden name of what is being written; a kill leaves such a file or folder behind"""
 
 _READ_BYTES = 1 << 20
 _UMASK = os.umask(0)  # it cannot be read without being set
 os.umask(_UMASK)
+
+T = TypeVar("T")
 
 
 def fsync(path: Path) -> None:
@@ -30,7 +41,7 @@ def write_file(path: Path, data: str | bytes) -> None:
     """Replace `path` by `data` in one step: a reader sees the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     raw = data.encode() if isinstance(data, str) else data
-    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=ASIDE)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(raw)
@@ -46,18 +57,45 @@ def write_file(path: Path, data: str | bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_file` of indented JSON."""
-    write_file(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """`write_file` of indented JSON. What UTF-8 cannot spell, as in a file name of another encoding, is
+    escaped."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_file(path, text.encode("utf-8", "backslashreplace"))
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file; a missing or malformed one is a `UserError` that names it."""
+def read_json(path: Path, type: type[T] | Any = Any) -> T:
+    """Parse a JSON file and check it against `type`, anything that `msgspec.convert` takes.
+
+    Whatever is wrong (no such file, no JSON, nested too deeply, a value of another type at any depth) is one
+    `UserError` that names the file and the place in it.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes(), str(path), type)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, not a JSON file") from None
+
+
+def parse_json(raw: bytes | str, name: str, type: type[T] | Any = Any) -> T:
+    """`read_json` of what is in memory; `name` is what errors call it."""
+    try:
+        text = raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw
+        return msgspec.convert(json.loads(text), type)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{name}: {_what_and_where(error)}") from None
+    except RecursionError:
+        raise UserError(f"{name} is not valid JSON (nested too deeply)") from None
+    except ValueError as error:  # bytes that are not UTF-8, bad JSON, an integer of thousands of digits
+        raise UserError(f"{name} is not valid JSON ({str(error).partition(';')[0]})") from None
+
+
+def _what_and_where(error: msgspec.ValidationError) -> str:
+    """msgspec's "Expected `int`, got `str` - at `$.a[0].b`" as "a[0].b: expected int, got str"."""
+    what, _, where = str(error).replace("`", "").partition(" - at ")
+    what = what[:1].lower() + what[1:]
+    place = where.removeprefix("key in ").removeprefix("$").removeprefix(".")
+    return f"{place}: {what}" if place else what
 
 
 def file_sha256(path: Path) -> str:
@@ -74,20 +112,77 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Fill a folder aside; it takes the name `path` only when the block ends well.
 
     Yields the temporary folder. On an exception it is removed and `path` never appears. `path` must not
-    exist.
+    exist. What killed processes left of the same folder is removed.
     """
-    if path.exists():
+    if os.path.lexists(path):
         raise UserError(f"{path} exists already: choose another name or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    _remove_abandoned(path)
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=ASIDE))
     try:
-        yield aside
-        for entry in (aside, *aside.rglob("*")):
-            # As a plain `open` would have made them.
-            entry.chmod((0o777 if entry.is_dir() else 0o666) & ~_UMASK)
-            fsync(entry)
-        os.rename(aside, path)
+        with lock(aside):
+            yield aside
+            for entry in (aside, *aside.rglob("*")):
+                # As a plain `open` would have made them.
+                entry.chmod((0o777 if entry.is_dir() else 0o666) & ~_UMASK)
+                fsync(entry)
+            (aside / LOCK).unlink(missing_ok=True)
+            os.rename(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     fsync(path.parent)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what killed calls of `new_folder(path)` left; one that another process is filling stays."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.\w{{8}}({re.escape(ASIDE)})?")
+    for aside in [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name)]:
+        if not aside.is_dir() or aside.is_symlink():
+            continue
+        with contextlib.suppress(UserError, OSError), lock(aside):
+            shutil.rmtree(aside)
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Be the only process (and the only holder in this one) that writes into `folder`, made where it is not
+    there. The system frees the lock when the process ends, however it ends.
+
+    Raises `UserError` at once when another holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{folder} cannot be a folder: a file is in its way") from None
+    held = filelock.FileLock(folder / LOCK, timeout=0)
+    try:
+        held.acquire()
+    except filelock.Timeout:
+        raise UserError(
+            f"another process is writing into {folder}: wait for it to end, or choose another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        held.release()  # the file stays: without it, whoever waits and whoever comes would lock two files
+
+
+def is_unused(folder: Path) -> bool:
+    """Whether nothing is at this place, or a folder with nothing in it but what a killed process left."""
+    if not folder.is_dir():
+        return not os.path.lexists(folder)
+    return all(entry.name == LOCK or _is_aside(entry) for entry in folder.iterdir())
+
+
+def remove_asides(folder: Path) -> None:
+    """Remove what killed writers left in a folder whose lock the caller holds."""
+    for entry in [entry for entry in folder.iterdir() if _is_aside(entry)]:
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def _is_aside(entry: Path) -> bool:
+    return entry.name.startswith(".") and entry.name.endswith(ASIDE)
