@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import filelock
 import msgspec
@@ -63,7 +63,11 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, text.encode("utf-8", "backslashreplace"))
 
 
-def read_json(path: Path, type: type[T] | Any = Any) -> T:
+@overload
+def read_json(path: Path) -> Any: ...
+@overload
+def read_json(path: Path, type: type[T]) -> T: ...
+def read_json(path: Path, type: Any = Any) -> Any:
     """Parse a JSON file and check it against `type`, anything that `msgspec.convert` takes.
 
     Whatever is wrong (no such file, no JSON, nested too deeply, a value of another type at any depth) is one
@@ -77,7 +81,11 @@ def read_json(path: Path, type: type[T] | Any = Any) -> T:
         raise UserError(f"{path} is a folder, not a JSON file") from None
 
 
-def parse_json(raw: bytes | str, name: str, type: type[T] | Any = Any) -> T:
+@overload
+def parse_json(raw: bytes | str, name: str) -> Any: ...
+@overload
+def parse_json(raw: bytes | str, name: str, type: type[T]) -> T: ...
+def parse_json(raw: bytes | str, name: str, type: Any = Any) -> Any:
     """`read_json` of what is in memory; `name` is what errors call it."""
     try:
         text = raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw
