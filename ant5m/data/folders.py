@@ -59,7 +59,8 @@ def find_files(folder: str | Path, wanted: Callable[[Path], bool]) -> Found:
     found = Found(Path(folder))
     visited: set[tuple[int, int]] = set()
     # Linked folders come last: what can be reached without a link has its own path.
-    pending, linked = [found.folder], []
+    pending: list[Path] = [found.folder]
+    linked: list[Path] = []
     paths: list[Path] = []
     while pending or linked:
         here = pending.pop() if pending else linked.pop()
