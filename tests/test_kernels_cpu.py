@@ -11,6 +11,7 @@ import torch
 
 from ant5m import _cpu, kernels
 from ant5m.kernels import cpu, reference
+from ant5m.kernels.cpu import bf16
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
 
@@ -36,8 +37,14 @@ def nan_filled(monkeypatch):
     monkeypatch.setattr(
         torch.Tensor, "new_empty", lambda *args, **kw: new_empty(*args, **kw).fill_(float("nan"))
     )
-    empty = cpu._empty
-    monkeypatch.setattr(cpu, "_empty", lambda *args: empty(*args).fill_(float("nan")))
+    memory = _cpu.Memory
+
+    def nan_memory(floats):
+        kept = memory(floats)
+        torch.frombuffer(kept, dtype=torch.float32).fill_(float("nan"))
+        return kept
+
+    monkeypatch.setattr(_cpu, "Memory", nan_memory)
 
 
 @pytest.fixture
@@ -70,14 +77,14 @@ def composed_mlp(x, gate, up, down):
     return reference.swiglu(x @ gate.T, x @ up.T) @ down.T
 
 
-def composed_query_key_value(x, weight, cos, sin, heads):
+def composed_qkv_rope(x, weight, cos, sin, heads):
     q, k, v = (x @ weight.T).unflatten(-1, (sum(heads), -1)).split(heads, 2)
     return *reference.rope(q, k, cos, sin), v
 
 
 COMPOSED = {
     "mlp": composed_mlp,
-    "query_key_value": composed_query_key_value,
+    "qkv_rope": composed_qkv_rope,
     "linear": torch.nn.functional.linear,
 }
 
@@ -259,7 +266,7 @@ class TestAttention:
             path.reverse()
             branch = reference.attention(*(x[:, path].double() for x in (q, k, v)))
             expected[:, t] = branch[:, -1]
-        got = cpu.attention_until(q, k, v, ends_of(parents)[None])
+        got = cpu.tree_attention(q, k, v, ends_of(parents)[None])
         assert (got - expected).square().mean().sqrt() <= TOLERANCE * expected.square().mean().sqrt()
 
     def test_gradient_of_a_sum(self):
@@ -272,25 +279,25 @@ class TestAttention:
 
 
 @pytest.mark.usefixtures("instruction_set")
-class TestQueryKeyValue:
+class TestQKVRope:
     @pytest.mark.parametrize(
         ("shape", "heads", "dim"),
         [((1, 1, 7), [1, 1, 1], 2), ((2, 17, 100), [8, 2, 2], 16), ((1, 70, 33), [3, 1, 1], 10)],
     )
     def test_odd_shapes(self, shape, heads, dim):
         weight = draw(sum(heads) * dim, shape[-1], seed=1)
-        assert_true("query_key_value", draw(*shape), weight, *angles(shape[1], dim // 2), heads)
+        assert_true("qkv_rope", draw(*shape), weight, *angles(shape[1], dim // 2), heads)
 
     def test_strided_and_misaligned(self):
         wide, weight = draw(2, 9, 202), draw(101, 12 * 16).T
-        assert_true("query_key_value", wide[..., 1:102], weight, *angles(9, 8), [8, 2, 2])
-        assert_true("query_key_value", wide[..., ::2], weight, *angles(9, 8), [8, 2, 2])
+        assert_true("qkv_rope", wide[..., 1:102], weight, *angles(9, 8), [8, 2, 2])
+        assert_true("qkv_rope", wide[..., ::2], weight, *angles(9, 8), [8, 2, 2])
 
     def test_not_under_autocast(self):
         x, weight, rotation = draw(1, 3, 8), draw(12, 8), angles(3, 2)
-        assert kernels.query_key_value(x, weight, *rotation, [1, 1, 1], backend="cpu") is not None
+        assert kernels.qkv_rope(x, weight, *rotation, [1, 1, 1], backend="cpu") is not None
         with torch.autocast("cpu", torch.bfloat16):
-            assert kernels.query_key_value(x, weight, *rotation, [1, 1, 1], backend="cpu") is None
+            assert kernels.qkv_rope(x, weight, *rotation, [1, 1, 1], backend="cpu") is None
 
 
 @pytest.mark.usefixtures("instruction_set")
@@ -407,7 +414,7 @@ class TestLinearCrossEntropy:
 
 
 @pytest.mark.usefixtures("instruction_set")
-class TestLogitSummary:
+class TestLogsumexpArgmax:
     @pytest.mark.parametrize(
         "shape", [(0, 8, 5), (1, 16, 5), (17, 100, 1003), (300, 128, 257), (600, 7, 130)]
     )
@@ -416,21 +423,21 @@ class TestLogitSummary:
         tokens, dim, vocab = shape
         hidden, weight = draw(tokens, dim, scale=scale), draw(vocab, dim, seed=1)
         logits = (hidden.double() @ weight.double().T).detach()
-        log_sum, likeliest = cpu.logit_summary(hidden, weight)
-        torch.testing.assert_close(log_sum.double(), logits.logsumexp(-1), rtol=1e-6, atol=1e-5)
-        assert torch.equal(likeliest, logits.argmax(-1)) and not log_sum.requires_grad
+        logsumexp, argmax = cpu.logsumexp_argmax(hidden, weight)
+        torch.testing.assert_close(logsumexp.double(), logits.logsumexp(-1), rtol=1e-6, atol=1e-5)
+        assert torch.equal(argmax, logits.argmax(-1)) and not logsumexp.requires_grad
 
     def test_the_first_of_equals(self):
         hidden, weight = torch.ones(40, 4), torch.zeros(300, 4)
         weight[[7, 8, 290]] = 1.0
-        assert (cpu.logit_summary(hidden, weight)[1] == 7).all()
+        assert (cpu.logsumexp_argmax(hidden, weight)[1] == 7).all()
         weight[[7, 8]] = 0.0
-        assert (cpu.logit_summary(hidden, weight)[1] == 290).all()
+        assert (cpu.logsumexp_argmax(hidden, weight)[1] == 290).all()
 
     def test_strided_and_misaligned(self):
         hidden, weight = draw(9, 201)[:, 1:101], draw(100, 50).T
         expected = (hidden @ weight.T).detach().logsumexp(-1)
-        torch.testing.assert_close(cpu.logit_summary(hidden, weight)[0], expected)
+        torch.testing.assert_close(cpu.logsumexp_argmax(hidden, weight)[0], expected)
 
 
 @pytest.mark.usefixtures("instruction_set")
@@ -453,11 +460,11 @@ class TestWithoutGradients:
         ("tokens", "dim", "rows"),
         [(1, 16, 5), (3, 101, 600), (14, 7, 70), (15, 256, 130), (16, 9, 3), (70, 100, 33), (300, 7, 130)],
     )
-    def test_norm_product(self, tokens, dim, rows):
+    def test_rms_norm_linear(self, tokens, dim, rows):
         x, norm, weight = draw(1, tokens, dim, scale=3), draw(dim, seed=1), draw(rows, dim, seed=2)
         doubles = (t.detach().double() for t in (x, norm, weight))
         expected = (lambda x, norm, weight: reference.rms_norm(x, norm, 1e-5) @ weight.T)(*doubles)
-        assert_close(cpu.norm_product(x, norm, 1e-5, [weight]), expected)
+        assert_close(cpu.rms_norm_linear(x, norm, 1e-5, [weight]), expected)
 
     @pytest.mark.parametrize(
         ("tokens", "dim", "inner", "width"),
@@ -470,7 +477,7 @@ class TestWithoutGradients:
             (300, 7, 20, 65),
         ],
     )
-    def test_finish_layer(self, tokens, dim, inner, width):
+    def test_fused_post_attention(self, tokens, dim, inner, width):
         inputs = [
             draw(1, tokens, dim, scale=3),
             draw(1, tokens, inner),
@@ -480,56 +487,62 @@ class TestWithoutGradients:
             draw(width, dim, seed=4),
             draw(dim, width, seed=5),
         ]
-        residual, mixed, weight, norm, *mlp = (x.detach().double() for x in inputs)
-        total = residual + mixed @ weight.T
+        residual, attn_out, weight, norm, *mlp = (x.detach().double() for x in inputs)
+        total = residual + attn_out @ weight.T
         expected = total + composed_mlp(reference.rms_norm(total, norm, 1e-5), *mlp)
-        assert_close(cpu.finish_layer(*inputs[:4], 1e-5, *inputs[4:]), expected)
+        assert_close(cpu.fused_post_attention(*inputs[:4], 1e-5, *inputs[4:]), expected)
 
     def test_strided_and_misaligned(self):
         wide, norm, weight = draw(2, 20, 202), draw(101), draw(101, 30).T
         expected = reference.rms_norm(wide[..., ::2], norm, 1e-5) @ weight.T
-        assert_close(cpu.norm_product(wide[..., ::2], norm, 1e-5, [weight]), expected.double())
+        assert_close(cpu.rms_norm_linear(wide[..., ::2], norm, 1e-5, [weight]), expected.double())
         assert_close(
-            cpu.norm_product(wide[..., :101].transpose(0, 1), norm, 1e-5, [weight]).transpose(0, 1),
+            cpu.rms_norm_linear(wide[..., :101].transpose(0, 1), norm, 1e-5, [weight]).transpose(0, 1),
             (reference.rms_norm(wide[..., :101], norm, 1e-5) @ weight.T).double(),
         )
 
     @pytest.mark.parametrize("tokens", [5, 40])
     def test_rows_with_gaps(self, tokens):
-        residual, mixed, norm, weight = draw(tokens, 103), draw(tokens, 45), draw(100), draw(30, 100)
+        residual, attn_out, norm, weight = draw(tokens, 103), draw(tokens, 45), draw(100), draw(30, 100)
         layer = draw(100, 40), norm, 1e-5, weight, draw(30, 100, seed=1), draw(100, 30)
-        apart = residual[:, 1:101], mixed[:, 3:43]
+        apart = residual[:, 1:101], attn_out[:, 3:43]
         dense = (x.contiguous() for x in apart)
-        assert torch.equal(cpu.finish_layer(*apart, *layer), cpu.finish_layer(*dense, *layer))
-        product = cpu.norm_product(apart[0], norm, 1e-5, [weight])
-        assert torch.equal(product, cpu.norm_product(apart[0].contiguous(), norm, 1e-5, [weight]))
+        assert torch.equal(cpu.fused_post_attention(*apart, *layer), cpu.fused_post_attention(*dense, *layer))
+        product = cpu.rms_norm_linear(apart[0], norm, 1e-5, [weight])
+        assert torch.equal(product, cpu.rms_norm_linear(apart[0].contiguous(), norm, 1e-5, [weight]))
 
     @pytest.mark.parametrize("tokens", [5, 15, 16, 40])
     def test_several_weights_lie_side_by_side(self, tokens):
         x, norm, *weights = draw(tokens, 50), draw(50), *(draw(rows, 50, seed=rows) for rows in (33, 1, 66))
-        alone = [cpu.norm_product(x, norm, 1e-5, [weight]) for weight in weights]
-        assert torch.equal(cpu.norm_product(x, norm, 1e-5, weights), torch.cat(alone, -1))
+        alone = [cpu.rms_norm_linear(x, norm, 1e-5, [weight]) for weight in weights]
+        assert torch.equal(cpu.rms_norm_linear(x, norm, 1e-5, weights), torch.cat(alone, -1))
 
     def test_few_tokens_on_any_number_of_threads(self, two_threads):
-        x, mixed, norm, weight = draw(3, 100), draw(3, 40), draw(100), draw(700, 100)
+        x, attn_out, norm, weight = draw(3, 100), draw(3, 40), draw(100), draw(700, 100)
         layer = draw(100, 40), norm, 1e-5, weight, draw(700, 100, seed=1), draw(100, 700)
         found = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append((cpu.norm_product(x, norm, 1e-5, [weight]), cpu.finish_layer(x, mixed, *layer)))
+            found.append(
+                (cpu.rms_norm_linear(x, norm, 1e-5, [weight]), cpu.fused_post_attention(x, attn_out, *layer))
+            )
         assert_equal(found[0], found[1])
         assert_equal(found[0], found[2])
 
     def test_few_tokens_do_not_see_one_another(self):
-        x, mixed, norm, weight = draw(7, 100), draw(7, 40), draw(100), draw(300, 100)
+        x, attn_out, norm, weight = draw(7, 100), draw(7, 40), draw(100), draw(300, 100)
         layer = draw(100, 40), norm, 1e-5, weight, draw(300, 100, seed=1), draw(100, 300)
 
-        def three(x, mixed):
-            product = cpu.norm_product(x, norm, 1e-5, [weight])
+        def three(x, attn_out):
+            product = cpu.rms_norm_linear(x, norm, 1e-5, [weight])
             with torch.no_grad():
-                return product, cpu.finish_layer(x, mixed, *layer), kernels.linear(x, weight, backend="cpu")
+                return (
+                    product,
+                    cpu.fused_post_attention(x, attn_out, *layer),
+                    kernels.linear(x, weight, backend="cpu"),
+                )
 
-        together, alone = three(x, mixed), [three(x[i : i + 1], mixed[i : i + 1]) for i in range(7)]
+        together, alone = three(x, attn_out), [three(x[i : i + 1], attn_out[i : i + 1]) for i in range(7)]
         for one, parts in zip(together, zip(*alone, strict=True), strict=True):
             assert torch.equal(one, torch.cat(parts))
         assert_close(together[2], (x.double() @ weight.double().T).detach())
@@ -553,7 +566,7 @@ CASES = {
     "rms_norm": lambda: [draw(3, 100, 100), draw(100)],
     "rope": lambda: [draw(2, 150, 4, 16), draw(2, 150, 2, 16), *angles(150, 8)],
     "attention": lambda: [draw(2, 150, 4, 16), draw(2, 150, 2, 16), draw(2, 150, 2, 16, seed=1)],
-    "query_key_value": lambda: [draw(2, 150, 24), draw(8 * 4, 24), *angles(150, 4), [2, 1, 1]],
+    "qkv_rope": lambda: [draw(2, 150, 24), draw(8 * 4, 24), *angles(150, 4), [2, 1, 1]],
     "linear": lambda: [draw(2, 150, 24), draw(40, 24)],
     "swiglu": lambda: [draw(2, 90, 100), draw(2, 90, 100, seed=1)],
     "mlp": lambda: [draw(2, 300, 24), draw(40, 24), draw(40, 24, seed=1), draw(24, 40)],
@@ -586,7 +599,7 @@ def test_results_may_be_changed_in_place(rows):
 
 def test_nothing_of_nothing():
     assert cpu.linear(torch.zeros(2, 0, 5), torch.zeros(7, 5)).shape == (2, 0, 7)
-    q, k, v = cpu.query_key_value(torch.zeros(2, 0, 5), torch.zeros(12, 5), *angles(0, 2), [1, 1, 1])
+    q, k, v = cpu.qkv_rope(torch.zeros(2, 0, 5), torch.zeros(12, 5), *angles(0, 2), [1, 1, 1])
     assert q.shape == k.shape == v.shape == (2, 0, 1, 4)
 
 
@@ -602,7 +615,7 @@ def test_an_error_in_a_thread_is_an_error(openmp):
         "inputs = torch.zeros(1, 64, 1 << 18), torch.ones(1 << 18), 1e-5, [torch.zeros(3, 1 << 18)]\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + (96 << 20), -1))\n"
-        "try:\n    cpu.norm_product(*inputs)\n"
+        "try:\n    cpu.rms_norm_linear(*inputs)\n"
         "except MemoryError:\n    print('caught')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -616,7 +629,7 @@ def test_threads_of_its_own(name, two_threads):
     try:
         assert_equal(run(getattr(cpu, name), CASES[name]()), expected)
     finally:
-        cpu._share_threads()
+        cpu.share_threads()
 
 
 def test_in_a_forked_child(two_threads):
@@ -671,16 +684,16 @@ def test_what_it_cannot_run_says_why():
         ("rms_norm", [torch.zeros(3, 4), torch.zeros(4), 1e-5, torch.zeros(4)]),
         ("rope", [torch.zeros(1, 3, 1, 4), torch.zeros(1, 3, 1, 4), torch.zeros(2, 2), torch.zeros(2, 2)]),
         ("rope", [torch.zeros(1, 3, 1, 4), torch.zeros(1, 3, 1, 6), torch.zeros(3, 2), torch.zeros(3, 2)]),
-        ("query_key_value", [torch.zeros(1, 3, 4), torch.zeros(12, 5), *angles(3, 2), [1, 1, 1]]),
-        ("query_key_value", [torch.zeros(1, 3, 4), torch.zeros(12, 4), *angles(2, 2), [1, 1, 1]]),
+        ("qkv_rope", [torch.zeros(1, 3, 4), torch.zeros(12, 5), *angles(3, 2), [1, 1, 1]]),
+        ("qkv_rope", [torch.zeros(1, 3, 4), torch.zeros(12, 4), *angles(2, 2), [1, 1, 1]]),
         ("attention", [torch.zeros(1, 3, 3, 4), torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 2, 4)]),
         ("attention", [torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 2, 4), torch.zeros(1, 2, 2, 4)]),
         ("attention", [torch.zeros(1, 3, 2, 4)] * 3 + [torch.zeros(1, 2, dtype=torch.int64)]),
-        ("attention_until", [torch.zeros(1, 3, 2, 4)] * 3 + [torch.zeros(3, dtype=torch.int64)]),
-        ("logit_summary", [torch.zeros(3, 4), torch.zeros(9, 5)]),
-        ("norm_product", [torch.zeros(3, 4), torch.zeros(4), 1e-5, [torch.zeros(9, 5)]]),
+        ("tree_attention", [torch.zeros(1, 3, 2, 4)] * 3 + [torch.zeros(3, dtype=torch.int64)]),
+        ("logsumexp_argmax", [torch.zeros(3, 4), torch.zeros(9, 5)]),
+        ("rms_norm_linear", [torch.zeros(3, 4), torch.zeros(4), 1e-5, [torch.zeros(9, 5)]]),
         (
-            "finish_layer",
+            "fused_post_attention",
             [
                 *(torch.zeros(*shape) for shape in ((3, 4), (3, 6), (4, 5), (4,))),
                 1e-5,
@@ -758,9 +771,9 @@ class TestBf16Products:
             "attention", *(draw(2, 64, n, 16, seed=n * i) for i, n in enumerate((4, 2, 2))), tolerance=5e-3
         )
 
-    def test_query_key_value(self):
+    def test_qkv_rope(self):
         inputs = draw(2, 17, 100), draw(12 * 16, 100, seed=1), *angles(17, 8), [8, 2, 2]
-        assert_true("query_key_value", *inputs, tolerance=BF16_TOLERANCE)
+        assert_true("qkv_rope", *inputs, tolerance=BF16_TOLERANCE)
 
     @pytest.mark.parametrize(
         "shape", [(1, 16, 5), (17, 35, 43), (1023, 256, 768), (513, 100, 600), (129, 3, 33)]
@@ -808,7 +821,7 @@ class TestBf16Products:
             patch.setattr(torch.nn.functional, "linear", None)
             loss = net(tokens, tokens.roll(-1))
             gradients = torch.autograd.grad(loss, parameters)
-        cpu._bf16.set(False)
+        bf16.enabled.set(False)
         exact = net(tokens, tokens.roll(-1))
         assert 0 < abs(loss - exact) < 1e-3
         for got, expected in zip(gradients, torch.autograd.grad(exact, parameters), strict=True):
@@ -820,7 +833,7 @@ class TestBf16Products:
         wide = [x.float().requires_grad_() if x.is_floating_point() else x for x in floats]
         op = getattr(cpu, name)
         expected = op(*wide)
-        cpu._bf16.set(False)
+        bf16.enabled.set(False)
         got = op(*floats)
         assert torch.equal(got, expected.to(got.dtype)) and not torch.equal(got, op(*wide).to(got.dtype))
 
@@ -830,7 +843,7 @@ class TestBf16Products:
         with torch.no_grad():
             got = getattr(cpu, name)(*inputs)
         trained = getattr(cpu, name)(*inputs)
-        cpu._bf16.set(False)
+        bf16.enabled.set(False)
         assert torch.equal(got, getattr(cpu, name)(*inputs)) and not torch.equal(got, trained)
 
 

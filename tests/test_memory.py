@@ -7,13 +7,13 @@ import threading
 import torch
 
 from ant5m import _cpu
-from ant5m.kernels.cpu import LARGE, _empty
+from ant5m.kernels.cpu.arguments import LARGE, empty
 
 LIKE = torch.zeros(1)
 
 
 def large(scale: int) -> torch.Tensor:
-    return _empty(LIKE, scale, LARGE)
+    return empty(LIKE, scale, LARGE)
 
 
 def test_a_tensor_is_its_own_until_it_is_gone():
@@ -35,14 +35,14 @@ def test_memory_is_used_again():
 HELD = """
 import torch
 from ant5m import _cpu
-from ant5m.kernels.cpu import LARGE, _empty
+from ant5m.kernels.cpu.arguments import LARGE, empty
 
 like = torch.zeros(1)
-keep = [_empty(like, 40, LARGE) for _ in range(2)]
+keep = [empty(like, 40, LARGE) for _ in range(2)]
 most = sum(_cpu.held())
 del keep
 for scale in range(1, 60):  # sizes that never come again
-    _empty(like, scale, LARGE)
+    empty(like, scale, LARGE)
     assert sum(_cpu.held()) <= most + (32 << 20), scale
 """
 
@@ -72,5 +72,5 @@ def test_from_many_threads():
 
 def test_small_tensors_are_torchs():
     before = _cpu.held()
-    x = _empty(LIKE, 3, 5)
-    assert x.shape == (3, 5) and _cpu.held() == before and _empty(LIKE, 0, 9).shape == (0, 9)
+    x = empty(LIKE, 3, 5)
+    assert x.shape == (3, 5) and _cpu.held() == before and empty(LIKE, 0, 9).shape == (0, 9)

@@ -7,7 +7,7 @@ import torch
 
 from ant5m import kernels
 from ant5m.errors import UserError
-from ant5m.kernels import cpu
+from ant5m.kernels.cpu import bf16
 from ant5m.train import precision
 from ant5m.train.precision import (
     FIRST_SCALE,
@@ -115,8 +115,8 @@ def test_nothing_is_cast_where_the_kernels_round():
     weight = torch.ones(2, 2)
     assert not precision.casts("bf16", CPU)
     with precision.autocast("bf16", CPU):
-        assert (weight @ weight).dtype == torch.float32 and cpu._bf16.get()
-    assert not cpu._bf16.get()
+        assert (weight @ weight).dtype == torch.float32 and bf16.enabled.get()
+    assert not bf16.enabled.get()
     assert precision.casts("fp16", CPU)
     kernels.select("reference")
     try:

@@ -169,7 +169,7 @@ class _PackedBatch:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [1, N, H, D], k and v [1, N, KV, D] of all packs end to end -> [1, N, H, D]."""
-        out = kernels.attention_until(q, k, v, self.ends)
+        out = kernels.tree_attention(q, k, v, self.ends)
         if out is not None:
             return out
         pieces = zip(*(x.split(self.sizes, 1) for x in (q, k, v)), self.masks, strict=True)
@@ -234,7 +234,7 @@ def _log_probs(
 
 def _summary(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Of each row's logits log(sum(exp)), fp32, and the first largest entry."""
-    found = kernels.logit_summary(hidden, weight)
+    found = kernels.logsumexp_argmax(hidden, weight)
     if found is not None:
         return found
     parts = []

@@ -5,8 +5,8 @@ backend is a module of this package with a function for each op that it has, and
 `why_not(op, *tensors) -> str | None`: None when it can run the op (on these tensors), else the reason. A
 backend asked for by name that cannot run raises; `auto` takes the first of `_PREFERENCE` that can.
 
-Further ops (`mlp`, `rope_qkv`, `query_key_value`, `linear`, `norm_product`, `finish_layer`,
-`attention_until`, `logit_summary`) are for backends that have something better than a few ops one after the
+Further ops (`mlp`, `rope_qkv`, `qkv_rope`, `linear`, `rms_norm_linear`, `fused_post_attention`,
+`tree_attention`, `logsumexp_argmax`) are for backends that have something better than a few ops one after the
 other, or than torch's; elsewhere they give None.
 """
 
@@ -44,9 +44,9 @@ def rms_norm(
     residual: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """RMSNorm of x [..., D] with gains `weight` [D]: x / sqrt(mean(x^2) + eps) * weight, statistics in fp32.
+    """RMSNorm of x [..., D] with the weight [D]: x / sqrt(mean(x^2) + eps) * weight, statistics in fp32.
 
-    With `residual` [..., D] the sum s = x + residual is normalised, and (normalised s, s) is returned. Under
+    With `residual` [..., D] the sum s = x + residual is normalized, and (normalized s, s) is returned. Under
     autocast the first comes in its dtype, as products take it (in fp32, and cast by the product, it would be
     5 times the bytes), s in the wider one of x's and residual's.
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
@@ -59,8 +59,8 @@ def rope(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotary position embedding of q [B, T, H, D] and k [B, T, KV, D]; cos and sin are fp32 [T, D/2].
 
-    Half-rotate layout, as Llama's in Hugging Face: dimension j turns with j + D/2. No gradient reaches cos
-    and sin.
+    Half-rotate layout, as Llama's in Hugging Face: dimension j is rotated with j + D/2. No gradient
+    reaches cos and sin.
     Source: Su et al., "RoFormer", 2021.
     """
     return _pick("rope", backend, q, k).rope(q, k, cos, sin)
@@ -69,7 +69,7 @@ def rope(
 def rope_qkv(
     qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: list[int], backend: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """q, k, v [B, T, heads, d] of qkv [B, T, sum(heads) * d], q and k turned by `rope`; v is a view.
+    """q, k, v [B, T, heads, d] of qkv [B, T, sum(heads) * d], q and k rotated by `rope`; v is a view.
 
     Its gradient is made in one piece. None where the backend has nothing better than `split` and `rope`, and
     while torch.compile traces, which joins gradients in its own way.
@@ -81,7 +81,7 @@ def rope_qkv(
     return None if module is None else module.rope_qkv(qkv, cos, sin, heads)
 
 
-def query_key_value(
+def qkv_rope(
     x: torch.Tensor,
     weight: torch.Tensor,
     cos: torch.Tensor,
@@ -89,13 +89,13 @@ def query_key_value(
     heads: list[int],
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """q, k, v [B, T, heads, d]: x [B, T, D] @ weight^T split into so many heads, q and k turned by `rope`.
+    """q, k, v [B, T, heads, d]: x [B, T, D] @ weight^T split into so many heads, q and k rotated by `rope`.
 
     `weight` [sum(heads) * d, D] is q's, k's and v's above one another. None where the backend has nothing
     better than the product and `rope`.
     """
-    module = _faster("query_key_value", backend, x, weight, cos, sin)
-    return None if module is None else module.query_key_value(x, weight, cos, sin, heads)
+    module = _faster("qkv_rope", backend, x, weight, cos, sin)
+    return None if module is None else module.qkv_rope(x, weight, cos, sin, heads)
 
 
 def attention(
@@ -130,24 +130,24 @@ def mlp(
     return None if module is None else module.mlp(x, gate, up, down)
 
 
-def norm_product(
+def rms_norm_linear(
     x: torch.Tensor,
     norm: torch.Tensor,
     eps: float,
     weights: Sequence[torch.Tensor],
     backend: str | None = None,
 ) -> torch.Tensor | None:
-    """`rms_norm` of x [..., D] with the gains `norm` [D], times weights [R_i, D]^T side by side.
+    """`rms_norm` of x [..., D] with the weight `norm` [D], times weights [R_i, D]^T side by side.
 
     Without gradients. None where the backend has nothing faster than one after the other.
     """
-    module = _faster("norm_product", backend, x, norm, *weights)
-    return None if module is None else module.norm_product(x, norm, eps, weights)
+    module = _faster("rms_norm_linear", backend, x, norm, *weights)
+    return None if module is None else module.rms_norm_linear(x, norm, eps, weights)
 
 
-def finish_layer(
+def fused_post_attention(
     residual: torch.Tensor,
-    mixed: torch.Tensor,
+    attn_out: torch.Tensor,
     weight: torch.Tensor,
     norm: torch.Tensor,
     eps: float,
@@ -158,16 +158,17 @@ def finish_layer(
 ) -> torch.Tensor | None:
     """What follows attention in a layer: total + `mlp` of the `rms_norm` of total [..., D].
 
-    total = residual [..., D] + mixed [..., R] @ weight [D, R]^T; `norm` [D] are gains. Without gradients.
+    total = residual [..., D] + attn_out [..., R] @ weight [D, R]^T; `norm` [D] is the weight of `rms_norm`.
+    Without gradients.
     None where the backend has nothing faster than one after the other.
     """
-    module = _faster("finish_layer", backend, residual, mixed, weight, norm, gate, up, down)
+    module = _faster("fused_post_attention", backend, residual, attn_out, weight, norm, gate, up, down)
     if module is None:
         return None
-    return module.finish_layer(residual, mixed, weight, norm, eps, gate, up, down)
+    return module.fused_post_attention(residual, attn_out, weight, norm, eps, gate, up, down)
 
 
-def attention_until(
+def tree_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, backend: str | None = None
 ) -> torch.Tensor | None:
     """`attention` where position t sees key s when s <= t < ends[b, s], of ends [B, T] integers.
@@ -175,19 +176,19 @@ def attention_until(
     So a row may hold a forest, depth first: ends[b, s] lies behind the last descendant of s, and t sees its
     ancestors. None where the backend has nothing for it.
     """
-    module = _faster("attention_until", backend, q, k, v)
-    return None if module is None else module.attention_until(q, k, v, ends)
+    module = _faster("tree_attention", backend, q, k, v)
+    return None if module is None else module.tree_attention(q, k, v, ends)
 
 
-def logit_summary(
+def logsumexp_argmax(
     hidden: torch.Tensor, weight: torch.Tensor, backend: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Of the logits hidden [N, D] @ weight [V, D]^T: log(sum(exp)) [N] fp32 and the first largest entry [N].
 
     Without gradients. None where the backend has nothing that keeps the logits in its caches.
     """
-    module = _faster("logit_summary", backend, hidden, weight)
-    return None if module is None else module.logit_summary(hidden, weight)
+    module = _faster("logsumexp_argmax", backend, hidden, weight)
+    return None if module is None else module.logsumexp_argmax(hidden, weight)
 
 
 def linear_cross_entropy(

@@ -86,7 +86,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
     def forward(self, x, cos, sin, cache=None, starts=None):
-        q, k, v = self._query_key_value(x, cos, sin)
+        q, k, v = self._qkv_rope(x, cos, sin)
         return _linear(self.mix(q, k, v, cache, starts), self.o_proj.weight)
 
     @property
@@ -94,23 +94,23 @@ class Attention(nn.Module):
         """Of the product that makes q, k and v."""
         return self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
 
-    def _query_key_value(self, x, cos, sin):
+    def _qkv_rope(self, x, cos, sin):
         weight = join(*self.weights)
-        fused = kernels.query_key_value(x, weight, cos, sin, self.heads)
-        return self.turn(_linear(x, weight), cos, sin) if fused is None else fused
+        fused = kernels.qkv_rope(x, weight, cos, sin, self.heads)
+        return self.rotate(_linear(x, weight), cos, sin) if fused is None else fused
 
-    def turn(self, qkv, cos, sin):
-        """q, k, v [B, T, heads, head size] of the product [B, T, ...], q and k turned."""
-        turned = kernels.rope_qkv(qkv, cos, sin, self.heads)
-        if turned is not None:
-            return turned
+    def rotate(self, qkv, cos, sin):
+        """q, k, v [B, T, heads, head size] of the product [B, T, ...], q and k rotated."""
+        rotated = kernels.rope_qkv(qkv, cos, sin, self.heads)
+        if rotated is not None:
+            return rotated
         q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in split(qkv, self.sizes))
         return *kernels.rope(q, k, cos, sin), v
 
     def mix(self, q, k, v, cache=None, starts=None):
         """What the heads see, beside one another: [B, T, heads * head size]."""
-        mixed = kernels.attention(q, k, v, starts) if cache is None else cache.attend(self.layer, q, k, v)
-        return mixed.flatten(-2)
+        attn_out = kernels.attention(q, k, v, starts) if cache is None else cache.attend(self.layer, q, k, v)
+        return attn_out.flatten(-2)
 
 
 def _attention_over_cache(q, k, v):
@@ -170,28 +170,30 @@ class Layer(nn.Module):
             if done is not None:
                 return None, done
         x, residual = _add_and_norm(self.input_layernorm, made, residual)
-        mixed = self.self_attn(x, cos, sin, cache, starts)
+        attn_out = self.self_attn(x, cos, sin, cache, starts)
         if rows is not None:
-            mixed, residual = mixed[:, rows], residual[:, rows]
-        x, residual = self.post_attention_layernorm(mixed, residual)
+            attn_out, residual = attn_out[:, rows], residual[:, rows]
+        x, residual = self.post_attention_layernorm(attn_out, residual)
         return self.mlp(x), residual
 
     def _without_gradients(self, residual, cos, sin, cache, starts, rows):
         """The residual stream behind the layer, or None where there is nothing faster than the usual way."""
         attention, norm, mlp = self.self_attn, self.post_attention_layernorm, self.mlp
         first = self.input_layernorm
-        qkv = kernels.norm_product(residual, first.weight, first.eps, attention.weights)
+        qkv = kernels.rms_norm_linear(residual, first.weight, first.eps, attention.weights)
         if qkv is None:
             return None
-        q, k, v = attention.turn(qkv, cos, sin)
-        mixed = attention.mix(q, k, v, cache, starts)
+        q, k, v = attention.rotate(qkv, cos, sin)
+        attn_out = attention.mix(q, k, v, cache, starts)
         if rows is not None:
-            mixed, residual = mixed[:, rows], residual[:, rows]
+            attn_out, residual = attn_out[:, rows], residual[:, rows]
         weights = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
-        done = kernels.finish_layer(residual, mixed, attention.o_proj.weight, norm.weight, norm.eps, *weights)
+        done = kernels.fused_post_attention(
+            residual, attn_out, attention.o_proj.weight, norm.weight, norm.eps, *weights
+        )
         if done is not None:
             return done
-        x, residual = norm(attention.o_proj(mixed), residual)
+        x, residual = norm(attention.o_proj(attn_out), residual)
         return residual + mlp(x)
 
 

@@ -2,6 +2,8 @@
 // The callers in ant5m/ check shapes, dtypes and contiguity; nothing here can.
 #include <pybind11/pybind11.h>
 
+#include <utility>
+
 #include "memory.h"
 #include "ops.h"
 #include "parallel.h"
@@ -57,17 +59,28 @@ struct Argument<const ant5m::MlpShape&> {
     static ant5m::MlpShape from(const Type& x) { return {std::get<0>(x), std::get<1>(x), std::get<2>(x)}; }
 };
 
-// The op of the instruction set in use, under the GIL's release.
-template <typename... A>
-void define(py::module_& m, const char* name, void (*ant5m::Ops::*op)(A...)) {
-    m.def(name, [op](typename Argument<A>::Type... arguments) {
-        py::gil_scoped_release release;
-        (ant5m::ops().*op)(Argument<A>::from(arguments)...);
-    });
+// The op of the instruction set in use, under the GIL's release. Its arguments are given by name, as in ops.h.
+template <typename... A, size_t kNames, size_t... I>
+void define(py::module_& m, const char* name, void (*ant5m::Ops::*op)(A...), const char* const (&names)[kNames],
+            std::index_sequence<I...>) {
+    m.def(
+        name,
+        [op](typename Argument<A>::Type... arguments) {
+            py::gil_scoped_release release;
+            (ant5m::ops().*op)(Argument<A>::from(arguments)...);
+        },
+        py::kw_only(), py::arg(names[I])...);
+}
+
+template <typename... A, size_t kNames>
+void define(py::module_& m, const char* name, void (*ant5m::Ops::*op)(A...), const char* const (&names)[kNames]) {
+    static_assert(kNames == sizeof...(A), "a name for each argument");
+    define(m, name, op, names, std::make_index_sequence<kNames>());
 }
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
+    using ant5m::Ops;
     m.doc() = "CPU ops of ant5m; see csrc/cpu/ops.h";
     m.def("instruction_set", &ant5m::instruction_set, "The instruction set in use: avx512_bf16, avx512, avx2 or portable");
     m.def("use", &ant5m::use, py::arg("name"), "Switch the instruction set; False when this processor lacks it");
@@ -92,21 +105,42 @@ PYBIND11_MODULE(_cpu, m) {
             return std::make_pair(held.used, held.kept);
         },
         "Bytes of large pieces of Memory: in use, and kept for later");
-    define(m, "attention_forward", &ant5m::Ops::attention_forward);
-    define(m, "attention_backward", &ant5m::Ops::attention_backward);
-    define(m, "linear_cross_entropy", &ant5m::Ops::linear_cross_entropy);
-    define(m, "logit_summary", &ant5m::Ops::logit_summary);
-    define(m, "rms_norm_forward", &ant5m::Ops::rms_norm_forward);
-    define(m, "rms_norm_backward", &ant5m::Ops::rms_norm_backward);
-    define(m, "rope", &ant5m::Ops::rope);
-    define(m, "swiglu_forward", &ant5m::Ops::swiglu_forward);
-    define(m, "swiglu_backward", &ant5m::Ops::swiglu_backward);
-    define(m, "mlp_forward", &ant5m::Ops::mlp_forward);
-    define(m, "mlp_backward", &ant5m::Ops::mlp_backward);
-    define(m, "norm_product", &ant5m::Ops::norm_product);
-    define(m, "finish_layer", &ant5m::Ops::finish_layer);
-    define(m, "product", &ant5m::Ops::product);
-    define(m, "product_over_tokens", &ant5m::Ops::product_over_tokens);
+    define(m, "attention_forward", &Ops::attention_forward,
+           {"shape", "q", "k", "v", "ends", "out", "lse", "bf16", "threads"});
+    define(m, "attention_backward", &Ops::attention_backward,
+           {"shape", "q", "k", "v", "out", "grad", "ends", "lse", "grad_q", "grad_k", "grad_v", "bf16", "threads"});
+    define(m, "linear_cross_entropy", &Ops::linear_cross_entropy,
+           {"tokens", "dim", "vocab", "hidden", "hidden_row", "weight", "weight_row", "targets", "ignore_index", "loss",
+            "grad_hidden", "grad_weight", "grad_weight_row", "bf16", "threads"});
+    define(m, "logsumexp_argmax", &Ops::logsumexp_argmax,
+           {"tokens", "dim", "vocab", "hidden", "hidden_row", "weight", "weight_row", "logsumexp", "argmax",
+            "threads"});
+    define(m, "rms_norm_forward", &Ops::rms_norm_forward,
+           {"rows", "dim", "eps", "x", "x_row", "residual", "residual_row", "weight", "out", "total", "rstd",
+            "threads"});
+    define(m, "rms_norm_backward", &Ops::rms_norm_backward,
+           {"rows", "dim", "x", "x_row", "weight", "rstd", "grad", "grad_row", "grad_total", "grad_total_row",
+            "grad_x", "grad_weight", "threads"});
+    define(m, "rope", &Ops::rope, {"shape", "q", "k", "cos", "sin", "sign", "out_q", "out_k", "threads"});
+    define(m, "swiglu_forward", &Ops::swiglu_forward,
+           {"rows", "width", "gate", "gate_row", "up", "up_row", "out", "threads"});
+    define(m, "swiglu_backward", &Ops::swiglu_backward,
+           {"rows", "width", "gate", "gate_row", "up", "up_row", "grad", "grad_row", "grad_gate", "grad_up",
+            "grad_in_row", "threads"});
+    define(m, "mlp_forward", &Ops::mlp_forward,
+           {"shape", "x", "x_row", "gate", "up", "down", "out", "gates", "ups", "bf16", "threads"});
+    define(m, "mlp_backward", &Ops::mlp_backward,
+           {"shape", "x", "x_row", "gate", "up", "down", "gates", "ups", "grad", "grad_row", "grad_x", "grad_gate",
+            "grad_up", "grad_down", "bf16", "threads"});
+    define(m, "rms_norm_linear", &Ops::rms_norm_linear,
+           {"tokens", "dim", "rows", "x", "x_row", "eps", "norm", "weight", "out", "out_row", "threads"});
+    define(m, "fused_post_attention", &Ops::fused_post_attention,
+           {"shape", "inner", "attn_out", "attn_out_row", "residual", "residual_row", "weight", "eps", "norm", "gate",
+            "up", "down", "out", "threads"});
+    define(m, "product", &Ops::product,
+           {"tokens", "depth", "rows", "x", "x_row", "weight", "transposed", "out", "bf16", "threads"});
+    define(m, "product_over_tokens", &Ops::product_over_tokens,
+           {"tokens", "rows", "columns", "a", "a_row", "b", "b_row", "out", "bf16", "threads"});
     m.attr("MLP_TOKENS") = ant5m::kMlpTokens;
     m.attr("LARGE") = ant5m::kLarge;
 }

@@ -12,11 +12,11 @@ struct Entry {
     Ops ops;
 };
 
-#define ANT5M_OPS(isa)                                                                          \
-    {isa::gather,        isa::attention_forward, isa::attention_backward, isa::linear_cross_entropy, \
-     isa::logit_summary, isa::rms_norm_forward,  isa::rms_norm_backward,  isa::rope,                 \
-     isa::swiglu_forward, isa::swiglu_backward,  isa::mlp_forward,        isa::mlp_backward,         \
-     isa::norm_product,  isa::finish_layer,      isa::product,            isa::product_over_tokens}
+#define ANT5M_OPS(isa)                                                                        \
+    {isa::gather, isa::attention_forward, isa::attention_backward, isa::linear_cross_entropy, \
+     isa::logsumexp_argmax, isa::rms_norm_forward, isa::rms_norm_backward, isa::rope,         \
+     isa::swiglu_forward, isa::swiglu_backward, isa::mlp_forward, isa::mlp_backward,          \
+     isa::rms_norm_linear, isa::fused_post_attention, isa::product, isa::product_over_tokens}
 
 #if defined(__x86_64__)
 bool has_avx512() {

@@ -19,11 +19,11 @@ void norm_lanes(const Block& block, const float* x, int64_t dim, float eps, cons
                 const Vec value = load(x + at + d * kLanes);
                 squares += value * value;
             }
-            float scales[kWidth];
-            store(scales, squares / static_cast<float>(dim) + eps);
-            for (float& scale : scales) scale = 1.0f / sqrtf(scale);
-            const Vec scale = load(scales);
-            for (int64_t d = 0; d < dim; ++d) store(to + at + d * kLanes, load(x + at + d * kLanes) * scale * weight[d]);
+            float of_lanes[kWidth];
+            store(of_lanes, squares / static_cast<float>(dim) + eps);
+            for (float& lane : of_lanes) lane = 1.0f / sqrtf(lane);
+            const Vec rstd = load(of_lanes);
+            for (int64_t d = 0; d < dim; ++d) store(to + at + d * kLanes, load(x + at + d * kLanes) * rstd * weight[d]);
         }
 }
 
@@ -43,21 +43,22 @@ void norm_few(int64_t tokens, const float* x, int64_t x_row, int64_t dim, float 
             const Vec value = read(x + d);
             squares += value * value;
         });
-        const float scale = 1.0f / sqrtf(sum(squares) / static_cast<float>(dim) + eps);
-        for_vectors(dim, [&](int64_t d, auto read, auto write) { write(to + d, read(x + d) * scale * read(weight + d)); });
+        const float rstd = 1.0f / sqrtf(sum(squares) / static_cast<float>(dim) + eps);
+        for_vectors(dim, [&](int64_t d, auto read, auto write) { write(to + d, read(x + d) * rstd * read(weight + d)); });
     }
 }
 
-void finish_few(const MlpShape& shape, int64_t inner, const float* mixed, int64_t mixed_row, const float* residual,
-                int64_t residual_row, const float* weight, float eps, const float* norm, const float* gate,
-                const float* up, const float* down, float* out, int threads) {
+void fused_post_attention_few(const MlpShape& shape, int64_t inner, const float* attn_out, int64_t attn_out_row,
+                              const float* residual, int64_t residual_row, const float* weight, float eps,
+                              const float* norm, const float* gate, const float* up, const float* down, float* out,
+                              int threads) {
     const auto [tokens, dim, width] = shape;
     float* x = scratch(tokens * (dim + 2 * width));
     float* gates = x + tokens * dim;
     float* ups = gates + tokens * width;
     for (int64_t t = 0; t < tokens; ++t)
         std::memcpy(out + t * dim, residual + t * residual_row, sizeof(float) * dim);
-    multiply_few<true>(tokens, dim, inner, weight, mixed, mixed_row, out, dim, threads);
+    multiply_few<true>(tokens, dim, inner, weight, attn_out, attn_out_row, out, dim, threads);
     norm_few(tokens, out, dim, dim, eps, norm, x);
     for_rows(threads, width, dim, [&](int64_t first, int64_t count) {
         multiply_rows_few<false>(tokens, count, dim, gate + first * dim, x, dim, gates + first, width);
@@ -75,8 +76,8 @@ void finish_few(const MlpShape& shape, int64_t inner, const float* mixed, int64_
 
 }  // namespace
 
-void norm_product(int64_t tokens, int64_t dim, int64_t rows, const float* x, int64_t x_row, float eps,
-                  const float* norm, const float* weight, float* out, int64_t out_row, int threads) {
+void rms_norm_linear(int64_t tokens, int64_t dim, int64_t rows, const float* x, int64_t x_row, float eps,
+                     const float* norm, const float* weight, float* out, int64_t out_row, int threads) {
     if (tokens < kFew) {
         float* normed = scratch(tokens * dim);
         norm_few(tokens, x, x_row, dim, eps, norm, normed);
@@ -93,21 +94,22 @@ void norm_product(int64_t tokens, int64_t dim, int64_t rows, const float* x, int
     });
 }
 
-void finish_layer(const MlpShape& shape, int64_t inner, const float* mixed, int64_t mixed_row, const float* residual,
-                  int64_t residual_row, const float* weight, float eps, const float* norm, const float* gate,
-                  const float* up, const float* down, float* out, int threads) {
+void fused_post_attention(const MlpShape& shape, int64_t inner, const float* attn_out, int64_t attn_out_row,
+                          const float* residual, int64_t residual_row, const float* weight, float eps,
+                          const float* norm, const float* gate, const float* up, const float* down, float* out,
+                          int threads) {
     if (shape.tokens < kFew)
-        return finish_few(shape, inner, mixed, mixed_row, residual, residual_row, weight, eps, norm, gate, up, down,
-                          out, threads);
+        return fused_post_attention_few(shape, inner, attn_out, attn_out_row, residual, residual_row, weight, eps, norm,
+                                        gate, up, down, out, threads);
     parallel(threads, divide_up(shape.tokens, kTokens), [&](int64_t index) {
         const Block block(shape.tokens, index);
         float* memory = scratch(kMlpScratch + kTokens * (2 * shape.dim + inner));
         float* total = memory + kMlpScratch;  // [panels, dim, kLanes]
         float* x = total + kTokens * shape.dim;
-        float* mixed_lanes = x + kTokens * shape.dim;
-        load_lanes<Fp32>(block, mixed, mixed_row, inner, mixed_lanes);
+        float* attn_lanes = x + kTokens * shape.dim;
+        load_lanes<Fp32>(block, attn_out, attn_out_row, inner, attn_lanes);
         load_lanes<Fp32>(block, residual, residual_row, shape.dim, total);
-        multiply_lanes<true>(block, shape.dim, inner, weight, mixed_lanes, total);
+        multiply_lanes<true>(block, shape.dim, inner, weight, attn_lanes, total);
         norm_lanes(block, total, shape.dim, eps, norm, x);
         add_mlp<Fp32>(shape, block, x, gate, up, down, total, memory);
         store_lanes(block, total, shape.dim, out, shape.dim);

@@ -314,8 +314,8 @@ void linear_cross_entropy(int64_t tokens, int64_t dim, int64_t vocab, const floa
     with_format(bf16, [&](auto format) { *loss = mean_loss<decltype(format)>(head, threads); });
 }
 
-void logit_summary(int64_t tokens, int64_t dim, int64_t vocab, const float* hidden, int64_t hidden_row,
-                   const float* weight, int64_t weight_row, float* log_sum, int64_t* likeliest, int threads) {
+void logsumexp_argmax(int64_t tokens, int64_t dim, int64_t vocab, const float* hidden, int64_t hidden_row,
+                      const float* weight, int64_t weight_row, float* logsumexp, int64_t* argmax, int threads) {
     const Head head{hidden, weight, nullptr, nullptr, nullptr, tokens, dim, vocab, hidden_row, weight_row, 0, 0};
     const Memory memory(Block<Fp32>::size(head));
     Block<Fp32> block(head, 0, memory.data());
@@ -324,7 +324,7 @@ void logit_summary(int64_t tokens, int64_t dim, int64_t vocab, const float* hidd
     for (block.first = 0; block.first < tokens; block.first += kTokens) {
         block.begin(threads);
         parallel(threads, block.tiles, [&](int64_t tile) { block.exponentiate<true>(tile); });
-        block.summarize(log_sum, likeliest);
+        block.summarize(logsumexp, argmax);
     }
 }
 

@@ -61,22 +61,22 @@ using LinearCrossEntropy = void(int64_t tokens, int64_t dim, int64_t vocab, cons
                                 bool bf16, int threads);
 
 // Of each row of logits hidden [tokens, dim] weight [vocab, dim]^T: log(sum(exp)) and the first of its largest entries.
-using LogitSummary = void(int64_t tokens, int64_t dim, int64_t vocab, const float* hidden, int64_t hidden_row,
-                          const float* weight, int64_t weight_row, float* log_sum, int64_t* likeliest, int threads);
+using LogsumexpArgmax = void(int64_t tokens, int64_t dim, int64_t vocab, const float* hidden, int64_t hidden_row,
+                             const float* weight, int64_t weight_row, float* logsumexp, int64_t* argmax, int threads);
 
-// out [rows, dim] = x / sqrt(mean(x^2) + eps) * weight, scale [rows] = 1 / sqrt(mean(x^2) + eps). With a residual,
+// out [rows, dim] = x / sqrt(mean(x^2) + eps) * weight, rstd [rows] = 1 / sqrt(mean(x^2) + eps). With a residual,
 // total [rows, dim] = x + residual takes the place of x; both are null without.
 using RmsNormForward = void(int64_t rows, int64_t dim, float eps, const float* x, int64_t x_row, const float* residual,
-                            int64_t residual_row, const float* weight, float* out, float* total, float* scale,
+                            int64_t residual_row, const float* weight, float* out, float* total, float* rstd,
                             int threads);
 
 // x is `total` where there was a residual, and grad_total (else null) the gradient that reaches it directly.
 using RmsNormBackward = void(int64_t rows, int64_t dim, const float* x, int64_t x_row, const float* weight,
-                             const float* scale, const float* grad, int64_t grad_row, const float* grad_total,
+                             const float* rstd, const float* grad, int64_t grad_row, const float* grad_total,
                              int64_t grad_total_row, float* grad_x, float* grad_weight, int threads);
 
-// q and k turned by the angles whose cos and sin are [length, dim / 2]; with sign -1 turned back. The outputs may be q
-// and k themselves.
+// q and k rotated by the angles whose cos and sin are [length, dim / 2]; with sign -1 rotated back. The outputs may be
+// q and k themselves.
 using Rope = void(const AttentionShape& shape, const Heads& q, const Heads& k, const float* cos, const float* sin,
                   float sign, const OutHeads& out_q, const OutHeads& out_k, int threads);
 
@@ -101,17 +101,17 @@ using MlpBackward = void(const MlpShape& shape, const float* x, int64_t x_row, c
                          int threads);
 
 // The next two are a layer around its attention, without what a backward pass needs. Matrices are contiguous.
-// out [tokens, rows], rows of which are out_row apart, = RMSNorm of x [tokens, dim], with the gains `norm` [dim], times
+// out [tokens, rows], rows of which are out_row apart, = RMSNorm of x [tokens, dim], with the weight `norm` [dim], times
 // weight [rows, dim]^T.
-using NormProduct = void(int64_t tokens, int64_t dim, int64_t rows, const float* x, int64_t x_row, float eps,
-                         const float* norm, const float* weight, float* out, int64_t out_row, int threads);
+using RmsNormLinear = void(int64_t tokens, int64_t dim, int64_t rows, const float* x, int64_t x_row, float eps,
+                           const float* norm, const float* weight, float* out, int64_t out_row, int threads);
 
-// total = residual [tokens, dim] + mixed [tokens, inner] weight [dim, inner]^T; out [tokens, dim] = total + the MLP of
-// the RMSNorm of total.
-using FinishLayer = void(const MlpShape& shape, int64_t inner, const float* mixed, int64_t mixed_row,
-                         const float* residual, int64_t residual_row, const float* weight, float eps,
-                         const float* norm, const float* gate, const float* up, const float* down, float* out,
-                         int threads);
+// total = residual [tokens, dim] + attn_out [tokens, inner] weight [dim, inner]^T; out [tokens, dim] = total + the MLP
+// of the RMSNorm of total.
+using FusedPostAttention = void(const MlpShape& shape, int64_t inner, const float* attn_out, int64_t attn_out_row,
+                                const float* residual, int64_t residual_row, const float* weight, float eps,
+                                const float* norm, const float* gate, const float* up, const float* down, float* out,
+                                int threads);
 
 // out [tokens, rows] = x [tokens, depth] weight^T, of weight [rows, depth] or, `transposed`, of [depth, rows].
 using Product = void(int64_t tokens, int64_t depth, int64_t rows, const float* x, int64_t x_row, const float* weight,
@@ -126,7 +126,7 @@ struct Ops {
     AttentionForward* attention_forward;
     AttentionBackward* attention_backward;
     LinearCrossEntropy* linear_cross_entropy;
-    LogitSummary* logit_summary;
+    LogsumexpArgmax* logsumexp_argmax;
     RmsNormForward* rms_norm_forward;
     RmsNormBackward* rms_norm_backward;
     Rope* rope;
@@ -134,8 +134,8 @@ struct Ops {
     SwigluBackward* swiglu_backward;
     MlpForward* mlp_forward;
     MlpBackward* mlp_backward;
-    NormProduct* norm_product;
-    FinishLayer* finish_layer;
+    RmsNormLinear* rms_norm_linear;
+    FusedPostAttention* fused_post_attention;
     Product* product;
     ProductOverTokens* product_over_tokens;
 };
@@ -152,7 +152,7 @@ bool use(const char* name);
     AttentionForward attention_forward;      \
     AttentionBackward attention_backward;    \
     LinearCrossEntropy linear_cross_entropy; \
-    LogitSummary logit_summary;              \
+    LogsumexpArgmax logsumexp_argmax;        \
     RmsNormForward rms_norm_forward;         \
     RmsNormBackward rms_norm_backward;       \
     Rope rope;                               \
@@ -160,8 +160,8 @@ bool use(const char* name);
     SwigluBackward swiglu_backward;          \
     MlpForward mlp_forward;                  \
     MlpBackward mlp_backward;                \
-    NormProduct norm_product;                \
-    FinishLayer finish_layer;                \
+    RmsNormLinear rms_norm_linear;           \
+    FusedPostAttention fused_post_attention; \
     Product product;                         \
     ProductOverTokens product_over_tokens;   \
     }

@@ -14,7 +14,7 @@ constexpr int64_t kRowsATask = 128;  // part of the result: the gradient of weig
 }  // namespace
 
 void rms_norm_forward(int64_t rows, int64_t dim, float eps, const float* x, int64_t x_row, const float* residual,
-                      int64_t residual_row, const float* weight, float* out, float* total, float* scale, int threads) {
+                      int64_t residual_row, const float* weight, float* out, float* total, float* rstd, int threads) {
     parallel_rows(threads, rows, kRowsATask, [=](int64_t, int64_t row) {
         const float* from = x + row * x_row;
         Vec squares = {};
@@ -33,8 +33,7 @@ void rms_norm_forward(int64_t rows, int64_t dim, float eps, const float* x, int6
                 squares += value * value;
             });
         }
-        const float factor = 1.0f / sqrtf(sum(squares) / static_cast<float>(dim) + eps);
-        scale[row] = factor;
+        const float factor = rstd[row] = 1.0f / sqrtf(sum(squares) / static_cast<float>(dim) + eps);
         for_vectors(dim, [&](int64_t i, auto load, auto store) {
             store(out + row * dim + i, load(from + i) * factor * load(weight + i));
         });
@@ -42,7 +41,7 @@ void rms_norm_forward(int64_t rows, int64_t dim, float eps, const float* x, int6
 }
 
 void rms_norm_backward(int64_t rows, int64_t dim, const float* x, int64_t x_row, const float* weight,
-                       const float* scale, const float* grad, int64_t grad_row, const float* grad_total,
+                       const float* rstd, const float* grad, int64_t grad_row, const float* grad_total,
                        int64_t grad_total_row, float* grad_x, float* grad_weight, int threads) {
     const int64_t tasks = (rows + kRowsATask - 1) / kRowsATask;
     const Memory parts(tasks * dim);
@@ -52,7 +51,7 @@ void rms_norm_backward(int64_t rows, int64_t dim, const float* x, int64_t x_row,
         const float* grad_out = grad + row * grad_row;
         float* part = parts.data() + task * dim;
         float* to = grad_x + row * dim;
-        const float factor = scale[row];
+        const float factor = rstd[row];
         Vec along = {};
         for_vectors(dim, [&](int64_t i, auto load, auto store) {
             const Vec unit = load(from + i) * factor;

@@ -1,4 +1,4 @@
-// Rotary position embedding (Su et al., 2021) of q and k in one pass; half-rotate layout: dimension j turns with
+// Rotary position embedding (Su et al., 2021) of q and k in one pass; half-rotate layout: dimension j is rotated with
 // j + dim / 2. The gradient is the rotation back.
 #include <type_traits>
 
@@ -23,9 +23,9 @@ void rotate(const float* from, const float* cos, const float* sin, float sign, i
         for (int64_t j = 0; j < kBlock; ++j) {
             const float c = cos[i + j];
             const float s = sin[i + j] * sign;
-            const float turned = a[j] * c - b[j] * s;
+            const float rotated = a[j] * c - b[j] * s;
             b[j] = b[j] * c + a[j] * s;
-            a[j] = turned;
+            a[j] = rotated;
         }
         std::memcpy(to + i, a, sizeof a);
         std::memcpy(to + half + i, b, sizeof b);

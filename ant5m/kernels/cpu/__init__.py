@@ -1,0 +1,45 @@
+"""The ops in C++ (csrc/cpu): fp32 on the CPU, one source compiled for AVX-512, AVX2 and anything else.
+
+bf16 tensors are widened on the way in and rounded on the way out. What lies between is fp32, but the factors
+of products are rounded to bf16 where the processor multiplies it, as they are for fp32 tensors in
+`bf16_products`; sums are in fp32.
+
+Each op is an `autograd.Function` around calls of `ant5m._cpu`, in a file of its own. What the C++ takes for
+granted is made true here: dtype, device, shapes, a last dimension without gaps. The number of threads is
+torch's; results do not depend on it. A shape or dtype that does not fit raises `ValueError`.
+"""
+
+from ant5m.kernels.cpu.attention import attention, tree_attention
+from ant5m.kernels.cpu.bf16 import bf16_products, multiplies_bf16
+from ant5m.kernels.cpu.linear import linear
+from ant5m.kernels.cpu.linear_cross_entropy import linear_cross_entropy
+from ant5m.kernels.cpu.logsumexp_argmax import logsumexp_argmax
+from ant5m.kernels.cpu.mlp import mlp
+from ant5m.kernels.cpu.post_attention import fused_post_attention
+from ant5m.kernels.cpu.qkv_rope import qkv_rope
+from ant5m.kernels.cpu.rms_norm import rms_norm
+from ant5m.kernels.cpu.rms_norm_linear import rms_norm_linear
+from ant5m.kernels.cpu.rope import rope
+from ant5m.kernels.cpu.support import why_not
+from ant5m.kernels.cpu.swiglu import swiglu
+from ant5m.kernels.cpu.threads import share_threads
+
+__all__ = [
+    "attention",
+    "bf16_products",
+    "fused_post_attention",
+    "linear",
+    "linear_cross_entropy",
+    "logsumexp_argmax",
+    "mlp",
+    "multiplies_bf16",
+    "qkv_rope",
+    "rms_norm",
+    "rms_norm_linear",
+    "rope",
+    "swiglu",
+    "tree_attention",
+    "why_not",
+]
+
+share_threads()
