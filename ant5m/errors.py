@@ -7,3 +7,8 @@ class UserError(Exception):
     The command line prints it without a traceback and exits with code 2; from Python it is an ordinary
     exception.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's says, in one line; its name when it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

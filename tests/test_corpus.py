@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from ant5m.data import corpus
+from ant5m.data import compression, corpus
 from ant5m.data.corpus import SEPARATOR, Corpus, Position, cut_documents
 from ant5m.errors import UserError
 
@@ -49,7 +49,7 @@ def read(*names: str, **options) -> list[str]:
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks, pieces and whole texts of a few characters, so that every boundary is met."""
-    monkeypatch.setattr(corpus, "BLOCK", 64)
+    monkeypatch.setattr(compression, "BLOCK", 64)
     monkeypatch.setattr(corpus, "WHOLE", 200)
     monkeypatch.setattr(corpus, "PIECE", 50)
 
@@ -110,7 +110,10 @@ def test_separated_documents_in_one_file(block, small_blocks):
     texts = ["First.", "x" * 180, "Long. " * 100, "Last."]
     whole = f"\n{SEPARATOR}\n".join(texts) + f"\n{SEPARATOR}\n"
     blocks = [whole[i : i + block] for i in range(0, len(whole), block)]
-    found = [text for text in cut_documents(blocks) if text]
+    pieces = list(cut_documents(blocks))
+    found = [text for piece in pieces if (text := piece if isinstance(piece, str) else piece.text)]
+    heads = {piece.head for piece in pieces if not isinstance(piece, str)}
+    assert heads == {found[2]}  # of the one document that is cut
     assert found[:2] == texts[:2] and found[-1] == texts[-1]
     assert "".join(found[2:-1]).strip() == texts[2].strip()
 
@@ -265,7 +268,10 @@ BAD = {
         r"line 1: no column 'text' \(found: body, title\).*--text-column",
     ),
     "k.jsonl": (b'{"text": 5}\n', "line 1: column 'text' holds int, not text"),
-    "l.jsonl": (b'{"text": "a"}\n{"text": "' + b"\xff" + b'"}', "not UTF-8"),
+    "k2.jsonl": (b'{"text": ' + b"5" * 9_999 + b"}", "line 1: column 'text' holds int, not text"),
+    "k3.jsonl": (b'{"text": ["a"]}', "line 1: column 'text' holds list, not text"),
+    "k4.jsonl": (b'{"text": "a"}\n' + b"[" * 100_000, "line 2: not valid JSON \\(nested too deeply"),
+    "l.jsonl": (b'{"text": "a"}\n{"text": "' + b"\xff" + b'"}', r"line 2: not UTF-8 text \(byte 10"),
     "m.parquet": (b"PAR1 no parquet", "not a readable parquet file"),
     "n.txt.gz": (b"not gzip", "damaged or not compressed"),
     "o.txt.gz": (gzip.compress(b"hello" * 999)[:-9], "damaged"),
@@ -273,6 +279,7 @@ BAD = {
     "q.txt.zst": (zstandard.compress(b"hello" * 999)[:-3], "damaged"),
     "r.txt.zst": (b"not zstd", "damaged or not compressed"),
     "s.parquet.gz": (gzip.compress(b"x"), "unknown kind"),
+    "t.txt": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
 }
 
 
@@ -301,3 +308,106 @@ def test_parquet_without_text(tmp_path):
         read(write_parquet(tmp_path / "a.parquet", column="body"))
     with pytest.raises(UserError, match="column 'id' holds int, not text"):
         read(write_parquet(tmp_path / "a.parquet"), text_column="id")
+
+
+def test_all_of_an_xz_is_read_behind_padding(tmp_path):
+    parts = [lzma.compress(json.dumps({"text": text}).encode() + b"\n") for text in TEXTS]
+    assert read(write(tmp_path / "a.jsonl.xz", bytes(8).join(parts) + bytes(4))) == TEXTS
+
+
+def test_a_row_is_read_whatever_stands_beside_its_text(tmp_path):
+    others = [
+        '"n": ' + "1" * 5_000,
+        '"n": NaN',
+        '"n": 1e999',
+        '"n": "\\ud800"',
+        '"text": 1, "m": {"text": 2}',
+    ]
+    rows = [f'{{{other}, "text": "text {i}"}}' for i, other in enumerate(others)]
+    assert read(write(tmp_path / "a.jsonl", "\r\n".join(rows))) == [f"text {i}" for i in range(len(rows))]
+
+
+def test_a_row_with_bytes_that_are_not_utf8_beside_its_text(tmp_path):
+    assert read(write(tmp_path / "a.jsonl", b'{"text": "a", "by": "Jos\xe9"}')) == ["a"]
+
+
+def test_a_line_above_the_limit_is_named(tmp_path, small_blocks, monkeypatch):
+    def blocks(length):
+        yield from [b"x" * 1_000] * (length // 1_000)
+
+    monkeypatch.setattr(corpus, "LINE", 100_000)
+    assert [len(line) for line in corpus._lines(blocks(100_000))] == [100_000]
+    assert list(corpus._lines([*blocks(101_000), b"\nshort"])) == [None, b"short"]
+    name = write(tmp_path / "a.jsonl", '{"text": "a"}\n{"text": "' + "x" * 100_000 + '"}\n{"text": "b"}')
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2: longer than 0 MiB"):
+        read(name)
+    with pytest.warns(UserWarning, match="line 2: longer"):
+        assert read(name, on_error="skip") == ["a", "b"]
+
+
+def test_one_long_line_in_bounded_memory(tmp_path):
+    with (tmp_path / "a.jsonl").open("wb") as file:
+        for _ in range(200):
+            file.write(b"x" * (1 << 20))
+    tracemalloc.start()
+    with pytest.raises(UserError, match="line 1: longer than 64 MiB"):
+        read(str(tmp_path / "a.jsonl"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 80 << 20
+
+
+def test_a_parquet_string_that_is_not_utf8(tmp_path):
+    raw = pyarrow.array([b"a", b"caf\xe9", None, b"b"], pyarrow.binary())
+    strings = pyarrow.Array.from_buffers(pyarrow.string(), 4, raw.buffers(), raw.null_count)
+    pyarrow.parquet.write_table(pyarrow.table({"text": strings}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet, row 2: not UTF-8"):
+        read(str(tmp_path / "a.parquet"))
+    with pytest.warns(UserWarning, match="row 2"):
+        assert read(str(tmp_path / "a.parquet"), on_error="skip") == ["a", "b"]
+
+
+def test_what_cannot_be_read_is_left_out_and_counted(tmp_path):
+    files = [
+        write(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": 5}\n\xff\n{"body": 1}\n{"text": "b"}\n'),
+        write(tmp_path / "b.txt.gz", gzip.compress(b"hello" * 99)[:-9]),
+        write(tmp_path / "c.txt", b" \n"),
+        write(tmp_path / "d.txt", b"d"),
+    ]
+    source = Corpus.open(files, on_error="skip")
+    cursor = source.documents()
+    with pytest.warns(UserWarning) as said:
+        documents = [(text, cursor.position) for text in cursor]
+    assert [text for text, _ in documents] == ["a", "b", "d"]
+    assert cursor.left_out == {"rows": 3, "files": 2} and cursor.bytes_read == source.size
+    for number, words in enumerate(
+        ["line 2: column", "line 3: not UTF-8", "line 4: no column", "b.txt.gz", "c.txt"]
+    ):
+        assert words in str(said[number].message)
+    for number, (_, position) in enumerate(documents, 1):
+        assert [*source.documents(position)] == ["a", "b", "d"][number:]
+
+
+def test_where_a_cut_document_began(tmp_path, small_blocks):
+    long = "".join(f"Sentence {i} of a long document.\n\n" for i in range(20))
+    name = write(tmp_path / "a.txt", f"short{SEPARATOR}{long}{SEPARATOR}{long}")
+    cursor = Corpus.open([name]).documents()
+    heads = [(text, cursor.head, cursor.position) for text in cursor]
+    assert heads[0][:2] == ("short", "short")
+    assert {head for _, head, _ in heads[1:]} == {heads[1][0]} and len(heads) > 10
+    again = Corpus.open([name]).documents(heads[4][2])
+    assert next(again) == heads[5][0] and again.head == heads[1][0]
+
+
+def test_folders_say_what_they_left_out(tmp_path):
+    for name in ("a.txt", "part/b.txt", ".ipynb_checkpoints/a.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, name)
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "c.txt", "c")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "part")
+    (tmp_path / "data" / "gone").symlink_to(tmp_path / "nowhere")
+    with pytest.warns(UserWarning, match="1 hidden files and folders: .ipynb_checkpoints"):
+        assert read(str(tmp_path)) == ["a.txt", "c", "part/b.txt"]
+    with pytest.warns(UserWarning, match="1 links to nothing: gone"):
+        assert read(str(tmp_path / "data")) == ["c", "part/b.txt"]

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import zstandard
 
-from ant5m.errors import UserError
+from ant5m.errors import UserError, first_line
 
 BLOCK = 1 << 20
 """bytes of content given at once, at most"""
@@ -38,7 +38,7 @@ def blocks(name: str | Path, raw: BinaryIO) -> Iterator[bytes]:
     try:
         yield from read(raw)
     except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError, EOFError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise UserError(f"{name} is damaged or not compressed as its name says ({reason})") from None
 
 

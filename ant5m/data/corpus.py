@@ -2,31 +2,34 @@
 
 A document is a str. Nothing is ever read whole: a large .txt file is cut at paragraph ends, the rest is read
 document by document. The order is stable, and every document has a position from which reading can go on.
+What cannot be read stops the reading with one line that names the file and the row, or is left out and
+counted.
 """
 
 import atexit
 import codecs
 import gc
 import glob
-import gzip
 import json
-import lzma
 import os
-import zlib
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import zstandard
+import msgspec
 
-from ant5m.errors import UserError
+from ant5m.data import compression
+from ant5m.data.folders import find_files, is_lfs_pointer
+from ant5m.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-BLOCK = 1 << 20
-"""bytes read at once"""
+LINE = 1 << 26
+"""bytes; a longer line of a .jsonl is not read"""
 WHOLE = 1 << 17
 """characters; a .txt up to here is one document"""
 PIECE = 1 << 16
@@ -35,8 +38,13 @@ SEPARATOR = "<|endoftext|>"
 """between documents in one .txt file, as in the files of TinyStories or OpenWebText"""
 
 FORMATS = (".txt", ".jsonl", ".parquet")
-COMPRESSIONS = (".gz", ".xz", ".zst")
 KNOWN = ".txt, .jsonl (also with .gz, .xz, .zst) and .parquet"
+
+
+OnError = Literal["stop", "skip"]
+"""what to do with rows and files that cannot be read"""
+REPORTED = 10
+"""of what is left out, named one by one; the rest is only counted"""
 
 
 class Position(NamedTuple):
@@ -61,14 +69,20 @@ class Corpus:
 
     sources: tuple[Source, ...]
     text_column: str = "text"
+    on_error: OnError = "stop"
 
     @classmethod
-    def open(cls, names: Sequence[str | Path], text_column: str = "text") -> "Corpus":
+    def open(
+        cls, names: Sequence[str | Path], text_column: str = "text", on_error: OnError = "stop"
+    ) -> "Corpus":
         """Find what `names` stand for: files, folders (searched through), globs, `builtin`,
         `hf:OWNER/NAME[:[CONFIG:]SPLIT]`, and `hf:FOLDER[:...]`, a local data set in the hub's layout.
 
-        Files of a folder or glob come in sorted order; a file named twice is read once. Raises `UserError`
-        when something is missing, empty, or of an unknown kind. What is inside is checked when it is read.
+        Files of a folder or glob come in sorted order; a file named twice is read once. A warning says what a
+        folder has that is left out (see `ant5m.data.folders.find_files`). Raises `UserError` when something
+        that was named is missing, empty, or of an unknown kind. What is inside is checked when it is read:
+        with `on_error` "skip", rows and files that cannot be read are left out, counted by the cursor, and
+        the first of them named in warnings.
         """
         if not names:
             raise UserError("no text given: name files, folders, globs, hf:OWNER/NAME or builtin")
@@ -76,7 +90,7 @@ class Corpus:
         for given in names:
             for name in _find(str(given)):
                 found.setdefault(os.path.realpath(name) if os.path.exists(name) else name, name)
-        return cls(tuple(_source(name) for name in found.values()), text_column)
+        return cls(tuple(_source(name) for name in found.values()), text_column, on_error)
 
     @property
     def size(self) -> int:
@@ -88,6 +102,18 @@ class Corpus:
         return Cursor(self, start)
 
 
+class Piece(NamedTuple):
+    """A part, not the first, of a document that was too long for one."""
+
+    text: str
+    head: str
+    """the first piece of that document"""
+
+
+Record = str | Piece | UserError
+"""what a file holds at one place: text ("" for none), or why it cannot be read"""
+
+
 class Cursor(Iterator[str]):
     """An iterator over documents that knows where it is. Documents of mere white space are left out."""
 
@@ -96,6 +122,11 @@ class Cursor(Iterator[str]):
         """of the document that the next call gives; JSON-able as a list of two numbers"""
         self.bytes_read = 0
         """of `Corpus.size`"""
+        self.head = ""
+        """the first piece of the document that the last text belongs to; the text itself if it is whole"""
+        self.left_out: Counter[str] = Counter()
+        """`rows` and `files` that could not be read, since the start of this cursor"""
+        self._on_error = corpus.on_error
         self._texts = self._read(corpus)
 
     def __next__(self) -> str:
@@ -112,15 +143,30 @@ class Cursor(Iterator[str]):
                 self.bytes_read = before + offset
 
             blank = not skip
-            for record, text in enumerate(_read(source.name, corpus.text_column, skip, report), skip + 1):
-                self.position = Position(index, record)
-                if text and not text.isspace():
-                    blank = False
-                    yield text
-            if blank:
-                raise UserError(f"{source.name} holds no text")
+            try:
+                for record, item in enumerate(_read(source.name, corpus.text_column, skip, report), skip + 1):
+                    self.position = Position(index, record)
+                    if isinstance(item, UserError):
+                        self._leave_out("rows", item)
+                        continue
+                    text, self.head = item if isinstance(item, Piece) else (item, item)
+                    if text and not text.isspace():
+                        blank = False
+                        yield text
+                if blank:
+                    raise UserError(f"{source.name} holds no text")
+            except UserError as error:
+                self._leave_out("files", error)
             before += source.size
             self.position, self.bytes_read, skip = Position(index + 1), before, 0
+
+    def _leave_out(self, what: str, error: UserError) -> None:
+        """Count it, or raise it."""
+        if self._on_error == "stop":
+            raise error
+        self.left_out[what] += 1
+        if self.left_out.total() <= REPORTED:
+            warnings.warn(f"left out: {error}", stacklevel=2)
 
 
 def tracked(corpus: Corpus, progress: "Progress", description: str = "reading") -> Iterator[str]:
@@ -135,6 +181,14 @@ def tracked(corpus: Corpus, progress: "Progress", description: str = "reading") 
         progress.update(task, completed=cursor.bytes_read)
         yield text
     progress.update(task, total=1, completed=1)
+    if cursor.left_out:
+        warnings.warn(describe_left_out(cursor.left_out), stacklevel=2)
+
+
+def describe_left_out(counts: dict[str, int]) -> str:
+    """One line for people about what could not be read."""
+    rows, files = counts.get("rows", 0), counts.get("files", 0)
+    return f"could not be read and was left out: {rows:,} rows, {files:,} files or what was left of them"
 
 
 Report = Callable[[int], None]
@@ -162,11 +216,11 @@ def _find(name: str) -> Iterable[str]:
 
 
 def _within(folder: Path) -> list[str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    texts = [str(path) for path in files if _format(path) in FORMATS and not path.name.startswith(".")]
-    if not texts:
+    found = find_files(folder, lambda path: _format(path) in FORMATS)
+    found.warn()
+    if not found.files:
         raise UserError(f"{folder} holds no text file: {KNOWN} are read")
-    return texts
+    return [str(path) for path in found.files]
 
 
 def _source(name: str) -> Source:
@@ -175,20 +229,27 @@ def _source(name: str) -> Source:
     path = Path(name)
     if _format(path) not in FORMATS:
         raise UserError(f"{name} is of an unknown kind: {KNOWN} are read")
-    size = path.stat().st_size
-    if not size:
-        raise UserError(f"{name} is empty")
+    try:
+        size = path.stat().st_size
+        if not path.is_file():
+            raise UserError(f"{name} is neither a file nor a folder")
+        if not size:
+            raise UserError(f"{name} is empty")
+        if is_lfs_pointer(path):
+            raise UserError(f"{name} is only a git-lfs pointer, not the text: get it with git lfs pull")
+    except OSError as error:
+        raise UserError(f"{name} cannot be read ({error.strerror})") from None
     return Source(name, size)
 
 
 def _format(path: Path) -> str:
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS and suffixes[-2:-1] != [".parquet"]:
+    if suffixes and suffixes[-1] in compression.SUFFIXES and suffixes[-2:-1] != [".parquet"]:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
 
 
-def _read(name: str, column: str, skip: int, report: Report) -> Iterator[str]:
+def _read(name: str, column: str, skip: int, report: Report) -> Iterator[Record]:
     """The records of one source after the first `skip`; one without text is an empty str."""
     if name == "builtin":
         from ant5m.data.builtin import load_builtin
@@ -196,38 +257,51 @@ def _read(name: str, column: str, skip: int, report: Report) -> Iterator[str]:
         return iter(load_builtin().documents[skip:])
     if name.startswith("hf:"):
         return _read_hub(name, column, skip)
+    return _read_file(name, column, skip, report)
+
+
+def _read_file(name: str, column: str, skip: int, report: Report) -> Iterator[Record]:
     kind = _format(Path(name))
-    if kind == ".parquet":
-        return _read_parquet(name, column, skip, report)
-    if kind == ".jsonl":
-        return _read_jsonl(name, column, skip, report)
-    return _read_text(name, skip, report)
+    try:
+        if kind == ".parquet":
+            yield from _read_parquet(name, column, skip, report)
+        elif kind == ".jsonl":
+            yield from _read_jsonl(name, column, skip, report)
+        else:
+            yield from _read_text(name, skip, report)
+    except OSError as error:
+        raise UserError(f"{name} cannot be read ({error.strerror or first_line(error)})") from None
 
 
-def _read_text(name: str, skip: int, report: Report) -> Iterator[str]:
-    for record, text in enumerate(cut_documents(_blocks(name, report))):
+def _read_text(name: str, skip: int, report: Report) -> Iterator[Record]:
+    for record, item in enumerate(cut_documents(_decoded_blocks(name, report))):
         if record >= skip:
-            yield text
+            yield item
 
 
-def cut_documents(blocks: Iterable[str]) -> Iterator[str]:
+def cut_documents(blocks: Iterable[str]) -> Iterator[str | Piece]:
     """Documents of a text that arrives in blocks.
 
     Where `<|endoftext|>` occurs, it separates documents and they lose the line breaks around it. A document
-    longer than `WHOLE` is cut into pieces that, put together, are the document.
+    longer than `WHOLE` is cut into pieces that, put together, are the document: the first is a str, those
+    after it are `Piece`s.
     """
-    pending, cutting, separated = "", False, False
+    pending, head, separated = "", None, False
     for block in blocks:
         *ended, pending = (pending + block).split(SEPARATOR)
         for text in ended:
-            yield from _cut(text.strip("\r\n"), cutting)
-            cutting, separated = False, True
-        if len(pending) > WHOLE:
-            cutting = True
-        if cutting:
-            *pieces, pending = _cut(pending, cutting)
-            yield from pieces
-    yield from _cut(pending.strip("\r\n") if separated else pending, cutting)
+            for piece in _cut(text.strip("\r\n"), head is not None):
+                yield piece if head is None else Piece(piece, head)
+                head = piece if head is None else head
+            head, separated = None, True
+        if head is not None or len(pending) > WHOLE:
+            *pieces, pending = _cut(pending, True)
+            for piece in pieces:
+                yield piece if head is None else Piece(piece, head)
+                head = piece if head is None else head
+    for piece in _cut(pending.strip("\r\n") if separated else pending, head is not None):
+        yield piece if head is None else Piece(piece, head)
+        head = piece if head is None else head
 
 
 def _cut(text: str, cutting: bool) -> Iterator[str]:
@@ -249,33 +323,70 @@ def _paragraph_end(text: str, start: int, end: int) -> int:
     return end
 
 
-def _read_jsonl(name: str, column: str, skip: int, report: Report) -> Iterator[str]:
-    decode = json.JSONDecoder().decode
-    for number, line in enumerate(_lines(_blocks(name, report)), 1):
+def _read_jsonl(name: str, column: str, skip: int, report: Report) -> Iterator[Record]:
+    # Only the text is parsed, whatever stands beside it; `_text_of_row` knows what is wrong with other rows.
+    row: Any = msgspec.defstruct("Row", [("text", str | None)], rename={"text": column})
+    parse: Any = msgspec.json.Decoder(row).decode
+    for number, line in enumerate(_lines(_raw_blocks(name, report)), 1):
         if number <= skip:
             continue
-        if not line or line.isspace():
-            yield ""
-            continue
+        if number == 1 and line:
+            line = line.removeprefix(codecs.BOM_UTF8)
         try:
-            row = decode(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = getattr(error, "msg", "nested too deeply")
-            raise UserError(f"{name}, line {number}: not valid JSON ({reason})") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{name}, line {number}: not a JSON object")
-        if column not in row:
-            raise UserError(f"{name}, line {number}: {_no_column(column, row)}")
-        text = _text(row[column], f"{name}, line {number}", column)
-        yield _without_surrogates(text) if "\\ud" in line or "\\uD" in line else text
+            text = parse(line).text or ""
+        except (msgspec.MsgspecError, ValueError, RecursionError, TypeError):
+            text = _text_of_row(line, f"{name}, line {number}", column)
+        yield text
 
 
-def _lines(blocks: Iterable[str]) -> Iterator[str]:
-    pending = ""
+def _lines(blocks: Iterable[bytes]) -> Iterator[bytes | None]:
+    """Lines without their ends; None for one longer than `LINE`. Only "\\n" ends a line."""
+    pending: list[bytes] = []
+    size = 0
+
+    def line() -> bytes | None:
+        return b"".join(pending) if size <= LINE else None
+
     for block in blocks:
-        *lines, pending = (pending + block).split("\n")
-        yield from lines
-    yield pending
+        first, *others = block.split(b"\n")
+        size += len(first)
+        if size <= LINE:
+            pending.append(first)
+        if not others:
+            continue
+        yield line()
+        yield from others[:-1]
+        pending, size = [others[-1]], len(others[-1])
+    yield line()
+
+
+def _text_of_row(line: bytes | None, where: str, column: str) -> str | UserError:
+    """The text of a row that is blank, wrong in some way, or has what only Python's parser takes."""
+    if line is None:
+        return UserError(
+            f"{where}: longer than {LINE >> 20} MiB: a .jsonl has one object a line (is it one JSON array?)"
+        )
+    try:
+        content = line.decode()
+    except UnicodeDecodeError as error:
+        return UserError(f"{where}: not UTF-8 text (byte {error.start:,} of the line): convert it, try iconv")
+    if not content or content.isspace():
+        return ""
+    try:
+        row = json.loads(content, parse_int=_parse_int)
+    except (json.JSONDecodeError, RecursionError) as error:
+        return UserError(f"{where}: not valid JSON ({getattr(error, 'msg', 'nested too deeply')})")
+    if not isinstance(row, dict):
+        return UserError(f"{where}: not a JSON object")
+    if column not in row:
+        return UserError(f"{where}: {_no_column(column, row)}")
+    text = _text(row[column], where, column)
+    return text if isinstance(text, UserError) else _without_surrogates(text)
+
+
+def _parse_int(digits: str) -> int:
+    # Python refuses to convert thousands of digits, and only the text is wanted.
+    return int(digits[:1_000])
 
 
 def _without_surrogates(text: str) -> str:
@@ -283,34 +394,50 @@ def _without_surrogates(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _read_parquet(name: str, column: str, skip: int, report: Report) -> Iterator[str]:
+def _read_parquet(name: str, column: str, skip: int, report: Report) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
     size = Path(name).stat().st_size
     try:
         # A buffered stream in place of whole row groups in memory.
-        with pyarrow.parquet.ParquetFile(name, buffer_size=BLOCK, pre_buffer=False) as file:
+        with pyarrow.parquet.ParquetFile(name, buffer_size=compression.BLOCK, pre_buffer=False) as file:
             schema = file.schema_arrow
             if column not in schema.names:
                 raise UserError(f"{name}: {_no_column(column, schema.names)}")
             groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-            first = 0
+            first = row = 0
             while first < len(groups) and skip >= groups[first]:
                 skip -= groups[first]
+                row += groups[first]
                 first += 1
-            done = sum(groups[:first])
             for batch in file.iter_batches(1024, row_groups=range(first, len(groups)), columns=[column]):
-                done += len(batch)
-                report(size * done // file.metadata.num_rows)
-                for value in batch.column(0)[skip:].to_pylist() if skip < len(batch) else ():
-                    yield _text(value, name, column)
-                skip = max(0, skip - len(batch))
+                report(size * (row + len(batch)) // file.metadata.num_rows)
+                if skip < len(batch):
+                    yield from _texts(batch.column(0)[skip:], name, row + skip, column)
+                row, skip = row + len(batch), max(0, skip - len(batch))
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{name} is not a readable parquet file ({_first_line(error)})") from None
+        raise UserError(f"{name} is not a readable parquet file ({first_line(error)})") from None
 
 
-def _read_hub(name: str, column: str, skip: int) -> Iterator[str]:
+def _texts(values: Any, name: str, row: int, column: str) -> Iterator[Record]:
+    """Of a column of pyarrow, whose first value stands behind `row` others."""
+    try:
+        found = values.to_pylist()
+    except UnicodeDecodeError:  # pyarrow takes any bytes for a string until it is asked for it
+        found = [_text_of_value(value, f"{name}, row {row + i}") for i, value in enumerate(values, 1)]
+    for number, value in enumerate(found, row + 1):
+        yield value if isinstance(value, UserError) else _text(value, f"{name}, row {number}", column)
+
+
+def _text_of_value(value: Any, where: str) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return UserError(f"{where}: not UTF-8 text")
+
+
+def _read_hub(name: str, column: str, skip: int) -> Iterator[Record]:
     batches = _open_hub(name).skip(skip).iter(batch_size=256)
 
     def stop() -> None:
@@ -329,7 +456,7 @@ def _read_hub(name: str, column: str, skip: int) -> Iterator[str]:
     except UserError:
         raise
     except Exception as error:  # of the network or of any file format
-        raise UserError(f"{name} cannot be read ({_first_line(error)})") from None
+        raise UserError(f"{name} cannot be read ({first_line(error)})") from None
     finally:
         atexit.unregister(stop)
         stop()
@@ -350,14 +477,14 @@ def _open_hub(name: str) -> Any:
     try:
         return datasets.load_dataset(path, rest[0] if len(rest) == 2 else None, split=split, streaming=True)
     except Exception as error:  # of the hub, the network, the data set's layout
-        raise UserError(f"{name} cannot be opened ({_first_line(error)})") from None
+        raise UserError(f"{name} cannot be opened ({first_line(error)})") from None
 
 
-def _text(value: Any, where: str, column: str) -> str:
+def _text(value: Any, where: str, column: str) -> str | UserError:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise UserError(f"{where}: column '{column}' holds {type(value).__name__}, not text")
+        return UserError(f"{where}: column '{column}' holds {type(value).__name__}, not text")
     return value
 
 
@@ -365,23 +492,26 @@ def _no_column(column: str, found: Iterable[str]) -> str:
     return f"no column '{column}' (found: {', '.join(found) or 'none'}): name the text with --text-column"
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _blocks(name: str, report: Report) -> Iterator[str]:
-    """The text of a file, plain or compressed, in blocks of `BLOCK` bytes; a byte order mark is left out."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+def _raw_blocks(name: str, report: Report) -> Iterator[bytes]:
+    """The bytes of a text file, plain or compressed, in blocks."""
     offset = 0
     with open(name, "rb") as raw:
-        for block in _decompressed(name, raw):
+        for block in compression.blocks(name, raw):
             if not offset and block[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                 raise UserError(f"{name} is UTF-16: convert it, try iconv -f UTF-16 -t UTF-8")
             if b"\0" in block:
                 raise UserError(f"{name} is binary, not text (byte {offset + block.index(0):,} is NUL)")
             report(raw.tell())
-            yield _decoded(decoder, block, name, offset)
+            yield block
             offset += len(block)
+
+
+def _decoded_blocks(name: str, report: Report) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    offset = 0
+    for block in _raw_blocks(name, report):
+        yield _decoded(decoder, block, name, offset)
+        offset += len(block)
     yield _decoded(decoder, b"", name, offset, final=True)
 
 
@@ -394,37 +524,3 @@ def _decoded(
     except UnicodeDecodeError as error:
         where = offset - kept + error.start
         raise UserError(f"{name} is not UTF-8 text (byte {where:,}): convert it, try iconv") from None
-
-
-def _decompressed(name: str, raw: BinaryIO) -> Iterator[bytes]:
-    suffix = Path(name).suffix.lower()
-    try:
-        if suffix == ".zst":
-            yield from _zstandard_frames(raw)
-            return
-        stream: Any = raw
-        if suffix == ".gz":
-            stream = gzip.GzipFile(fileobj=raw)
-        elif suffix == ".xz":
-            stream = lzma.LZMAFile(raw)  # noqa: SIM115  (the file beneath is closed by the caller)
-        while block := stream.read(BLOCK):
-            yield block
-    except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError, EOFError) as error:
-        raise UserError(
-            f"{name} is damaged or not compressed as its name says ({_first_line(error)})"
-        ) from None
-
-
-def _zstandard_frames(raw: BinaryIO) -> Iterator[bytes]:
-    # The library's own stream takes a file that breaks off for one that ends.
-    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-    frame = decompressor.decompressobj()
-    while chunk := raw.read(BLOCK >> 4):
-        while chunk:
-            if frame.eof:
-                frame = decompressor.decompressobj()
-            if block := frame.decompress(chunk):
-                yield block
-            chunk = frame.unused_data
-    if not frame.eof:
-        raise EOFError("it breaks off in the middle of a frame")
