@@ -95,7 +95,7 @@ def test_greedy_equals_recomputing_everything(net, tokenizer):
             with torch.inference_mode():
                 ids.append(net(torch.tensor([ids]))[0, -1].argmax().item())
         expected = tokenizer.decode(ids[len(tokenizer.encode(prompt)) :])
-        assert generate(net, tokenizer, [prompt], max_new_tokens=30, temperature=0) == [expected]
+        assert generate(net, tokenizer, [prompt], 30, temperature=0, repetition_penalty=1) == [expected]
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.5])

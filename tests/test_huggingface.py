@@ -7,6 +7,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from ant5m.cli.generate import Generate
 from ant5m.data.tokenizer import Tokenizer, train_tokenizer
 from ant5m.errors import UserError
 from ant5m.export.card import ModelCard
@@ -265,6 +266,70 @@ def test_config_layouts_of_transformers_4_and_5():
     assert config_from_huggingface(LLAMA).rope_theta == theirs.rope_parameters["rope_theta"]
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_scaling": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_scaling": {"type": "default", "rope_theta": 5e5}, "rope_theta": 5e5},
+        {"rope_scaling": {"rope_theta": 5e5}, "rope_parameters": {"rope_theta": 5e5}},
+        {"rope_scaling": {}, "rope_parameters": {"type": "default"}, "rope_theta": 5e5},
+    ],
+)
+def test_rope_base_is_read_wherever_transformers_reads_it(rope):
+    theirs = transformers.LlamaConfig(**json.loads(json.dumps({**LLAMA, **rope})))
+    assert config_from_huggingface({**LLAMA, **rope}).rope_theta == 5e5
+    assert theirs.rope_parameters["rope_theta"] == 5e5
+
+
+def set_json(path, **values):
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**content, **values}))
+
+
+def test_generation_ends_with_the_ids_of_the_model_folder(tokenizer, tmp_path):
+    net, folder = small_net(), tmp_path / "hf"
+    export(net, tokenizer, folder, ModelCard("test"))
+
+    def both(**arguments):
+        ours, same = load(folder)
+        ids = []
+        generate(ours, same, ["the ant"], 12, temperature=0, on_token=lambda _, token: ids.append(token))
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        prompt = torch.tensor([tokenizer.encode("the ant")])
+        out = theirs.generate(prompt, max_new_tokens=12, do_sample=False, **arguments)[0, prompt.shape[1] :]
+        return ids, [token for token in out.tolist() if token not in same.end_ids]
+
+    whole, theirs = both()
+    assert whole == theirs and len(whole) > 3
+    stop = whole[2]
+    set_json(folder / "generation_config.json", eos_token_id=[tokenizer.eos_token_id, stop])
+    assert both() == (whole[: whole.index(stop)],) * 2
+    again, same = load(folder)
+    export(again, same, tmp_path / "again", ModelCard("test"))
+    ends = json.loads((tmp_path / "again" / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == [tokenizer.eos_token_id, stop]
+    assert load_config(tmp_path / "again") == net.config
+    (folder / "generation_config.json").unlink()
+    set_json(folder / "config.json", eos_token_id=stop)
+    with pytest.warns(UserWarning, match=f"ends a text with id {stop}"):
+        assert both(repetition_penalty=1.1) == (whole[: whole.index(stop)],) * 2
+    for bad in (300, -1, "0", [0, None], True):
+        set_json(folder / "config.json", eos_token_id=bad)
+        with pytest.raises(UserError, match="from 0 to 299"):
+            load(folder)
+
+
+def test_an_export_samples_by_default_as_generate_does(tokenizer, tmp_path):
+    export(small_net(), tokenizer, tmp_path / "hf", ModelCard("test"))
+    defaults = transformers.GenerationConfig.from_pretrained(tmp_path / "hf")
+    command = Generate(tmp_path)
+    assert (defaults.do_sample, defaults.temperature, defaults.repetition_penalty) == (True, 0.8, 1.1)
+    assert (command.temperature, command.repetition_penalty) == (0.8, 1.1)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    rows = theirs(["the ant", "the ant carries a leaf"], padding=True)
+    assert rows["attention_mask"][0][0] == 0 and rows["input_ids"][0][0] == tokenizer.eos_token_id
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_config_there_and_back(preset, tmp_path):
     values = config_to_huggingface(PRESETS[preset], 7)
@@ -286,6 +351,8 @@ def test_config_there_and_back(preset, tmp_path):
         {"auto_map": {"AutoModelForCausalLM": "own.Code"}},
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
         {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        {"rope_scaling": {"rope_theta": 1e4}, "rope_theta": 5e4},
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
         {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
         {"partial_rotary_factor": 0.5},

@@ -42,7 +42,7 @@ class Generate:
     """sample from the k most likely tokens; 0: no limit"""
     top_p: float = 1.0
     """sample from the smallest set of most likely tokens whose probabilities sum to p"""
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = 1.1
     """above 1: tokens that already occurred become less likely; 1: no penalty"""
     seed: int = 0
     """seed of the random sampling"""

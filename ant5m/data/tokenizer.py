@@ -8,16 +8,18 @@ on the probe below, `tokenizers` itself does the work.
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from ant5m.data.special_tokens import read_settings, write_settings
 from ant5m.errors import UserError
-from ant5m.files import read_json, write_file, write_json
+from ant5m.files import read_json, write_file
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -51,11 +53,16 @@ class Tokenizer:
     """A BPE tokenizer with an end-of-text token. Make one with `load` or `train_tokenizer`.
 
     `bos_token` is what begins a text for whoever evaluates or exports, by default the end-of-text token;
-    packing and generation put none.
+    packing and generation put none, so a post-processor that would is dropped. `settings` is what else the
+    files beside `tokenizer.json` say (`ant5m.data.special_tokens`), for whoever saves it again.
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, eos_token: str = END_OF_TEXT, bos_token: str | None = None
+        self,
+        backend: tokenizers.Tokenizer,
+        eos_token: str = END_OF_TEXT,
+        bos_token: str | None = None,
+        settings: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         eos_token_id = backend.token_to_id(eos_token)
         if eos_token_id is None:
@@ -63,11 +70,16 @@ class Tokenizer:
         bos_token_id = None if bos_token is None else backend.token_to_id(bos_token)
         backend.no_truncation()
         backend.no_padding()
+        if backend.num_special_tokens_to_add(False):
+            backend.post_processor = None
         backend.encode_special_tokens = True  # text that spells a special token stays text
         self.eos_token = eos_token
         self.eos_token_id: int = eos_token_id
         self.bos_token = eos_token if bos_token is None or bos_token_id is None else bos_token
         self.bos_token_id: int = eos_token_id if bos_token_id is None else bos_token_id
+        self.end_ids: tuple[int, ...] = (eos_token_id,)
+        """a generated text ends with any of them; a model's folder may name others than the tokenizer's"""
+        self.settings = settings
         self.backend = backend
         """the `tokenizers.Tokenizer` beneath"""
 
@@ -75,8 +87,8 @@ class Tokenizer:
     def load(cls, path: str | Path) -> "Tokenizer":
         """Open a tokenizer folder, or a `tokenizer.json` by its path.
 
-        The end-of-text token is `eos_token` in the `tokenizer_config.json` beside it, else `<|endoftext|>`;
-        `bos_token` is what stands there, else the end-of-text token.
+        The end-of-text token is the `eos_token` that the files beside it name, else `<|endoftext|>`;
+        `bos_token` is what they name, else the end-of-text token.
         Raises `UserError` when there is none, or when the file is missing, broken, or not a BPE.
         """
         path = Path(path)
@@ -84,6 +96,8 @@ class Tokenizer:
         content = read_json(file)
         model = content.get("model") if isinstance(content, dict) else None
         kind = model.get("type") if isinstance(model, dict) else None
+        if kind is None and isinstance(model, dict) and "vocab" in model and "merges" in model:
+            kind = model["type"] = "BPE"  # old files, GPT-2's among them, do not name it
         if kind is None:
             raise UserError(f"{file} is not a tokenizer.json: it names no model type")
         if kind != "BPE":
@@ -93,8 +107,8 @@ class Tokenizer:
         except Exception as error:  # the library raises nothing narrower
             raise UserError(f"{file} is broken ({error})") from None
         try:
-            config = file.with_name("tokenizer_config.json")
-            return cls(backend, _special(config, "eos_token") or END_OF_TEXT, _special(config, "bos_token"))
+            settings = read_settings(file.parent)
+            return cls(backend, settings.get("eos_token", END_OF_TEXT), settings.get("bos_token"), settings)
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
 
@@ -106,15 +120,7 @@ class Tokenizer:
         folder = Path(folder)
         write_file(folder / "tokenizer.json", self.backend.to_str(pretty=True) + "\n")
         special = {"bos_token": self.bos_token, "eos_token": self.eos_token}
-        write_json(folder / "special_tokens_map.json", special)
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **special,
-            "clean_up_tokenization_spaces": False,
-            "model_input_names": ["input_ids", "attention_mask"],
-            "model_max_length": model_max_length,
-        }
-        write_json(folder / "tokenizer_config.json", config)
+        write_settings(folder, {**self.settings, **special}, self.vocab, model_max_length)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without any special token added."""
@@ -149,7 +155,8 @@ class Tokenizer:
         model = content["model"]
         model["vocab"] = {token: i for token, i in model["vocab"].items() if i < vocab_size}
         model["merges"] = [[left, right] for left, right in model["merges"] if left + right in model["vocab"]]
-        return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)), self.eos_token, self.bos_token)
+        backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+        return Tokenizer(backend, self.eos_token, self.bos_token, self.settings)
 
     @functools.cached_property
     def vocab(self) -> dict[str, int]:
@@ -181,13 +188,6 @@ class Tokenizer:
         except Exception:  # it raises RuntimeError and ValueError for what it does not support
             return None
         return fast if agrees else None
-
-
-def _special(config: Path, name: str) -> str | None:
-    """A token that a `tokenizer_config.json` names, if it is there and does."""
-    values = read_json(config) if config.exists() else None
-    token = values.get(name) if isinstance(values, dict) else None
-    return token["content"] if isinstance(token, dict) else token or None
 
 
 def train_tokenizer(

@@ -17,6 +17,7 @@ from ant5m.errors import UserError
 from ant5m.files import file_sha256, read_json
 from ant5m.model.config import ModelConfig
 from ant5m.model.config_file import load_config
+from ant5m.model.huggingface import end_ids
 from ant5m.model.weights import WEIGHTS, load_model, save_model
 
 if TYPE_CHECKING:
@@ -154,7 +155,25 @@ def _load_checkpoint(folder: Path, tokenizer_folder: Path) -> "tuple[Ant, Tokeni
 
 def _load_huggingface(folder: Path) -> "tuple[Ant, Tokenizer | None]":
     config = load_config(folder)
-    return load_model(config, folder), _load_tokenizer(folder, config)
+    tokenizer = _load_tokenizer(folder, config)
+    if tokenizer is not None:
+        _take_end_ids(tokenizer, config, folder)
+    return load_model(config, folder), tokenizer
+
+
+def _take_end_ids(tokenizer: "Tokenizer", config: ModelConfig, folder: Path) -> None:
+    """Let generation end where transformers ends it: by the model's own files, not by the tokenizer's."""
+    paths = (folder / "generation_config.json", folder / "config.json")
+    files = [read_json(path) for path in paths if path.exists()]
+    ids = end_ids(*(values for values in files if isinstance(values, dict)), vocab_size=config.vocab_size)
+    if ids and tokenizer.eos_token_id not in ids:
+        warnings.warn(
+            f"{folder}: the model ends a text with id {' or '.join(map(str, ids))}, its tokenizer with "
+            f"{tokenizer.eos_token} ({tokenizer.eos_token_id}): texts are generated up to the model's, as in "
+            "transformers, and packed with the tokenizer's",
+            stacklevel=2,
+        )
+    tokenizer.end_ids = ids or tokenizer.end_ids
 
 
 def _load_tokenizer(folder: Path, config: ModelConfig) -> "Tokenizer | None":

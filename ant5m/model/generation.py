@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ant5m.model.ant import Ant
 
 
+TEMPERATURE, REPETITION_PENALTY = 0.8, 1.1
+"""the defaults, also those of an exported model: greedy text, and text without a penalty, loops"""
 SMALLEST = 1e-3
 """temperature, and repetition penalty: far below, logits divided by it would be infinite"""
 
@@ -65,19 +67,19 @@ def generate(
     tokenizer: "Tokenizer",
     prompts: Sequence[str],
     max_new_tokens: int = 200,
-    temperature: float = 0.8,
+    temperature: float = TEMPERATURE,
     top_k: int = 0,
     top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
+    repetition_penalty: float = REPETITION_PENALTY,
     seed: int = 0,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Continue each prompt; returns the continuations, without the prompts.
 
-    A text ends with the end-of-text token (which is left out), after `max_new_tokens`, or where the model's
-    context is full: it never slides, because a model has not learnt positions beyond its context. An empty
-    prompt starts a new text. Row i draws from its own generator, seeded with `seed` + i, so a text does not
-    depend on its batch.
+    A text ends with one of the tokenizer's `end_ids` (which is left out), after `max_new_tokens`, or where
+    the model's context is full: it never slides, because a model has not learnt positions beyond its context.
+    An empty prompt starts a new text. Row i draws from its own generator, seeded with `seed` + i, so a text
+    does not depend on its batch.
 
     Args:
         temperature, top_k, top_p, repetition_penalty: see `Sampling`.
@@ -102,7 +104,7 @@ def generate(
     training = net.training
     net.eval()
     try:
-        texts = _generate(net, rows, max_new_tokens, sampling, seed, tokenizer.eos_token_id, on_token)
+        texts = _generate(net, rows, max_new_tokens, sampling, seed, tokenizer.end_ids, on_token)
     finally:
         net.train(training)
     return [_continuation(tokenizer, row, text) for row, text in zip(rows, texts, strict=True)]
@@ -120,7 +122,7 @@ def _generate(
     max_new_tokens: int,
     sampling: Sampling,
     seed: int,
-    eos_token_id: int,
+    end_ids: Sequence[int],
     on_token: Callable[[int, int], None] | None,
 ) -> list[list[int]]:
     config, device, count = net.config, net.device, len(prompts)
@@ -140,7 +142,7 @@ def _generate(
         for row in sorted(writing):
             if position < len(prompts[row]):
                 continue
-            if drawn[row] == eos_token_id:
+            if drawn[row] in end_ids:
                 writing.remove(row)
                 continue
             texts[row].append(drawn[row])

@@ -44,32 +44,58 @@ def config_from_huggingface(values: dict[str, Any]) -> ModelConfig:
 
 
 def _rope_theta(values: dict[str, Any]) -> float:
-    """The RoPE base, from whichever of the two layouts is there; `UserError` if RoPE is not the plain one."""
+    """The RoPE base, from wherever it stands; `UserError` if RoPE is not the plain one.
+
+    As in transformers, a `rope_scaling` that is there goes before `rope_parameters`, and its own base before
+    the one at the top; two bases that differ are refused all the same.
+    """
+    named: dict[str, Any] = {"rope_theta": values.get("rope_theta")}
     for key in ("rope_scaling", "rope_parameters"):
         rope = values.get(key) or {}
         if not isinstance(rope, dict):
             raise UserError(f"{key} must be an object, not {rope!r}")
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default" or rope.get("partial_rotary_factor") not in (1, None):
+        by_layer = [name for name, value in rope.items() if isinstance(value, dict)]
+        if kind != "default" or rope.get("partial_rotary_factor") not in (1, None) or by_layer:
             raise UserError(f"{key} is {rope!r}: only plain RoPE can be read, without scaling")
-    named = [values.get("rope_theta"), (values.get("rope_parameters") or {}).get("rope_theta")]
-    bases = {base for base in named if base is not None}
-    if len(bases) > 1:
-        raise UserError(
-            f"rope_theta is {named[0]!r} but rope_parameters says {named[1]!r}: which one is right?"
-        )
-    return bases.pop() if bases else 10_000.0
+        named[f"the one in {key}"] = rope.get("rope_theta")
+    bases = {where: base for where, base in named.items() if base is not None}
+    if any(base != other for base in bases.values() for other in bases.values()):
+        said = ", ".join(f"{where} {base!r}" for where, base in bases.items())
+        raise UserError(f"several bases of RoPE (rope_theta) are given: {said}: which one is right?")
+    return next(iter(bases.values()), 10_000.0)
+
+
+def end_ids(*files: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """The ids that end a generated text: the `eos_token_id` (one or a list) of the first file that names any.
+
+    `files` are the contents of `generation_config.json` and `config.json`, in the order in which transformers
+    asks them. () where none does. Raises `UserError` for what is no id of the vocabulary.
+    """
+    for values in files:
+        named = values.get("eos_token_id")
+        if named is None:
+            continue
+        ids = named if isinstance(named, list) else [named]
+        for one in ids:
+            if type(one) is not int or not 0 <= one < vocab_size:
+                raise UserError(
+                    f"eos_token_id is {named!r}: an id of the vocabulary must be from 0 to {vocab_size - 1:,}"
+                )
+        return tuple(ids)
+    return ()
 
 
 def config_to_huggingface(
-    config: ModelConfig, eos_token_id: int, bos_token_id: int | None = None
+    config: ModelConfig, eos_token_id: int | list[int], bos_token_id: int | None = None
 ) -> dict[str, Any]:
     """The `config.json` that transformers 4.56 and later open as a `LlamaForCausalLM`.
 
-    RoPE stands there twice, as transformers 4 and 5 look for it. Without `bos_token_id` the end-of-text id
-    also begins a text, as in the packed data. There is no `pad_token_id`: it would exclude that row of the
-    table from fine-tuning.
+    RoPE stands there twice, as transformers 4 and 5 look for it. Without `bos_token_id` the (first)
+    end-of-text id also begins a text, as in the packed data. There is no `pad_token_id`: it would exclude
+    that row of the table from fine-tuning.
     """
+    first = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -81,7 +107,7 @@ def config_to_huggingface(
         "attention_dropout": 0.0,
         "mlp_bias": False,
         "pretraining_tp": 1,
-        "bos_token_id": eos_token_id if bos_token_id is None else bos_token_id,
+        "bos_token_id": first if bos_token_id is None else bos_token_id,
         "eos_token_id": eos_token_id,
         "dtype": "float32",
         "use_cache": True,

@@ -52,7 +52,9 @@ def write_samples(trainer: Trainer) -> list[Sample]:
     """The first text for each of the standard prompts, and one greedy text: that loops most easily."""
     prompts = trainer.prompts
     texts = generate(trainer.net, trainer.tokenizer, prompts, SAMPLE_TOKENS, seed=trainer.config.seed)
-    greedy = generate(trainer.net, trainer.tokenizer, prompts[:1], SAMPLE_TOKENS, temperature=0)
+    greedy = generate(
+        trainer.net, trainer.tokenizer, prompts[:1], SAMPLE_TOKENS, temperature=0, repetition_penalty=1
+    )
     pairs = zip((*prompts, prompts[0]), (*texts, *greedy), strict=True)
     return [Sample(prompt, text, find_loops(text).looping) for prompt, text in pairs]
 
@@ -164,8 +166,9 @@ def _remark(samples: list[Sample]) -> str:
         f"{loops} of these {len(samples)} texts fall into a loop." if loops else "None of these texts loops."
     )
     return (
-        f"{verdict} The last one is greedy (temperature 0), the others are drawn at temperature 0.8; all are "
-        "unselected. Models of this size write locally plausible text without meaning, and greedy text loops."
+        f"{verdict} The last one is greedy (temperature 0, no penalty), the others are sampled as `ant5m "
+        "generate` does; all are unselected. Models of this size write locally plausible text without "
+        "meaning, and greedy text loops."
     )
 
 
