@@ -25,17 +25,27 @@ ONCE = {"bindings", "dispatch", "memory", "parallel"}
 COMPILER = os.environ.get("CXX", "c++")
 
 
-def instruction_sets() -> dict[str, str]:
-    """Name and flags of each that this compiler knows for this machine's architecture."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return {"portable": ""}
-    avx512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"
-    known = {"portable": "", "avx2": "-mavx2 -mfma", "avx512": avx512}
-    bf16 = "-mavx512bf16"  # from GCC 10 and Clang 9 on
-    probe = [*shlex.split(COMPILER), bf16, "-x", "c++", "-fsyntax-only", os.devnull]
-    if subprocess.run(probe, capture_output=True, check=False).returncode == 0:
-        known["avx512_bf16"] = f"{avx512} {bf16}"
-    return known
+_AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"
+_X86 = {
+    "avx512_bf16": f"{_AVX512} -mavx512bf16",  # from GCC 10 and Clang 9 on
+    "avx512": _AVX512,
+    "avx2": "-mavx2 -mfma",
+    "portable": "",
+}
+_ARM = {"neon_bf16": "-march=armv8.2-a+bf16", "neon": ""}
+# The kernels of bf16 for tests on processors without it: never chosen by itself.
+_EMULATED = {"bf16_emulated": "-DANT5M_EMULATE_BF16"}
+
+
+def instruction_sets(machine: str, compiler: str) -> dict[str, str]:
+    """Name and flags of each that the compiler knows for this architecture, best first."""
+    known = {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "arm64": _ARM}.get(machine, {"portable": ""})
+    return {name: flags for name, flags in known.items() if _compiles(compiler, flags)} | _EMULATED
+
+
+def _compiles(compiler: str, flags: str) -> bool:
+    probe = [*shlex.split(compiler), *flags.split(), "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(probe, capture_output=True, check=False).returncode == 0
 
 
 class NinjaBuild(build_ext):
@@ -59,11 +69,11 @@ def write_ninja(ninja: Writer, target: Path) -> None:
     includes = " ".join(shlex.quote(f"-I{folder}") for folder in folders)
     sanitize = os.environ.get("ANT5M_SANITIZE", "")
     sanitizer = f"-O1 -fsanitize={sanitize} -fno-omit-frame-pointer -g" if sanitize else ""
-    sets = instruction_sets()
-    bf16 = "-DANT5M_AVX512_BF16" if "avx512_bf16" in sets else ""
+    sets = instruction_sets(platform.machine(), COMPILER)
+    table = shlex.quote(f"-DANT5M_FOR_EACH_SET(X)={' '.join(f'X({name})' for name in sets)}")
     ninja.variable("cxx", COMPILER)
     usual = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra"
-    ninja.variable("flags", f"{usual} {sanitizer} {includes} {bf16}")
+    ninja.variable("flags", f"{usual} {sanitizer} {includes} {table}")
     ninja.rule("compile", "$cxx $flags $isa -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
     apple = "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
     ninja.rule("link", f"$cxx -shared $in -o $out {sanitizer} {apple} -pthread")

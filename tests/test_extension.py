@@ -3,17 +3,20 @@ import pytest
 
 from ant5m import _cpu
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
 
-
-@pytest.fixture(params=INSTRUCTION_SETS)
+@pytest.fixture(params=_cpu.instruction_sets())
 def instruction_set(request):
-    """Force one instruction set for a test; skips what this processor lacks."""
+    """Force one instruction set for a test."""
     before = _cpu.instruction_set()
-    if not _cpu.use(request.param):
-        pytest.skip(f"this processor has no {request.param}")
+    assert _cpu.use(request.param)
     yield request.param
     assert _cpu.use(before)
+
+
+def test_the_emulation_is_never_chosen_by_itself():
+    names = _cpu.instruction_sets()
+    assert names[-1] == "bf16_emulated" and len(set(names)) == len(names) >= 2
+    assert _cpu.instruction_set() == names[0]
 
 
 def test_use_switches_and_refuses(instruction_set):

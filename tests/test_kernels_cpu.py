@@ -21,11 +21,10 @@ TOLERANCE = 3e-6
 BF16_TOLERANCE = 6e-3
 
 
-@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
+@pytest.fixture(params=[name for name in _cpu.instruction_sets() if name != "bf16_emulated"])
 def instruction_set(request):
     best = _cpu.instruction_set()
-    if not _cpu.use(request.param):
-        pytest.skip(f"this processor has no {request.param}")
+    assert _cpu.use(request.param)
     yield
     _cpu.use(best)
 
@@ -718,12 +717,14 @@ def test_a_target_outside_the_vocabulary(target):
         cpu.linear_cross_entropy(torch.zeros(2, 4), torch.zeros(30, 4), torch.tensor([3, target]))
 
 
-@pytest.fixture
-def bf16_products():
-    if not cpu.multiplies_bf16():
-        pytest.skip("this processor does not multiply bf16")
+@pytest.fixture(params=[name for name in _cpu.instruction_sets() if "bf16" in name])
+def bf16_products(request):
+    """On a processor without bf16 the emulation alone."""
+    best = _cpu.instruction_set()
+    assert _cpu.use(request.param) and cpu.multiplies_bf16()
     with cpu.bf16_products():
         yield
+    _cpu.use(best)
 
 
 @pytest.mark.usefixtures("bf16_products")

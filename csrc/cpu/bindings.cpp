@@ -1,6 +1,7 @@
 // Python's view: pointers come in as integers (a tensor's data_ptr() or an array's ctypes.data), shapes as integers.
 // The callers in ant5m/ check shapes, dtypes and contiguity; nothing here can.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <utility>
 
@@ -82,7 +83,8 @@ void define(py::module_& m, const char* name, void (*ant5m::Ops::*op)(A...), con
 PYBIND11_MODULE(_cpu, m) {
     using ant5m::Ops;
     m.doc() = "CPU ops of ant5m; see csrc/cpu/ops.h";
-    m.def("instruction_set", &ant5m::instruction_set, "The instruction set in use: avx512_bf16, avx512, avx2 or portable");
+    m.def("instruction_set", &ant5m::instruction_set, "The instruction set in use");
+    m.def("instruction_sets", &ant5m::instruction_sets, "Those that this processor has, best first, and the emulation");
     m.def("use", &ant5m::use, py::arg("name"), "Switch the instruction set; False when this processor lacks it");
     m.def(
         "gather",

@@ -3,6 +3,12 @@
 
 #include "ops.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 namespace ant5m {
 namespace {
 
@@ -18,28 +24,41 @@ struct Entry {
      isa::swiglu_forward, isa::swiglu_backward, isa::mlp_forward, isa::mlp_backward,          \
      isa::rms_norm_linear, isa::fused_post_attention, isa::product, isa::product_over_tokens}
 
+// has_NAME: whether the processor has what setup.py compiled NAME for.
+[[maybe_unused]] bool has_portable() { return true; }
+[[maybe_unused]] bool has_bf16_emulated() { return true; }
+
 #if defined(__x86_64__)
-bool has_avx512() {
+[[maybe_unused]] bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+[[maybe_unused]] bool has_avx512() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
 }
+[[maybe_unused]] bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#elif defined(__aarch64__)
+[[maybe_unused]] bool has_neon() { return true; }
+[[maybe_unused]] bool has_neon_bf16() {
+#if defined(__linux__)
+    constexpr unsigned long kBf16 = 1 << 14;  // HWCAP2_BF16, which older headers lack
+    return getauxval(AT_HWCAP2) & kBf16;
+#elif defined(__APPLE__)
+    int has = 0;
+    size_t size = sizeof has;
+    return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has;
+#else
+    return false;
+#endif
+}
 #endif
 
-const Entry kEntries[] = {
-#if defined(__x86_64__)
-#ifdef ANT5M_AVX512_BF16
-    {"avx512_bf16", [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }, ANT5M_OPS(avx512_bf16)},
-#endif
-    {"avx512", has_avx512, ANT5M_OPS(avx512)},
-    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, ANT5M_OPS(avx2)},
-#endif
-    {"portable", [] { return true; }, ANT5M_OPS(portable)},
-};
+#define ANT5M_ENTRY(isa) {#isa, has_##isa, ANT5M_OPS(isa)},
+const Entry kEntries[] = {ANT5M_FOR_EACH_SET(ANT5M_ENTRY)};
+#undef ANT5M_ENTRY
 
 const Entry* best() {
     for (const Entry& entry : kEntries)
         if (entry.supported()) return &entry;
-    return nullptr;  // not reached: portable runs everywhere
+    return nullptr;  // not reached: one of them runs everywhere
 }
 
 const Entry*& current() {
@@ -59,6 +78,13 @@ bool use(const char* name) {
         return true;
     }
     return false;
+}
+
+std::vector<const char*> instruction_sets() {
+    std::vector<const char*> names;
+    for (const Entry& entry : kEntries)
+        if (entry.supported()) names.push_back(entry.name);
+    return names;
 }
 
 }  // namespace ant5m

@@ -4,12 +4,17 @@
 // Strides count elements; those named *_row are a matrix's distance between rows, whose elements are neighbours. No
 // pointer needs more alignment than its type. Outputs are contiguous unless they have a stride, and are written whole.
 // Results do not depend on `threads`. With `bf16` the factors of products are rounded to bf16, and their sums are in
-// fp32, where the instruction set has that (avx512_bf16); elsewhere it changes nothing.
+// fp32, where the instruction set has that (..._bf16); elsewhere it changes nothing.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #ifndef ANT5M_ISA
 #define ANT5M_ISA portable
+#endif
+
+#ifndef ANT5M_FOR_EACH_SET  // what setup.py compiles, best first
+#define ANT5M_FOR_EACH_SET(X) X(portable)
 #endif
 
 namespace ant5m {
@@ -140,11 +145,12 @@ struct Ops {
     ProductOverTokens* product_over_tokens;
 };
 
-// The table in use. `use` switches to "portable", "avx2", "avx512" or "avx512_bf16" and returns false when this
-// processor (or this build) does not have it.
+// The table in use. `use` switches to another instruction set of setup.py by its name, and returns false when this
+// processor (or this build) does not have it; `instruction_sets` are those that it has.
 const Ops& ops();
 const char* instruction_set();
 bool use(const char* name);
+std::vector<const char*> instruction_sets();
 
 #define ANT5M_DECLARE(isa)                   \
     namespace isa {                          \
@@ -165,14 +171,7 @@ bool use(const char* name);
     Product product;                         \
     ProductOverTokens product_over_tokens;   \
     }
-ANT5M_DECLARE(portable)
-#if defined(__x86_64__)
-ANT5M_DECLARE(avx2)
-ANT5M_DECLARE(avx512)
-#ifdef ANT5M_AVX512_BF16
-ANT5M_DECLARE(avx512_bf16)
-#endif
-#endif
+ANT5M_FOR_EACH_SET(ANT5M_DECLARE)
 #undef ANT5M_DECLARE
 
 }  // namespace ant5m

@@ -5,6 +5,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #ifndef ANT5M_ISA
@@ -26,6 +28,9 @@ constexpr int kRows = 8;    // of the tile of the microkernel: see gemm.h
 #elif defined(__AVX2__)
 constexpr int kWidth = 8;
 constexpr int kRows = 6;
+#elif defined(__aarch64__)
+constexpr int kWidth = 4;
+constexpr int kRows = 8;  // of 32 registers 16 are sums: four pipes of four cycles want as many
 #else
 constexpr int kWidth = 4;
 constexpr int kRows = 6;
@@ -85,21 +90,40 @@ inline IntVec iota() {
     return v;
 }
 
+#if defined(__x86_64__)
+constexpr int64_t kSquare = 4;
+inline void transpose_square(const float* from, int64_t from_row, float* to, int64_t to_row, float scale) {
+    const __m128 factor = _mm_set1_ps(scale);
+    __m128 rows[4];
+    for (int n = 0; n < 4; ++n) rows[n] = _mm_loadu_ps(from + n * from_row) * factor;
+    _MM_TRANSPOSE4_PS(rows[0], rows[1], rows[2], rows[3]);
+    for (int n = 0; n < 4; ++n) _mm_storeu_ps(to + n * to_row, rows[n]);
+}
+#elif defined(__aarch64__)
+constexpr int64_t kSquare = 4;
+inline void transpose_square(const float* from, int64_t from_row, float* to, int64_t to_row, float scale) {
+    float32x4_t rows[4];
+    for (int n = 0; n < 4; ++n) rows[n] = vmulq_n_f32(vld1q_f32(from + n * from_row), scale);
+    for (int n = 0; n < 2; ++n) {  // columns n and n + 2
+        const auto pair = [&](int i) {
+            return vreinterpretq_f64_f32(n ? vtrn2q_f32(rows[i], rows[i + 1]) : vtrn1q_f32(rows[i], rows[i + 1]));
+        };
+        vst1q_f32(to + n * to_row, vreinterpretq_f32_f64(vtrn1q_f64(pair(0), pair(2))));
+        vst1q_f32(to + (n + 2) * to_row, vreinterpretq_f32_f64(vtrn2q_f64(pair(0), pair(2))));
+    }
+}
+#else
+constexpr int64_t kSquare = 1;
+inline void transpose_square(const float* from, int64_t, float* to, int64_t, float scale) { *to = *from * scale; }
+#endif
+
 // to [columns, rows] = the transpose of from [rows, columns], times `scale`.
 inline void transpose(int64_t rows, int64_t columns, const float* from, int64_t from_row, float* to, int64_t to_row,
                       float scale = 1.0f) {
-    int64_t whole_rows = 0, whole_columns = 0;
-#if defined(__x86_64__)
-    whole_rows = rows / 4 * 4, whole_columns = columns / 4 * 4;
-    const __m128 factor = _mm_set1_ps(scale);
-    for (int64_t i = 0; i < whole_rows; i += 4)
-        for (int64_t j = 0; j < whole_columns; j += 4) {
-            __m128 block[4];
-            for (int n = 0; n < 4; ++n) block[n] = _mm_loadu_ps(from + (i + n) * from_row + j) * factor;
-            _MM_TRANSPOSE4_PS(block[0], block[1], block[2], block[3]);
-            for (int n = 0; n < 4; ++n) _mm_storeu_ps(to + (j + n) * to_row + i, block[n]);
-        }
-#endif
+    const int64_t whole_rows = rows / kSquare * kSquare, whole_columns = columns / kSquare * kSquare;
+    for (int64_t i = 0; i < whole_rows; i += kSquare)
+        for (int64_t j = 0; j < whole_columns; j += kSquare)
+            transpose_square(from + i * from_row + j, from_row, to + j * to_row + i, to_row, scale);
     for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = i < whole_rows ? whole_columns : 0; j < columns; ++j)
             to[j * to_row + i] = from[i * from_row + j] * scale;

@@ -12,7 +12,7 @@ enabled = contextvars.ContextVar("bf16", default=False)
 
 def multiplies_bf16() -> bool:
     """Whether this processor multiplies bf16 in the instruction set in use."""
-    return _cpu.instruction_set() == "avx512_bf16"
+    return "bf16" in _cpu.instruction_set()
 
 
 @contextlib.contextmanager
