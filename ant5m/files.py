@@ -91,14 +91,14 @@ def parse_json(raw: bytes | str, name: str, type: Any = Any) -> Any:
         text = raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw
         return msgspec.convert(json.loads(text), type)
     except msgspec.ValidationError as error:
-        raise UserError(f"{name}: {_what_and_where(error)}") from None
+        raise UserError(f"{name}: {what_and_where(error)}") from None
     except RecursionError:
         raise UserError(f"{name} is not valid JSON (nested too deeply)") from None
     except ValueError as error:  # bytes that are not UTF-8, bad JSON, an integer of thousands of digits
         raise UserError(f"{name} is not valid JSON ({str(error).partition(';')[0]})") from None
 
 
-def _what_and_where(error: msgspec.ValidationError) -> str:
+def what_and_where(error: msgspec.ValidationError) -> str:
     """msgspec's "Expected `int`, got `str` - at `$.a[0].b`" as "a[0].b: expected int, got str"."""
     what, _, where = str(error).replace("`", "").partition(" - at ")
     what = what[:1].lower() + what[1:]

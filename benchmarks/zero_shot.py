@@ -2,10 +2,10 @@
 
     python benchmarks/zero_shot.py runs/my-run/hf benchmark-items --limit 20
 
-takes every task of the table that lm-eval has, from files to figures, first with lm-eval and its `hf` model,
-then with `ant5m.eval.tasks`; a third pass, lm-eval with the registered model `ant5m`, compares item by item
-(`--compare 100`: so many of each part).
-Prints a table and keeps it in benchmarks/results/zero-shot.json.
+takes every task of the table (or of another suite: `--tasks open-slm`) that lm-eval has, from files to
+figures, first with lm-eval and its `hf` model, then with `ant5m.eval.tasks`; a third pass, lm-eval with the
+registered model `ant5m`, compares item by item (`--compare 100`: so many of each part). Prints a table and
+keeps it in benchmarks/results/zero-shot.json.
 """
 
 import argparse
@@ -22,9 +22,8 @@ from provenance import RESULTS, provenance
 from rich.console import Console
 from rich.table import Table
 
-from ant5m.eval import arithmark
+from ant5m.eval.benchmarks import BENCHMARKS
 from ant5m.eval.harness import AntLM
-from ant5m.eval.results import GROUPS
 from ant5m.eval.tasks import evaluate_tasks, known_tasks, lm_eval_tasks
 from ant5m.files import write_json
 from ant5m.model.checkpoint import load_with_tokenizer
@@ -50,7 +49,7 @@ def main() -> None:
         loaded = {"tasks": lm_eval_tasks([name], where, limit), "groups": {}, "group_map": {}}
         return lm_eval.evaluate(lm, loaded, limit=limit, bootstrap_iters=0)
 
-    names = [name for name in known_tasks([arguments.tasks]) if name != arithmark.NAME]
+    names = [name for name in known_tasks([arguments.tasks]) if BENCHMARKS[name].folder]
     lm_eval_tasks(names, where, 1)  # imports, which the one that comes first would pay for both
     rows = []
     for name in names:
@@ -59,7 +58,9 @@ def main() -> None:
         rows.append(
             {
                 "task": name,
-                "items": sum(result.items for result in found if result.task != name or name not in GROUPS),
+                "items": sum(
+                    result.items for result in found if result.task != name or not BENCHMARKS[name].parts
+                ),
                 "hf": hf_seconds,
                 "ant5m": seconds,
                 **_agreement(expected, by_lm_eval(ant, name, arguments.compare or limit), found),
@@ -102,7 +103,7 @@ def _agreement(hf: dict[str, Any], ant: dict[str, Any], found: list[Any]) -> dic
     metrics = {
         (result.task, metric): value
         for result in found
-        if result.task not in GROUPS
+        if not (result.task in BENCHMARKS and BENCHMARKS[result.task].parts)
         for metric, (value, _) in result.metrics.items()
         if metric.startswith("acc") and result.task != "truthfulqa_mc2"  # there a mean of probabilities
     }

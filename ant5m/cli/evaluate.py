@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ant5m.errors import UserError
+from ant5m.files import write_json
 
 if TYPE_CHECKING:
     import torch
 
+    from ant5m.eval.boards import BoardScore
     from ant5m.eval.perplexity import Evaluation
     from ant5m.eval.results import TaskResult
 
@@ -36,6 +39,7 @@ class Evaluate:
         ant5m eval runs/my-run/hf --data data/books --json
         ant5m eval runs/my-run --tasks all
         ant5m eval runs/my-run --tasks blimp,arc_easy,piqa --data-dir benchmarks --limit 100
+        ant5m eval runs/my-run --tasks open-slm --data-dir benchmarks --repository me/my-model
     """
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -52,6 +56,8 @@ class Evaluate:
     """use only the first N items of each task"""
     output: Path | None = None
     """JSON file for the tasks' results, which a stopped evaluation continues (default: that of the run)"""
+    repository: str | None = None
+    """OWNER/NAME on the hub, for the row that a board asks for (default: the name of the folder)"""
     batch_size: int = 8
     """sequences per forward pass, for perplexity"""
     device: str = "auto"
@@ -74,8 +80,10 @@ class Evaluate:
 
         if self.batch_size < 1:
             raise UserError(f"--batch-size must be at least 1, not {self.batch_size}")
-        if self.data_dir or self.limit is not None or self.output:
-            raise UserError("--data-dir, --limit and --output are for tasks: name some with --tasks")
+        if self.data_dir or self.limit is not None or self.output or self.repository:
+            raise UserError(
+                "--data-dir, --limit, --output and --repository are for tasks: name some with --tasks"
+            )
         run, folder = find_run(self.model), resolve(self.model)
         net, tokenizer = load_with_tokenizer(folder)
         if not self.data and run is None:
@@ -99,7 +107,7 @@ class Evaluate:
             Console().print(_table(evaluation, folder))
 
     def _run_tasks(self, device: "torch.device") -> None:
-        from ant5m.eval import results, tasks
+        from ant5m.eval import boards, results, tasks
         from ant5m.model.checkpoint import find_run, load_with_tokenizer, resolve
 
         if self.data:
@@ -119,12 +127,34 @@ class Evaluate:
             found = tasks.evaluate_tasks(
                 net.to(device), tokenizer, names, self.data_dir, self.limit, known, keep, progress
             )
+        parameters = sum(weight.numel() for weight in net.parameters())
+        repository = self.repository or (run or folder).resolve().name
+        scores = boards.board_scores(self.tasks, found, parameters, repository)
+        for one in scores:
+            if kept and one.row:
+                write_json(kept.with_name(f"{one.board}.json"), one.row)
         if run:
             results.publish(run, folder)
         if self.json:
-            _print_json({"model": str(folder), "tasks": [result.to_dict() for result in found]})
-        else:
-            Console().print(_task_table(found, folder))
+            values = {"model": str(folder), "tasks": [result.to_dict() for result in found]}
+            _print_json({**values, **({"boards": [one.to_dict() for one in scores]} if scores else {})})
+            return
+        console = Console()
+        console.print(_task_table(found, folder))
+        for one in scores:
+            console.print(_board_text(one), soft_wrap=True, highlight=False)
+
+
+def _board_text(score: "BoardScore") -> str:
+    """The figures of a board, one a line."""
+    lines = [f"\n[bold]{score.board}[/bold] ({score.protocol})"]
+    if score.missing:
+        lines.append(f"  no figure: {', '.join(score.missing)} has no result here")
+    for name, (value, error) in score.figures.items():
+        lines.append(f"  {name:<15} {value:8.3f}" + ("" if error is None else f" ± {error:.3f}"))
+    if score.row:
+        lines += ["  the row for the board's page:", f"  {escape(json.dumps(score.row, ensure_ascii=False))}"]
+    return "\n".join(lines)
 
 
 def _print_json(values: dict[str, Any]) -> None:

@@ -1,50 +1,57 @@
-"""ArithMark-2.0: integer arithmetic with four answers, under its own scoring rule.
+"""ArithMark: integer arithmetic with four answers, by the boards' own scoring rules.
 
 An item has `ctx` ("59 + 45 ="), four `endings` (each with a leading space) and `label`, the number of the
-right one. Context and ending are tokenised apart, without special tokens; the ending with the largest sum of
-log-probabilities is the answer, whatever its length.
+right one. Context and ending are tokenized apart, without special tokens, and make at most 1,024 tokens. The
+answer is the ending with the largest mean log-probability per token (`acc_norm`, what ArithMark-3.0 counts;
+lm-eval's `acc_norm` divides by characters) or with the largest sum (`acc`, what ArithMark-2.0 counts); the
+first of equal ones is taken.
 """
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 import numpy as np
 
-from ant5m.errors import UserError
-from ant5m.eval.scoring import Request, score
+from ant5m.eval.protocol import Measured, Model, Row, whole
+from ant5m.eval.scoring import Request
 
-if TYPE_CHECKING:
-    from ant5m.data.tokenizer import Tokenizer
-    from ant5m.model.ant import Ant
-
-NAME = "ArithMark-2.0"
-HUB = "AxiomicLabs/ArithMark-2.0"
-FIELDS = ("ctx", "endings", "label")
-CHANCE = 0.25
+CONTEXT = 1_024
+"""tokens that the boards' scripts let a model see"""
+ENDINGS = 4
 
 
-def evaluate(
-    net: "Ant",
-    tokenizer: "Tokenizer",
-    rows: Sequence[dict[str, Any]],
-    on_scored: Callable[[int], None] | None = None,
-) -> list[float]:
-    """1.0 for every item that is answered right, else 0.0. Raises `UserError` where an item is otherwise."""
-    requests = list[Request]()
-    for number, row in enumerate(rows, 1):
-        _check(row, number)
-        context = tokenizer.encode(row["ctx"])
-        requests += [Request(context, tokenizer.encode(ending)) for ending in row["endings"]]
-    scores = score(net, requests, on_scored)
-    sums = np.array([one.log_likelihood for one in scores]).reshape(len(rows), 4)
+def arithmark(model: Model, rows: Sequence[Row]) -> dict[str, Measured]:
+    """Both accuracies, and what taking one of the two middle values without a model would score."""
+    contexts = model.ids([row["ctx"] for row in rows])
+    answers = model.ids([ending for row in rows for ending in row["endings"]])
+    most = min(CONTEXT, model.context)
+    requests = []
+    for number, row in enumerate(rows):
+        context = whole(row, number + 1, contexts[number], f"the context {row['ctx']!r}")
+        for ending, answer in zip(row["endings"], answers[ENDINGS * number :], strict=False):
+            whole(row, number + 1, answer, f"the ending {ending!r}")
+            kept = max(1, most - len(answer))
+            requests.append(Request(context[-kept:], answer))
+    sums = np.array([score.log_likelihood for score in model.ask(requests)])
+    sizes = np.array([len(request.continuation) for request in requests])
     labels = np.array([int(row["label"]) for row in rows])
-    return (sums.argmax(-1) == labels).astype(float).tolist()
+
+    def right(scores: np.ndarray) -> list[float]:
+        return (scores.reshape(-1, ENDINGS).argmax(-1) == labels).astype(float).tolist()
+
+    values = {"acc_norm": right(sums / sizes), "acc": right(sums)}
+    chance = dict.fromkeys(values, 1 / ENDINGS)
+    return {"": Measured(values, chance, baselines=_middle_values(rows))}
 
 
-def _check(row: dict[str, Any], number: int) -> None:
-    context, endings = row["ctx"], row["endings"]
-    texts = isinstance(context, str) and bool(context) and isinstance(endings, list) and len(endings) == 4
-    if not texts or not all(isinstance(ending, str) and ending for ending in endings):
-        raise UserError(f"{NAME}, item {number}: needs a text in ctx and four in endings")
-    if str(row["label"]) not in ("0", "1", "2", "3"):
-        raise UserError(f"{NAME}, item {number}: label is {row['label']!r}, not 0 to 3")
+def _middle_values(rows: Sequence[Row]) -> dict[str, float]:
+    """What taking one of the two middle values of the four endings, by a coin, would score: wrong answers are
+    made around the right one, so it is seldom the largest or the smallest. Empty where an ending is no
+    number.
+    """
+    try:
+        numbers = np.array([[float(ending) for ending in row["endings"]] for row in rows])
+    except ValueError:
+        return {}
+    labels = np.array([int(row["label"]) for row in rows])
+    rank = numbers.argsort(-1, kind="stable").argsort(-1)[np.arange(len(rows)), labels]
+    return {"one of the two middle values": float(np.isin(rank, (1, 2)).mean() / 2)}

@@ -6,6 +6,7 @@ Importing this module registers the model, so that lm-eval itself can use it:
     lm_eval.simple_evaluate(model="ant5m", model_args="pretrained=runs/my-run", tasks=["piqa"])
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,8 +59,8 @@ class AntLM(TemplateLM):
         # `Tokenizer` takes text that spells a special token for text; transformers, and so lm-eval, does not.
         self._encoder = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
         self._bos_token = tokenizer.bos_token
-        self.on_scored: Callable[[int], None] | None = None
-        """called with a number of requests that are done"""
+        self.ask: Callable[[Sequence[Request]], list[Score]] = functools.partial(score, net)
+        """what scores requests"""
         self.rolling_tokens = 0
         """tokens that `loglikelihood_rolling` scored so far"""
 
@@ -110,14 +111,11 @@ class AntLM(TemplateLM):
             if not answer:
                 raise UserError(_no_tokens(request, continuation))
             tokens.append(Request(first, answer))
-        return [(one.log_likelihood, one.greedy) for one in self._score(tokens)]
+        return [(one.log_likelihood, one.greedy) for one in self.ask(tokens)]
 
     def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
-        scores = self._score([Request(context, continuation) for _, context, continuation in requests])
+        scores = self.ask([Request(context, continuation) for _, context, continuation in requests])
         return [(one.log_likelihood, one.greedy) for one in scores]
-
-    def _score(self, requests: Sequence[Request]) -> list[Score]:
-        return score(self.net, requests, self.on_scored)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """Each text in windows of the model's context that do not overlap, the first behind the prefix."""
@@ -130,7 +128,7 @@ class AntLM(TemplateLM):
                 windows.append(Request(*make_disjoint_window(window)))
                 text_ids.append(number)
         totals = [0.0] * len(texts)
-        for number, one in zip(text_ids, self._score(windows), strict=True):
+        for number, one in zip(text_ids, self.ask(windows), strict=True):
             totals[number] += one.log_likelihood
         return totals
 

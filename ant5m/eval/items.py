@@ -1,13 +1,15 @@
 """Items of a benchmark, read from files of somebody's own: `--data-dir`.
 
-The folder holds one folder (or file) for each task, whose name begins with the task's, in any depth; `-`
-counts as `_`, and capitals do not matter:
+The folder holds one folder (or file) for each task, whose name begins with the task's, in any depth;
+capitals, `-`, `_` and `.` do not matter, so that the names of the hub and of the original releases are found:
 
     benchmarks/
       piqa/piqa_validation.jsonl          .jsonl (also .gz, .xz, .zst) or .parquet, one item a row,
       arc/arc_easy_test.jsonl             with the field names of the hub's data set
       blimp/adjunct_island.jsonl.gz       BLiMP: one file for each of its 67 parts
       mmlu/mmlu_test.jsonl                MMLU: one file, with the subject in the field `subject`
+      arithmark-3.jsonl
+      supplement_filtered/hypernym.jsonl  BabyLM: one file for each part, in the folders of its pipeline
 
 Where there are several splits, by the names of files or of the folders around them, the one that lm-eval
 evaluates is taken; a training split never is. A split in shards (`validation-00000-of-00002`, or `0000` and
@@ -16,7 +18,6 @@ evaluates is taken; a training split never is. A split in shards (`validation-00
 
 import gzip
 import io
-import json
 import lzma
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -24,10 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import zstandard
+from msgspec import Struct
 
 from ant5m.errors import UserError
+from ant5m.eval.schemas import fault
+from ant5m.files import parse_json
 
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstandard.open}
+ENDING = re.compile(r"\.(jsonl(\.(gz|xz|zst))?|parquet)$")
 SPLITS = ("train", "validation", "valid", "val", "dev", "test")
 
 
@@ -36,31 +41,48 @@ def find_files(data_dir: Path) -> list[Path]:
     if not data_dir.is_dir():
         raise UserError(f"{data_dir} is not a folder of benchmark files")
     files = [path for path in sorted(data_dir.rglob("*")) if path.is_file() and not path.name.startswith(".")]
-    return [path for path in files if re.search(r"\.(jsonl(\.(gz|xz|zst))?|parquet)$", path.name)]
+    return [path for path in files if ENDING.search(path.name)]
 
 
 def choose_files(
-    files: Iterable[Path], data_dir: Path, name: str, split: str, exact: bool = False
+    files: Iterable[Path], data_dir: Path, names: Sequence[str], split: str, exact: bool = False
 ) -> list[Path]:
-    """The files of task `name`, best split first: the one asked for, then files without a split in the name.
+    """The files of a task that goes by these names, best split first: the one asked for, then files without a
+    split in the name.
 
     `exact`: a folder or file has that very name (a split may follow), as BLiMP's parts do.
     """
-    named = [path for path in files if _belongs(path.relative_to(data_dir), name, exact)]
+    named = [
+        path for path in files if any(_belongs(path.relative_to(data_dir), name, exact) for name in names)
+    ]
     ranked = [(rank, path) for path in named if (rank := _rank(splits_of(path, data_dir), split)) is not None]
     return [path for _, path in sorted(ranked)]
 
 
+def all_files(files: Sequence[Path], data_dir: Path, names: Sequence[str]) -> list[Path]:
+    """Every file in the folders (or of the files) with the first of these names that is there."""
+    for name in names:
+        found = [path for path in files if _belongs(path.relative_to(data_dir), name, exact=True)]
+        if found:
+            return found
+    return []
+
+
 def _belongs(path: Path, name: str, exact: bool) -> bool:
     wanted = _plain(name)
-    parts = [_plain(part) for part in (*path.parts[:-1], path.name.partition(".")[0])]
+    parts = [_plain(part) for part in (*path.parts[:-1], stem(path))]
     if exact:
-        return any(re.fullmatch(rf"{wanted}(_({'|'.join(SPLITS)}).*)?", part) for part in parts)
+        return any(re.fullmatch(rf"{wanted}(({'|'.join(SPLITS)}).*)?", part) for part in parts)
     return any(part.startswith(wanted) for part in parts)
 
 
+def stem(path: Path) -> str:
+    """The name of a file without what says its kind; a version in it keeps its dot."""
+    return ENDING.sub("", path.name)
+
+
 def _plain(name: str) -> str:
-    return name.lower().replace("-", "_")
+    return re.sub(r"[-_.\s]", "", name.lower())
 
 
 def splits_of(path: Path, data_dir: Path) -> list[str]:
@@ -95,22 +117,26 @@ def shards_of(path: Path) -> list[Path]:
     return [path]
 
 
-def read_rows(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
-    """The items of a file, and of the other shards of its split, each with at least `fields`.
+def read_rows(path: Path, schema: type[Struct]) -> list[dict[str, Any]]:
+    """The items of a file, and of the other shards of its split, checked against their schema.
 
-    Raises `UserError` when a file is broken or missing, or lacks a field.
+    Raises `UserError` that names file and item when a file is broken or missing, or an item is otherwise.
     """
-    return [row for shard in shards_of(path) for row in _read_shard(shard, fields)]
+    return [row for shard in shards_of(path) for row in _read_shard(shard, schema)]
 
 
-def _read_shard(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+def check_rows(where: str, rows: Iterable[Any], schema: type[Struct]) -> None:
+    """Raises `UserError` that names the first item that is not as it should be."""
+    for number, row in enumerate(rows, 1):
+        if wrong := fault(row, schema):
+            raise UserError(f"{where}, item {number}: {wrong}")
+
+
+def _read_shard(path: Path, schema: type[Struct]) -> list[dict[str, Any]]:
     rows = _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
     if not rows:
         raise UserError(f"{path} holds no items")
-    for number, row in enumerate(rows, 1):
-        if missing := [field for field in fields if field not in row]:
-            found = ", ".join(row) or "none"
-            raise UserError(f"{path}, row {number}: no field {', '.join(missing)} (found: {found})")
+    check_rows(str(path), rows, schema)
     return rows
 
 
@@ -123,20 +149,12 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} is not a readable parquet file ({str(error).splitlines()[0]})") from None
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+def _read_jsonl(path: Path) -> list[Any]:
     opener = OPENERS.get(path.suffix, open)
-    rows = []
     try:
         with opener(path, "rb") as raw:
-            for number, line in enumerate(io.TextIOWrapper(raw, encoding="utf-8-sig"), 1):
-                if line.isspace():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise UserError(f"{path}, line {number}: not a JSON object")
-                rows.append(row)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
+            lines = list(io.TextIOWrapper(raw, encoding="utf-8-sig"))
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zstandard.ZstdError) as error:
         raise UserError(f"{path} is damaged or not what its name says ({error})") from None
-    return rows
+    numbered = ((number, line) for number, line in enumerate(lines, 1) if not line.isspace())
+    return [parse_json(line, f"{path}, line {number}") for number, line in numbered]

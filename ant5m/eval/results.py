@@ -1,4 +1,4 @@
-"""The 0-shot table: its rows, what a model reached in them, and where that is kept (the run's eval.json)."""
+"""What a model reached in the benchmarks, as a table, and where that is kept (the run's eval.json)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -6,57 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ant5m.errors import UserError
+from ant5m.eval.benchmarks import BENCHMARKS, Benchmark
 from ant5m.files import file_sha256, read_json, write_file, write_json
 from ant5m.model.checkpoint import latest_checkpoint
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """One row of the published table."""
-
-    name: str
-    """lm-eval's name of the task"""
-    folder: str
-    """of the definition, below lm_eval/tasks"""
-    fields: tuple[str, ...]
-    """that an item must have"""
-    files: str = ""
-    """what the names of its files begin with; default: `name`"""
-    published: float | None = None
-    """percent, of the published Ant-5M"""
-
-
-BENCHMARKS = {
-    one.name: one
-    for one in (
-        Benchmark("boolq", "super_glue/boolq", ("question", "passage", "label")),
-        Benchmark("copa", "super_glue/copa", ("premise", "choice1", "choice2", "question", "label")),
-        Benchmark("blimp", "blimp", ("sentence_good", "sentence_bad"), published=50.8),
-        Benchmark("winogrande", "winogrande", ("sentence", "option1", "option2", "answer")),
-        Benchmark("truthfulqa_mc2", "truthfulqa", ("question", "mc2_targets"), "truthful"),
-        Benchmark("piqa", "piqa", ("goal", "sol1", "sol2", "label"), published=48.9),
-        Benchmark("openbookqa", "openbookqa", ("question_stem", "choices", "answerKey")),
-        Benchmark("arc_easy", "arc", ("question", "choices", "answerKey"), published=26.4),
-        Benchmark("arc_challenge", "arc", ("question", "choices", "answerKey")),
-        Benchmark("hellaswag", "hellaswag", ("activity_label", "ctx_a", "ctx_b", "endings", "label")),
-        Benchmark("swag", "swag", ("startphrase", "ending0", "ending1", "ending2", "ending3", "label")),
-        Benchmark("mmlu", "mmlu/default", ("question", "subject", "choices", "answer")),
-        Benchmark("race", "race", ("article", "problems")),
-        Benchmark(
-            "sciq",
-            "sciq",
-            ("support", "question", "correct_answer", "distractor1", "distractor2", "distractor3"),
-            published=20.7,
-        ),
-        Benchmark("commonsense_qa", "commonsense_qa", ("question", "choices", "answerKey")),
-        Benchmark("lambada_openai", "lambada", ("text",), published=0.0),
-        Benchmark("wikitext", "wikitext", ("page",)),
-        Benchmark("ArithMark-2.0", "", ("ctx", "endings", "label")),
-    )
-}
-
-GROUPS = {"blimp": "blimp_", "mmlu": "mmlu_"}
-"""tasks that consist of parts, and what the names of the parts begin with"""
 
 
 @dataclass(frozen=True)
@@ -73,16 +25,38 @@ class TaskResult:
     """limit, data, sha256 of the data and lm_eval's version: a result is used again where they are equal"""
     over: dict[str, int] = field(default_factory=dict)
     """of a perplexity: tokens, words, bytes"""
+    chance_by_metric: dict[str, float] = field(default_factory=dict)
+    """where it differs from `chance`"""
+    baselines: dict[str, float] = field(default_factory=dict)
+    """a rule that needs no model -> its accuracy"""
+    values: dict[str, list[float]] = field(default_factory=dict)
+    """accuracy -> one value an item, in the order of the items; none of a mean over parts"""
+
+    @property
+    def has_values(self) -> bool:
+        """Whether every accuracy has its items, or is a mean over parts, which have them."""
+        return not self.settings.get("sha256") or all(
+            name in self.values for name in self.metrics if name.startswith("acc")
+        )
+
+    def chance_of(self, metric: str) -> float | None:
+        """What guessing gives, in an accuracy."""
+        return self.chance_by_metric.get(metric, self.chance)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Plain values for JSON, without those of items."""
         metrics = {name: {"value": value, "stderr": error} for name, (value, error) in self.metrics.items()}
+        optional = {
+            "over": self.over,
+            "chance_by_metric": self.chance_by_metric,
+            "baselines": self.baselines,
+        }
         return {
             "task": self.task,
             "metrics": metrics,
             "items": self.items,
             "chance": self.chance,
-            **({"over": self.over} if self.over else {}),
+            **{name: value for name, value in optional.items() if value},
             "settings": self.settings,
         }
 
@@ -97,6 +71,9 @@ class TaskResult:
             values["chance"],
             values["settings"],
             values.get("over", {}),
+            values.get("chance_by_metric", {}),
+            values.get("baselines", {}),
+            {name: list(map(float, line.split())) for name, line in values.get("values", {}).items()},
         )
 
 
@@ -123,7 +100,9 @@ def record(path: Path, weights: str, checkpoint: str, result: TaskResult) -> Non
         same = one.get("weights") == weights and one.get("task") == result.task
         return same and one["settings"]["limit"] == limit
 
-    new = {**result.to_dict(), "checkpoint": checkpoint, "weights": weights}
+    # A line a metric, where JSON would take one an item.
+    values_of_items = {name: " ".join(f"{v:g}" for v in each) for name, each in result.values.items()}
+    new = {**result.to_dict(), "values": values_of_items, "checkpoint": checkpoint, "weights": weights}
     values["tasks"] = [*(one for one in old if not replaced(one)), new]
     write_json(path, values)
 
@@ -173,15 +152,10 @@ def rows(results: Sequence[TaskResult]) -> list[Row]:
 
 def parts(results: Sequence[TaskResult]) -> list[Row]:
     """The same for the parts of BLiMP and MMLU."""
-    return [
-        row
-        for result in results
-        if result.task not in BENCHMARKS
-        for row in _rows(Benchmark(result.task, "", ()), result)
-    ]
+    return [row for result in results if result.task not in BENCHMARKS for row in _rows(None, result)]
 
 
-def _rows(benchmark: Benchmark, result: TaskResult) -> Iterator[Row]:
+def _rows(benchmark: Benchmark | None, result: TaskResult) -> Iterator[Row]:
     for metric, (value, error) in result.metrics.items():
         unit = _OVER.get(metric, "items")
         over = f"{result.over.get(unit, result.items):,} {unit}"
@@ -189,14 +163,14 @@ def _rows(benchmark: Benchmark, result: TaskResult) -> Iterator[Row]:
             digits = 4 if metric == "bits_per_byte" else 2
             yield Row(result.task, metric, _with_error(value, error, digits), "", "", over, "")
             continue
-        published = (
-            f"{benchmark.published:.1f}" if metric == "acc" and benchmark.published is not None else ""
-        )
-        chance = "" if result.chance is None else f"{100 * result.chance:.1f}"
+        known = benchmark.published if benchmark and metric == "acc" else None
+        published = "" if known is None else f"{known:.1f}"
+        share = result.chance_of(metric)
+        chance = "" if share is None else f"{100 * share:.1f}"
         percent = _with_error(100 * value, None if error is None else 100 * error, 1)
-        yield Row(
-            result.task, metric, percent, chance, _verdict(value, error, result.chance), over, published
-        )
+        yield Row(result.task, metric, percent, chance, _verdict(value, error, share), over, published)
+    for rule, value in result.baselines.items():
+        yield Row(result.task, rule, f"{100 * value:.1f}", "", "", f"{result.items:,} items", "")
 
 
 def _with_error(value: float, error: float | None, digits: int) -> str:

@@ -6,12 +6,14 @@ when a task is asked for, not before.
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
@@ -19,10 +21,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from msgspec import Struct
 
 from ant5m.errors import UserError
-from ant5m.eval import arithmark, items
-from ant5m.eval.results import BENCHMARKS, GROUPS, Benchmark, TaskResult
+from ant5m.eval import arithmark, babylm, glint, items
+from ant5m.eval.benchmarks import BENCHMARKS, SUITES, Benchmark
+from ant5m.eval.protocol import FILE, Measured, Model, Row
+from ant5m.eval.results import TaskResult
+from ant5m.eval.scoring import Request, Score, score
+from ant5m.files import file_sha256
 from ant5m.model.checkpoint import check_tokenizer
 
 if TYPE_CHECKING:
@@ -33,13 +40,36 @@ if TYPE_CHECKING:
     from ant5m.model.ant import Ant
 
 
+OFFICIAL = {
+    "ArithMark-3.0": "bf8ab1a5193d52cdf0e05ff0b3ca226bdfcf416cb6e75562dcbe72e7e4559435",
+    "ArithMark-2.0": "c245b4e50e603b32814d4f489f64934f9eeb4488ae29f744d906c8e3f326ebcd",
+}
+"""sha256 of the files that the boards publish"""
+
+PROTOCOLS: dict[str, Callable[[Model, Sequence[Row]], dict[str, Measured]]] = {
+    "ArithMark-3.0": arithmark.arithmark,
+    "ArithMark-2.0": arithmark.arithmark,
+    "glint_blimp": glint.blimp,
+    "glint_arc_easy": glint.arc_easy,
+    "glint_wikitext": glint.wikitext,
+    "babylm_blimp": babylm.minimal_pairs,
+    "babylm_supplement": babylm.minimal_pairs,
+    "babylm_ewok": babylm.ewok,
+    "babylm_entity_tracking": babylm.entity_tracking,
+}
+"""how what lm-eval does not have is scored"""
+
+
 def known_tasks(names: Sequence[str]) -> list[str]:
-    """The tasks that names (or `all`) stand for, in the table's order. Raises `UserError` on another name."""
+    """The tasks that names (of tasks or suites) stand for, in the table's order. Raises `UserError` on
+    another name."""
     asked = [name for word in names for name in word.split(",") if name]
-    unknown = [name for name in asked if name not in BENCHMARKS and name != "all"]
-    if unknown:
-        raise UserError(f"there is no task '{unknown[0]}' (known: all, {', '.join(BENCHMARKS)})")
-    return [name for name in BENCHMARKS if name in asked or "all" in asked]
+    if unknown := [name for name in asked if name not in BENCHMARKS and name not in SUITES]:
+        raise UserError(
+            f"there is no task '{unknown[0]}' (suites: {', '.join(SUITES)}; tasks: {', '.join(BENCHMARKS)})"
+        )
+    wanted = {task for name in asked for task in SUITES.get(name, (name,))}
+    return [name for name in BENCHMARKS if name in wanted]
 
 
 def evaluate_tasks(
@@ -57,7 +87,7 @@ def evaluate_tasks(
     A task whose items are not there is named in a warning, and the rest goes on.
 
     Args:
-        tasks: names of `BENCHMARKS`, or `all`.
+        tasks: names of `BENCHMARKS` or `SUITES`.
         data_dir: folder of files with the items (see `ant5m.eval.items`); default: the hub.
         limit: take only so many items of each task or part.
         known: results of the same weights; those with the same settings are not computed again.
@@ -91,7 +121,7 @@ def lm_eval_tasks(
     """
     source = _Source(Path(data_dir) if data_dir else None)
     loaded = {}
-    for benchmark in (BENCHMARKS[name] for name in known_tasks(names) if name != arithmark.NAME):
+    for benchmark in (BENCHMARKS[name] for name in known_tasks(names) if BENCHMARKS[name].folder):
         for name in _parts(benchmark):
             try:
                 rows, _ = source.rows(benchmark, name)
@@ -127,30 +157,54 @@ class _Source:
                 raise _Missing(f"{path} has no items of {name}")
         return rows, self._named(path, rows)
 
-    def arithmark_rows(self, benchmark: Benchmark) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """The same for ArithMark-2.0, which lm-eval does not have."""
+    def own_rows(self, benchmark: Benchmark, limit: int | None) -> tuple[list[Row], dict[str, Any]]:
+        """The items of a task that lm-eval does not have, so many of each file, and what to call them."""
         if self.data_dir is None:
-            rows = _hub_rows(arithmark.HUB, "train")
-            return rows, {"data": f"{arithmark.HUB}, train split", "sha256": _digest(rows)}
-        path, rows = self._read(benchmark, "train")
-        return rows, self._named(path, rows)
+            return self._hub_rows(benchmark, limit)
+        if not benchmark.all_files:
+            path, rows = self._read(benchmark, benchmark.split)
+            _check_official(benchmark.name, path)
+            return [{FILE: str(path), **row} for row in rows[:limit]], self._named(path, rows)
+        paths = items.all_files(self.files, self.data_dir, benchmark.files)
+        if not paths:
+            raise _Missing(f"{self.data_dir} has no file for {benchmark.name}")
+        files = {path: items.read_rows(path, benchmark.schema) for path in paths}
+        read = [{FILE: str(path), **row} for path, rows in files.items() for row in rows[:limit]]
+        where = os.path.commonpath([path.relative_to(self.data_dir).parent for path in paths]) or "."
+        every = [row for rows in files.values() for row in rows]
+        return read, {"data": f"{where}, {len(paths)} files", "sha256": _digest(every)}
+
+    def _hub_rows(self, benchmark: Benchmark, limit: int | None) -> tuple[list[Row], dict[str, Any]]:
+        if not benchmark.hub:
+            raise _Missing("its items are read from files only: name their folder with --data-dir")
+        import datasets
+
+        path, *config = benchmark.hub.split()
+        try:
+            rows = datasets.load_dataset(path, *config, split=benchmark.split).to_list()
+        except Exception as error:  # of the hub, the network, the data set's layout
+            raise _Missing(f"it cannot be loaded from the hub ({_first_line(error)})") from None
+        items.check_rows(benchmark.hub, rows, benchmark.schema)
+        data = {"data": f"{benchmark.hub}, {benchmark.split} split", "sha256": _digest(rows)}
+        return [{FILE: benchmark.hub, **row} for row in rows[:limit]], data
 
     def _named(self, path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
         assert self.data_dir is not None
         return {"data": path.relative_to(self.data_dir).as_posix(), "sha256": _digest(rows)}
 
     def _read(self, benchmark: Benchmark, split: str, part: str = "") -> tuple[Path, list[dict[str, Any]]]:
-        """The first file of a task that has the fields, and its rows."""
+        """The first file of a task whose items are as they should be, and its rows."""
         assert self.data_dir is not None
-        named = items.choose_files(self.files, self.data_dir, benchmark.files or benchmark.name, split)
+        names = benchmark.files or (benchmark.name,)
+        named = items.choose_files(self.files, self.data_dir, names, split)
         if part:
-            named = items.choose_files(named, self.data_dir, part, split, exact=True)
+            named = items.choose_files(named, self.data_dir, [part], split, exact=True)
         if not named:
             raise _Missing(f"{self.data_dir} has no file for {part or benchmark.name}")
         reasons = []
         for path in named:
             try:
-                rows = _read_rows(path, benchmark.fields)
+                rows = _read_rows(path, benchmark.schema)
             except UserError as error:
                 reasons.append(error)
                 continue
@@ -176,53 +230,47 @@ class _Suite:
 
     def run(self, benchmark: Benchmark) -> Iterator[TaskResult]:
         try:
-            if benchmark.name == arithmark.NAME:
-                yield self._arithmark(benchmark)
-            elif benchmark.name in GROUPS:
-                yield from self._group(benchmark)
+            if not benchmark.folder:
+                yield from self._own(benchmark)
+            elif benchmark.parts:
+                parts = []
+                for name in _parts(benchmark):
+                    parts.append(self._task(benchmark, name))
+                    yield parts[-1]
+                yield _mean(benchmark.name, parts)
             else:
                 yield self._task(benchmark, benchmark.name)
         except _Missing as reason:
             self.missing.append(f"{benchmark.name}: {reason}")
             warnings.warn(f"{benchmark.name} is left out: {reason}", stacklevel=2)
 
-    def _group(self, benchmark: Benchmark) -> Iterator[TaskResult]:
-        parts = []
-        for name in _parts(benchmark):
-            parts.append(self._task(benchmark, name))
-            yield parts[-1]
-        yield _mean(benchmark.name, parts)
-
     def _task(self, benchmark: Benchmark, name: str) -> TaskResult:
         rows, data = self.source.rows(benchmark, name)
         settings = {"limit": self.limit, "lm_eval": version("lm_eval"), **data}
-        if (known := self.known.get(name)) and known.settings == settings:
+        known = self.known.get(name)
+        if known and known.settings == settings and known.has_values:
             return known
         task = _load_task(benchmark.folder, name, rows and rows[: self.limit])
-        with _compiled_once():
-            return self._measure(task, name, settings)
+        return self._measure(task, name, settings)
 
     def _measure(self, task: Any, name: str, settings: dict[str, Any]) -> TaskResult:
-        """The loop of `lm_eval.evaluate` for one task: 0-shot, in one process, without logs."""
-        where = f"{settings['data']}: lm-eval's {name} cannot use"
-        docs, asked = [], []
-        for number, doc in enumerate(itertools.islice(task.eval_docs, self.limit)):
-            with _explained(f"{where} item {number + 1}"):
-                made = task.construct_requests(
-                    doc, task.fewshot_context(doc, num_fewshot=0), metadata=(name, number, 1)
-                )
-            docs.append(doc)
-            asked.append(made if isinstance(made, list) else [made])
+        """One task by lm-eval itself, with our model behind it."""
+        import lm_eval
+
         lm = self._lm
+        lm.ask = self._ask(name)
         scored = lm.rolling_tokens
-        with self._bar(name, sum(map(len, asked))) as lm.on_scored:
-            answers = iter(getattr(lm, asked[0][0].request_type)(list(itertools.chain(*asked))))
-        values: dict[str, list[Any]] = {}
-        for doc, requests in zip(docs, asked, strict=True):
-            with _explained(f"{where} an item"):
-                found = task.process_results(doc, [next(answers) for _ in requests])
-            for metric, value in found.items():
-                values.setdefault(metric, []).append(value)
+        named = {"tasks": {name: task}, "groups": {}, "group_map": {}}
+        with _fast_templates(), _explained(f"{settings['data']}: lm-eval's {name} cannot use these items"):
+            samples = lm_eval.evaluate(lm, named, limit=self.limit, bootstrap_iters=0)["samples"][name]
+        samples.sort(key=lambda sample: sample["doc_id"])
+        docs = [sample["doc"] for sample in samples]
+        asked = [sample["arguments"] for sample in samples]
+        values = {
+            metric: [sample[metric] for sample in samples]
+            for metric in task.aggregation()
+            if metric in samples[0]
+        }
         metrics = {metric: _aggregate(task, metric, found) for metric, found in values.items()}
         over = {}
         if "word_perplexity" in values:
@@ -233,19 +281,35 @@ class _Suite:
             )
             nats = -sum(value for value, _ in values["word_perplexity"])
             metrics = {"token_perplexity": (math.exp(nats / over["tokens"]), None), **metrics}
-        return TaskResult(name, metrics, len(docs), _chance(name, docs, asked), settings, over)
+        accuracies = {metric: each for metric, each in values.items() if metric.startswith("acc")}
+        chance = _chance(name, docs, asked)
+        return TaskResult(name, metrics, len(docs), chance, settings, over, values=accuracies)
 
-    def _arithmark(self, benchmark: Benchmark) -> TaskResult:
-        rows, data = self.source.arithmark_rows(benchmark)
+    def _own(self, benchmark: Benchmark) -> Iterator[TaskResult]:
+        """A task that lm-eval does not have; its parts, if any, and their mean."""
+        rows, data = self.source.own_rows(benchmark, self.limit)
         settings = {"limit": self.limit, "lm_eval": None, **data}
-        if (known := self.known.get(benchmark.name)) and known.settings == settings:
-            return known
-        rows = rows[: self.limit]
-        with self._bar(benchmark.name, 4 * len(rows)) as on_scored:
-            right = arithmark.evaluate(self.net, self.tokenizer, rows, on_scored)
-        return TaskResult(
-            benchmark.name, {"acc": _mean_and_error(right)}, len(right), arithmark.CHANCE, settings
-        )
+        known = [one for one in self.known.values() if one.settings == settings and _is_of(benchmark, one)]
+        if any(one.task == benchmark.name and one.has_values for one in known):
+            yield from known
+            return
+        model = Model(self._ask(benchmark.name), self.tokenizer, self.net.config.max_position_embeddings)
+        found = [
+            _result(f"{benchmark.name}_{part}" if part else benchmark.name, measured, settings)
+            for part, measured in PROTOCOLS[benchmark.name](model, rows).items()
+        ]
+        yield from found
+        if benchmark.parts:
+            yield dataclasses.replace(_mean(benchmark.name, found), settings=settings)
+
+    def _ask(self, name: str) -> Callable[[Sequence[Request]], list[Score]]:
+        """What scores requests of a task, under a bar of its own."""
+
+        def ask(requests: Sequence[Request]) -> list[Score]:
+            with self._bar(name, len(requests)) as on_scored:
+                return score(self.net, requests, on_scored)
+
+        return ask
 
     @functools.cached_property
     def _lm(self) -> "AntLM":
@@ -285,14 +349,19 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _compiled_once() -> Iterator[None]:
-    """lm-eval compiles a template for every item: 29 % of the time in a part of BLiMP. Here only once."""
+def _fast_templates() -> Iterator[None]:
+    """lm-eval compiles a template for every item (29 % of the time in a part of BLiMP): here only once. And
+    its bars give way to ours."""
+    import lm_eval.api.task
     from lm_eval.utils import env
 
+    bar = lm_eval.api.task.tqdm
     env.from_string = functools.cache(env.from_string)
+    lm_eval.api.task.tqdm = functools.partial(bar, disable=True)
     try:
         yield
     finally:
+        lm_eval.api.task.tqdm = bar
         del env.from_string  # the method of its class is there again
 
 
@@ -301,9 +370,10 @@ def _explained(what: str) -> Iterator[None]:
     """Whatever goes wrong in a definition's templates and functions is the fault of the item."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{what} ({type(error).__name__}: {reason})") from error
+        raise UserError(f"{what} ({type(error).__name__}: {_first_line(error)})") from error
 
 
 @functools.cache
@@ -321,10 +391,10 @@ def _manager(folder: str) -> Any:
 
 def _parts(benchmark: Benchmark) -> list[str]:
     """lm-eval's names of what a row of the table consists of."""
-    if benchmark.name not in GROUPS:
+    if not benchmark.parts:
         return [benchmark.name]
     names = _manager(benchmark.folder).all_subtasks
-    return [name for name in names if name.startswith(GROUPS[benchmark.name])]
+    return [name for name in names if name.startswith(f"{benchmark.name}_")]
 
 
 def _load_task(folder: str, name: str, rows: list[dict[str, Any]] | None) -> Any:
@@ -360,18 +430,35 @@ def _with_rows(rows: list[dict[str, Any]], split: str) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=1)
-def _read_rows(path: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
+def _read_rows(path: Path, schema: type[Struct]) -> list[dict[str, Any]]:
     # The parts of MMLU share a file.
-    return items.read_rows(path, fields)
+    return items.read_rows(path, schema)
 
 
-def _hub_rows(path: str, split: str) -> list[dict[str, Any]]:
-    import datasets
+def _check_official(name: str, path: Path) -> None:
+    """Warn where a board's items are not those that the board publishes."""
+    if name in OFFICIAL and file_sha256(path) != OFFICIAL[name]:
+        warnings.warn(
+            f"{path} is not {name} as published (sha256 {OFFICIAL[name][:8]}...): scores do not compare",
+            stacklevel=2,
+        )
 
-    try:
-        return datasets.load_dataset(path, split=split).to_list()
-    except Exception as error:  # of the hub, the network, the data set's layout
-        raise _Missing(f"it cannot be loaded from the hub ({_first_line(error)})") from None
+
+def _is_of(benchmark: Benchmark, result: TaskResult) -> bool:
+    return result.task == benchmark.name or (benchmark.parts and result.task.startswith(f"{benchmark.name}_"))
+
+
+def _result(task: str, measured: Measured, settings: dict[str, Any]) -> TaskResult:
+    metrics: dict[str, tuple[float, float | None]] = {
+        **{metric: (value, None) for metric, value in measured.metrics.items()},
+        **{metric: _mean_and_error(values) for metric, values in measured.values.items()},
+    }
+    count = max((len(values) for values in measured.values.values()), default=1)
+    chance = next(iter(measured.chance.values()), None)
+    others = {metric: share for metric, share in measured.chance.items() if share != chance}
+    return TaskResult(
+        task, metrics, count, chance, settings, measured.over, others, measured.baselines, measured.values
+    )
 
 
 def _first_line(error: BaseException) -> str:
@@ -402,16 +489,20 @@ def _mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def _mean(name: str, parts: list[TaskResult]) -> TaskResult:
-    """Of the parts, as lm-eval takes it: in BLiMP all weigh the same, in MMLU all items do."""
-    values, errors = np.array([part.metrics["acc"] for part in parts], dtype=float).T  # None becomes nan
+    """Of the parts, as lm-eval takes it: in MMLU all items weigh the same, else all parts do."""
     sizes = np.array([part.items for part in parts], dtype=float)
-    shares = np.ones_like(sizes) if name == "blimp" else sizes
+    shares = sizes if name == "mmlu" else np.ones_like(sizes)
     weights = shares / shares.sum()
-    error = float(np.sqrt((weights**2 * errors**2).sum()))
+    metrics = {}
+    for metric in parts[0].metrics:
+        values, errors = np.array([part.metrics[metric] for part in parts], dtype=float).T  # None becomes nan
+        error = float(np.sqrt((weights**2 * errors**2).sum()))
+        metrics[metric] = (float(weights @ values), None if math.isnan(error) else error)
     chance = float(weights @ [part.chance for part in parts])
     settings = {**parts[0].settings, "data": f"{len(parts)} parts", "sha256": None}
-    accuracy = (float(weights @ values), None if math.isnan(error) else error)
-    return TaskResult(name, {"acc": accuracy}, int(sizes.sum()), chance, settings)
+    return TaskResult(
+        name, metrics, int(sizes.sum()), chance, settings, chance_by_metric=parts[0].chance_by_metric
+    )
 
 
 def _chance(name: str, docs: list[Any], asked: list[list[Any]]) -> float | None:
