@@ -121,12 +121,11 @@ def _arms(op: str) -> dict[str, Callable]:
 
 def _ours(op: str, backend: str) -> Callable:
     def call(*inputs):
-        out = getattr(kernels, op)(*inputs, backend=backend)
-        if out is None:  # mlp, which a backend need not have, or be fast at
-            module = importlib.import_module(f"ant5m.kernels.{backend}")
-            reason = module.why_not(op, *inputs) if hasattr(module, op) else None
-            raise NotImplementedError(reason or f"there is no {op}")
-        return out
+        function = getattr(kernels, op)
+        reason = function.unsupported_reason(backend, *inputs)
+        if reason is not None:  # an op that a backend need not have, or be fast at
+            raise NotImplementedError(reason)
+        return function(*inputs, backend=backend)
 
     return call
 

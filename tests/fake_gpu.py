@@ -23,8 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-from ant5m import kernels  # noqa: E402
-from ant5m.kernels import check, cuda, triton  # noqa: E402
+from ant5m.kernels import check, cuda, dispatch, triton  # noqa: E402
 from ant5m.model.ant import Ant  # noqa: E402
 from ant5m.model.config_file import load_config  # noqa: E402
 from ant5m.train import step as module  # noqa: E402
@@ -54,12 +53,11 @@ class Ours(TorchDispatchMode):
 
 def pretend(capability):
     """What a GPU of this compute capability would say."""
-    kernels._capability = lambda device: capability
-    triton._machine_refuses = lambda op, *_: (
-        "no" if capability < (8, 0) and op in ("attention", "mlp") else None
-    )
+    dispatch._capability = lambda device: capability
+    triton._machine_refuses = lambda *_: None
+    triton._no_tensor_cores = lambda *_: "no" if capability < (8, 0) else None
     cuda._machine_refuses = lambda *_: None
-    check.failure = lambda *_, **__: None
+    check.unsupported_reason = lambda *_: None
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.cuda.is_bf16_supported = lambda *_, **__: True
     # torch's fused AdamW has no fake kernel. It is torch's, and all that we give to it is on the device.

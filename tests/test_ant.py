@@ -5,9 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ant5m import kernels
 from ant5m.errors import UserError
-from ant5m.model import ant
+from ant5m.kernels import dispatch, ops
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
 
@@ -24,7 +23,7 @@ SHAPE = ModelConfig(
 
 @pytest.fixture(autouse=True)
 def reference(monkeypatch):
-    monkeypatch.setattr(kernels, "_selected", "reference")
+    monkeypatch.setattr(dispatch, "_selected", "reference")
 
 
 HALF_ON_GPU = SimpleNamespace(is_cuda=True, itemsize=2)
@@ -33,14 +32,14 @@ HALF_ON_GPU = SimpleNamespace(is_cuda=True, itemsize=2)
 def test_products_are_padded_to_whole_16_bytes_on_a_gpu_in_16_bits():
     for width, padded in {516: 520, 384: 384, 1: 8}.items():
         weights = torch.ones(width, 4), torch.ones(width, 4), torch.ones(4, width)
-        wide = ant._whole_vectors(HALF_ON_GPU, *weights)
+        wide = ops._whole_vectors(HALF_ON_GPU, *weights)
         assert [tuple(w.shape) for w in wide] == [(padded, 4), (padded, 4), (4, padded)]
         assert all(w.sum() == 4 * width for w in wide)
         for elsewhere in (
             SimpleNamespace(is_cuda=False, itemsize=2),
             SimpleNamespace(is_cuda=True, itemsize=4),
         ):
-            assert ant._whole_vectors(elsewhere, *weights) == weights
+            assert ops._whole_vectors(elsewhere, *weights) == weights
 
 
 def test_padding_changes_no_number(monkeypatch):
@@ -53,8 +52,8 @@ def test_padding_changes_no_number(monkeypatch):
         loss = net(ids, ids)
         return [net(ids), *torch.autograd.grad(loss, list(net.parameters()))]
 
-    plain, widen = results(), ant._whole_vectors
-    monkeypatch.setattr(ant, "_whole_vectors", lambda x, *weights: widen(HALF_ON_GPU, *weights))
+    plain, widen = results(), ops._whole_vectors
+    monkeypatch.setattr(ops, "_whole_vectors", lambda x, *weights: widen(HALF_ON_GPU, *weights))
     for got, expected in zip(results(), plain, strict=True):
         assert got.shape == expected.shape
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)

@@ -10,7 +10,7 @@ import torch
 
 from ant5m import kernels
 from ant5m.errors import UserError
-from ant5m.kernels import check, cuda
+from ant5m.kernels import check, cuda, dispatch, reference
 from ant5m.kernels.cuda import compiler, runtime
 from ant5m.kernels.cuda.compiler import Compiler
 
@@ -90,9 +90,9 @@ def test_without_a_compiler_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setattr(compiler, "available", lambda: None)
     with pytest.raises(UserError, match=r"neither NVRTC \(pip install nvidia-cuda-nvrtc\) nor nvcc"):
         compiler.binary(*SWIGLU, "sm_75")
-    assert "neither NVRTC" in runtime.why_not()
+    assert "neither NVRTC" in runtime.unsupported_reason()
     monkeypatch.setattr(runtime, "ObjectCode", None)
-    assert "pip install 'ant5m[cuda]'" in runtime.why_not()
+    assert "pip install 'ant5m[cuda]'" in runtime.unsupported_reason()
 
 
 @needs_nvrtc
@@ -111,10 +111,11 @@ def test_a_source_that_does_not_compile_is_one_line_and_the_next_backend(sources
 
     monkeypatch.setattr(check, "_found", {})
     monkeypatch.setattr(cuda, "_device_refuses", lambda *tensors: None)
-    monkeypatch.setattr(kernels, "_order", lambda device: ("cuda", "reference"))
+    monkeypatch.setattr(dispatch, "order", lambda device: ("cuda", "reference"))
+    monkeypatch.setattr(check, "_is_checked", lambda device: True)
     x = torch.randn(3, 520).half()
     with runtime.launched_by(compile_only), pytest.warns(UserWarning, match="cannot compile swiglu.cu"):
-        assert kernels._pick("swiglu", None, x, x).__name__ == "ant5m.kernels.reference"
+        assert torch.equal(kernels.swiglu(x, x), reference.swiglu(x, x))
         with pytest.raises(UserError, match=r"'cuda' cannot run swiglu: .*cannot compile swiglu.cu"):
             kernels.swiglu(x, x, backend="cuda")
 
@@ -138,19 +139,18 @@ def test_a_wheel_has_the_sources(tmp_path):
     ],
 )
 def test_which_backend_comes_first_on_a_gpu(capability, order, monkeypatch):
-    monkeypatch.setattr(kernels, "_capability", lambda device: capability)
-    assert kernels._order(torch.device("cuda")) == order
-    assert kernels._order(torch.device("cpu"))[0] == "cpu" and kernels._order(torch.device("meta")) == (
-        "reference",
-    )
+    monkeypatch.setattr(dispatch, "_capability", lambda device: capability)
+    assert dispatch.order(torch.device("cuda")) == order
+    assert dispatch.order(torch.device("cpu"))[0] == "cpu"
+    assert dispatch.order(torch.device("meta")) == ("reference",)
 
 
 def test_the_line_for_people_asks_no_further_than_it_must(monkeypatch):
     """What is asked compiles kernels and tries them."""
     reasons = {"triton": {"attention": "no tensor cores"}, "reference": {}}
-    monkeypatch.setattr(kernels, "_selected", "auto")
-    monkeypatch.setattr(kernels, "_order", lambda device: ("triton", "reference", "cuda"))
-    monkeypatch.setattr(kernels, "_why_not", lambda op, name: reasons[name].get(op))
+    monkeypatch.setattr(dispatch, "_selected", "auto")
+    monkeypatch.setattr(dispatch, "order", lambda device: ("triton", "reference", "cuda"))
+    monkeypatch.setattr(dispatch, "_ready", lambda op, name: reasons[name].get(op.name))
     line = kernels.describe("cuda")
     assert "attention on reference, swiglu on triton" in line and line.endswith("(no tensor cores)")
 
@@ -160,25 +160,27 @@ def test_what_the_ops_refuse(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 0))
-    assert cuda.why_not("rope") == "it needs compute capability 7.5, this device has 7.0"
-    assert cuda.why_not("swiglu", torch.zeros(2, 4)) == "the tensors are on cpu"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    monkeypatch.setattr(runtime, "why_not", lambda: None)
-    monkeypatch.setattr(check, "failure", lambda *_, **__: None)
-    monkeypatch.setattr(cuda, "_device_refuses", lambda *tensors: None)
     half, full, bf16 = (torch.zeros(1, 4, 2, 16, dtype=t) for t in (torch.half, torch.float, torch.bfloat16))
-    assert cuda.why_not("attention", half, half, half, torch.zeros(1, 4, dtype=torch.long)) is None
-    assert cuda.why_not("attention", full, full, full) == "it takes fp16, not float32"
-    assert cuda.why_not("rope", bf16, bf16) == "it takes fp16 or fp32, not bfloat16"
-    assert "differ in dtype" in cuda.why_not("swiglu", half, full)
+
+    def refuses(op, *arguments):
+        return getattr(kernels, op).unsupported_reason("cuda", *arguments)
+
+    assert refuses("swiglu", full, full) == "it needs compute capability 7.5, this device has 7.0"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(runtime, "unsupported_reason", lambda: None)
+    assert refuses("swiglu", full, full) == "the tensors are on cpu"
+    monkeypatch.setattr(cuda, "_device_refuses", lambda tensors: None)
+    assert refuses("attention", half, half, half, torch.zeros(1, 4, dtype=torch.long)) is None
+    assert refuses("attention", full, full, full) == "it takes fp16, not float32"
+    assert refuses("rope", bf16, bf16, full, full) == "it takes fp16 or fp32, not bfloat16"
     wide = torch.zeros(1, 4, 2, 128).half()
-    assert cuda.why_not("attention", wide, wide, wide) == "it takes head sizes 16, 32, 64, not 128"
-    assert "differ in length" in cuda.why_not("attention", half, half[:, :2], half[:, :2])
-    assert "up to 1,024 elements" in cuda.why_not("rms_norm", torch.zeros(1, 1_025), torch.zeros(1_025))
-    assert "up to 65,536 entries" in cuda.why_not(
-        "linear_cross_entropy", torch.zeros(1, 8).half(), torch.zeros(65_537, 8).half()
-    )
+    assert refuses("attention", wide, wide, wide) == "it takes head sizes 16, 32, 64, not 128"
+    assert "up to 1,024 elements" in refuses("rms_norm", torch.zeros(1, 1_025), torch.zeros(1_025))
+    hidden, vocabulary = torch.zeros(1, 8).half(), torch.zeros(65_537, 8).half()
+    targets = torch.zeros(1, dtype=torch.long)
+    assert "up to 65,536 entries" in refuses("linear_cross_entropy", hidden, vocabulary, targets)
     weight = torch.zeros(512, 256)
-    assert "64 or 128 channels" in cuda.why_not("mlp", torch.zeros(1, 256).half(), weight, weight, weight.T)
+    assert "64 or 128 channels" in refuses("mlp", torch.zeros(1, 256).half(), weight, weight, weight.T)
     with torch.autocast("cpu", torch.bfloat16):
-        assert cuda.why_not("swiglu", half, half) == "it takes fp16 or fp32, not bfloat16"
+        assert refuses("swiglu", half, half) == "it takes fp16 or fp32, not bfloat16"
+    assert refuses("linear", full, full) == "it has no linear"

@@ -5,7 +5,6 @@ Run on an H200 (torch 2.11, Triton 3.6) on 2026-11-26.
 
 import copy
 import dataclasses
-import importlib
 import itertools
 
 import pytest
@@ -13,7 +12,9 @@ import torch
 from test_train import config, material  # noqa: F401  (fixtures)
 
 from ant5m import kernels
-from ant5m.kernels import check, reference
+from ant5m.kernels import reference
+from ant5m.kernels.registry import OPS
+from ant5m.kernels.samples import Draw, Sizes
 from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import latest_checkpoint
 from ant5m.model.config import PRESETS
@@ -81,48 +82,39 @@ def test_auto_says_what_runs_where_and_triton_passes_its_check(capsys):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_backend_passes_its_check_at_every_preset(preset, dtype):
-    shape, device = PRESETS[preset], torch.device("cuda", torch.cuda.current_device())
-    heads = shape.num_attention_heads, shape.num_key_value_heads, shape.head_size
-    sizes = {
-        "rms_norm": [(shape.hidden_size,)],
-        "rope": [heads],
-        "rope_qkv": [heads],
-        "attention": [(*heads, False), (*heads, True)],
-        "swiglu": [(shape.intermediate_size,)],
-        "linear_cross_entropy": [(shape.vocab_size, shape.hidden_size)],
-        "mlp": [(shape.intermediate_size, shape.hidden_size)],
-    }
-    for op, some in itertools.chain(*([(op, some) for some in kinds] for op, kinds in sizes.items())):
-        check_backends(op, some, device, dtype)
-
-
-def check_backends(op, sizes, device, dtype):
-    tensors = [x.to(device, dtype) for x in check._inputs(op, sizes)]
-    if op == "attention" and sizes[3]:
-        tensors.append(torch.zeros(2, tensors[0].shape[1], dtype=torch.int64, device=device))
-    for backend in set(kernels.BACKENDS) - {"reference"}:
-        module = importlib.import_module(f"ant5m.kernels.{backend}")
-        if not hasattr(module, op):
-            continue
-        reason = module.why_not(op, *tensors[: 2 if op == "rms_norm" else None])
+@pytest.mark.parametrize("name", (*kernels.OPS, "rope_packed", "mlp"))
+def test_every_backend_passes_its_check_at_every_preset(name, preset, dtype):
+    op, device = OPS[name], torch.device("cuda", torch.cuda.current_device())
+    for backend, arguments in itertools.product(("triton", "cuda"), op.samples(drawn(preset, dtype, device))):
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            reason = op.unsupported_reason(backend, *arguments)
         assert reason is None or "failed its check" not in reason, backend
-        if reason is None:
-            assert check._compare(module, op, device, dtype, sizes) is None, backend
+
+
+def drawn(preset, dtype, device):
+    shape = PRESETS[preset]
+    sizes = Sizes(
+        hidden=shape.hidden_size,
+        intermediate=shape.intermediate_size,
+        heads=shape.num_attention_heads,
+        kv_heads=shape.num_key_value_heads,
+        head_size=shape.head_size,
+        vocab=shape.vocab_size,
+    )
+    return Draw(sizes, dtype, device)
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_swiglu_block_is_used_where_it_is_faster(preset, backend, capsys):
     """And says how long it takes, and what it stands for, where it is not."""
-    shape, dtype = PRESETS[preset], torch.float16 if backend == "cuda" else native_half()
-    width, size = shape.intermediate_size + -shape.intermediate_size % 8, shape.hidden_size
-    shapes = (1_024, size), (width, size), (width, size), (size, width)
-    tensors = [torch.zeros(shape, device="cuda", dtype=dtype) for shape in shapes]
-    reason = importlib.import_module(f"ant5m.kernels.{backend}").why_not("mlp", *tensors)
+    dtype = torch.float16 if backend == "cuda" else native_half()
+    (arguments,) = kernels.mlp.samples(drawn(preset, dtype, "cuda"))
+    reason = kernels.mlp.unsupported_reason(backend, *arguments)
     with capsys.disabled():
         print(f"\n{preset}, {backend}: {reason or 'mlp is faster than what it stands for'}")
-    assert (kernels.mlp(*tensors, backend=backend) is None) == (reason is not None)
+    assert reason is None or "takes" in reason or "could not be timed" in reason
+    assert kernels.mlp(*arguments, backend=backend).shape == arguments[0].shape
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "auto"])

@@ -1,69 +1,75 @@
 """The check that a backend must pass on a device: it sees what is wrong, runs once, and leaves no trace."""
 
-import sys
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ant5m import kernels
-from ant5m.kernels import check, reference
+from ant5m.kernels import check, registry
+from ant5m.kernels.dispatch import Implementation
+from ant5m.kernels.samples import Draw, Sizes, tensors_of, with_tensors
 
-SIZES = {
-    "rms_norm": [(2, 5, 8), (8,)],
-    "rope": [(2, 5, 4, 8), (2, 5, 2, 8)],
-    "rope_qkv": [(2, 5, 4, 8), (2, 5, 2, 8), (2, 5, 2, 8)],
-    "attention": [(2, 5, 4, 8), (2, 5, 2, 8), (2, 5, 2, 8)],
-    "swiglu": [(2, 5, 12), (2, 5, 12)],
-    "linear_cross_entropy": [(10, 8), (30, 8)],
-}
+SMALL = Sizes(batch=2, length=5, hidden=8, intermediate=12, heads=4, kv_heads=2, head_size=8, vocab=30)
+CHECKED = (*kernels.OPS, "rope_packed", "mlp")
+fp32, fp16, bf16 = torch.float32, torch.float16, torch.bfloat16
 
 
-def rope_qkv(qkv, cos, sin, heads):
-    q, k, v = qkv.unflatten(-1, (sum(heads), -1)).split(heads, 2)
-    return *reference.rope(q, k, cos, sin), v
+def composition(name):
+    return lambda *arguments: registry.OPS[name].composition(*arguments, backend="reference")
 
 
 @pytest.fixture
 def backend(monkeypatch):
-    """The reference under another name, in which a test breaks something."""
-    module = ModuleType("tried_backend")
-    for op in kernels.OPS:
-        setattr(module, op, getattr(reference, op))
-    module.rope_qkv = rope_qkv
-    monkeypatch.setitem(sys.modules, "tried_backend", module)
+    """The reference under another name, checked on the CPU, in which a test breaks something."""
+    module = SimpleNamespace(
+        IMPLEMENTATIONS={name: Implementation(composition(name)) for name in CHECKED},
+        unsupported_reason=lambda tensors: None,
+    )
+    monkeypatch.setitem(registry._modules, "tried", module)
+    monkeypatch.setattr(check, "_is_checked", lambda device: True)
     monkeypatch.setattr(check, "_found", {})
+    monkeypatch.setattr(check, "_choices", {})
     return module
 
 
-def tensors(op, dtype=torch.float32):
-    return [torch.empty(shape, dtype=dtype) for shape in SIZES[op]]
+def samples(name, dtype=fp32):
+    return registry.OPS[name].samples(Draw(SMALL, dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("op", SIZES)
-def test_what_is_right_passes(op, dtype, backend):
+def ask(name, arguments):
+    return registry.OPS[name].unsupported_reason("tried", *arguments)
+
+
+@pytest.mark.parametrize("dtype", [fp32, fp16, bf16])
+@pytest.mark.parametrize("name", CHECKED)
+def test_what_is_right_passes(name, dtype, backend):
     state = torch.get_rng_state()
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        assert check.failure(backend, op, *tensors(op, dtype)) is None
-    assert torch.equal(state, torch.get_rng_state())
-    if op == "attention":
-        assert check.failure(backend, op, *tensors(op, dtype), torch.zeros(2, 5)) is None
-        assert len(check._found) == 2
+    given = samples(name, dtype)
+    with torch.inference_mode(), torch.autocast("cpu", bf16 if dtype == fp32 else dtype):
+        assert [ask(name, arguments) for arguments in given] == [None] * len(given)
+    assert torch.equal(state, torch.get_rng_state()) and len(check._found) == len(given)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_norm_is_tried_in_the_dtypes_of_training(dtype, backend):
+@pytest.mark.parametrize("autocast", [None, fp16, bf16])
+@pytest.mark.parametrize("dtype", [fp32, fp16])
+@pytest.mark.parametrize("name", ["rms_norm", "linear_cross_entropy"])
+def test_an_op_is_tried_as_it_is_called(name, dtype, autocast, backend):
+    """In the dtypes of all tensors, and under the autocast that is on: each is another check."""
     seen = []
 
-    def rms_norm(x, weight, eps, residual):
-        seen.append((x.dtype, weight.dtype, residual.dtype, torch.get_autocast_dtype("cpu")))
-        assert torch.is_autocast_enabled("cpu")
-        return reference.rms_norm(x, weight, eps, residual)
+    def spy(*arguments):
+        on = torch.is_autocast_enabled("cpu")
+        kinds = [x.dtype for x in tensors_of(arguments)]
+        seen.append((kinds, torch.get_autocast_dtype("cpu") if on else None))
+        return composition(name)(*arguments)
 
-    backend.rms_norm = rms_norm
-    assert check.failure(backend, "rms_norm", *tensors("rms_norm", dtype)) is None
-    assert seen == [(dtype, torch.float32, torch.float32, dtype)]
+    backend.IMPLEMENTATIONS[name] = Implementation(spy)
+    given = samples(name, dtype)[-1]
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        assert ask(name, given) is None
+    assert seen == [([x.dtype for x in tensors_of(given)], autocast)]
+    assert ask(name, given) is None and len(seen) == (1 if autocast is None else 2)
 
 
 class Halved(torch.autograd.Function):
@@ -85,17 +91,25 @@ BROKEN = {
 }
 
 
+@pytest.mark.parametrize("dtype", [fp32, fp16, bf16])
 @pytest.mark.parametrize("what", BROKEN)
-@pytest.mark.parametrize("op", kernels.OPS)
-def test_what_is_wrong_fails(op, what, backend):
-    def broken(*inputs):
-        out = getattr(reference, op)(*inputs)
+@pytest.mark.parametrize("name", CHECKED)
+def test_what_is_wrong_fails(name, what, dtype, backend):
+    def broken(*arguments):
+        out = composition(name)(*arguments)
         return (*out[:-1], BROKEN[what](out[-1])) if isinstance(out, tuple) else BROKEN[what](out)
 
-    setattr(backend, op, broken)
-    with pytest.warns(UserWarning, match="tried_backend"):
-        reason = check.failure(backend, op, *tensors(op))
-    assert reason.startswith(f"{op} failed its check on this device: off by ")
+    backend.IMPLEMENTATIONS[name] = Implementation(broken)
+    with pytest.warns(UserWarning, match="tried: "):
+        reason = ask(name, samples(name, dtype)[-1])
+    assert reason.startswith(f"{name} failed its check on this device: off by ")
+
+
+def test_sixteen_bits_of_autocast_are_no_reason(backend):
+    """fp32 tensors whose products autocast rounds are compared as 16 bits are."""
+    name, given = "linear_cross_entropy", samples("linear_cross_entropy")[0]
+    with torch.autocast("cpu", bf16):
+        assert ask(name, given) is None
 
 
 def test_an_error_is_a_reason_and_the_check_runs_once(backend):
@@ -105,79 +119,100 @@ def test_an_error_is_a_reason_and_the_check_runs_once(backend):
         calls.append(gate.shape)
         raise RuntimeError("no kernel image\nis available")
 
-    backend.swiglu = fails
+    backend.IMPLEMENTATIONS["swiglu"] = Implementation(fails)
     with pytest.warns(UserWarning, match="no kernel image"):
-        reasons = [check.failure(backend, "swiglu", *tensors("swiglu")) for _ in range(3)]
+        reasons = [ask("swiglu", samples("swiglu")[0]) for _ in range(3)]
     assert set(reasons) == {"swiglu failed its check on this device: RuntimeError: no kernel image"}
     assert len(calls) == 1
 
 
-MLP = [(10, 8), (12, 8), (12, 8), (8, 12)]
+def test_a_backend_is_asked_before_it_is_tried(backend):
+    backend.IMPLEMENTATIONS["swiglu"] = Implementation(None, lambda gate, up: "too narrow")
+    assert ask("swiglu", samples("swiglu")[0]) == "too narrow"
+    backend.unsupported_reason = lambda tensors: f"not {len(tensors)} tensors"
+    assert ask("swiglu", samples("swiglu")[0]) == "not 2 tensors"
+    assert not check._found
 
 
 @pytest.fixture
-def with_mlp(backend, monkeypatch):
-    """A backend with a SwiGLU block, and how long that and what it stands for shall take."""
-    backend.mlp = lambda x, gate, up, down: (reference.swiglu(x @ gate.T, x @ up.T)) @ down.T
+def clock(backend, monkeypatch):
+    """How long the block and what it stands for shall take, and what was timed."""
+    block = composition("mlp")
+    backend.IMPLEMENTATIONS["mlp"] = Implementation(block, timed=True)
     took, timed = {"block": [], "products": []}, []
 
-    def milliseconds(way, leaves, dy):
-        timed.append(torch.autograd.grad(way(*leaves), leaves, dy))
-        return took["block" if way is backend.mlp else "products"].pop(0)
+    def milliseconds(way, arguments, leaves, dy, device):
+        timed.append(torch.autograd.grad(way(*arguments), leaves, dy))
+        return took["block" if way is block else "products"].pop(0)
 
     monkeypatch.setattr(check, "_milliseconds", milliseconds)
-    monkeypatch.setattr(check, "_TIMED_TOKENS", 50)
+    monkeypatch.setattr(check, "_TIMED", {"batch": 5, "length": 10})
     return took, timed
 
 
 @pytest.mark.parametrize("block", [[3.0, 1.0, 2.0], [3.0, 1.6, 2.0]])
-def test_a_block_is_used_where_it_is_faster_than_what_it_stands_for(block, backend, with_mlp):
-    took, timed = with_mlp
+def test_a_block_is_used_where_it_is_faster_than_what_it_stands_for(block, backend, clock):
+    took, timed = clock
     took.update(block=[*block], products=[9.0, 1.5, 1.6])
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        reason = check._too_slow(backend, torch.device("cpu"), torch.float32, 12, 8)
+    with torch.inference_mode():
+        reason = ask("mlp", samples("mlp")[0])
     assert reason == (None if 1.0 in block else "mlp takes 1.600 ms on this device, what it stands for 1.500")
     assert len(timed) == 6
     for one, other in zip(timed[0], timed[1], strict=True):
-        assert one.shape == other.shape and one.shape[0] in (50, 16, 8)  # 12 columns become 16
+        assert one.shape == other.shape and one.shape[0] in (5, 12, 8)
         torch.testing.assert_close(one, other)
 
 
-def test_a_block_that_fits_where_nothing_else_does_is_used(backend, with_mlp, monkeypatch):
+def test_a_choice_by_stopwatch_is_kept(backend, clock, monkeypatch):
+    """For every later call, and for whoever goes on with the run, whatever a clock would say then."""
+    took, timed = clock
+    took.update(block=[1.0] * 3, products=[2.0] * 3)
+    given = samples("mlp")[0]
+    assert ask("mlp", given) is None and ask("mlp", given) is None and len(timed) == 6
+    kept = kernels.choices()
+    assert kept == {"tried mlp on cpu in float32: hidden 8, intermediate 12": "faster"}
+    monkeypatch.setattr(check, "_choices", {})
+    monkeypatch.setattr(check, "_found", {})
+    took.update(block=[2.0] * 3, products=[1.0] * 3)
+    kernels.restore(kept)
+    assert ask("mlp", given) is None and len(timed) == 6
+    kernels.restore(dict.fromkeys(kept, "mlp takes too long"))
+    assert ask("mlp", given) == "mlp takes too long" and len(timed) == 6
+    wide = with_tensors(given, [x.half() for x in tensors_of(given)])
+    assert ask("mlp", wide).startswith("mlp takes 2.000 ms") and len(timed) == 12
+
+
+def test_a_block_that_fits_where_nothing_else_does_is_used(backend, clock, monkeypatch):
     def fails(*_):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(check, "_milliseconds", fails)
-    assert check._too_slow(backend, torch.device("cpu"), torch.float32, 12, 8) is None
+    assert ask("mlp", samples("mlp")[0]) is None
 
 
-def test_a_block_that_fails_at_full_size_is_not_used(backend, with_mlp, monkeypatch):
+def test_a_block_that_fails_at_full_size_is_not_used(backend, clock, monkeypatch):
     def fails(*_):
         raise RuntimeError("invalid argument\nin a launch")
 
     monkeypatch.setattr(check, "_milliseconds", fails)
-    reason = check._too_slow(backend, torch.device("cpu"), torch.float32, 12, 8)
+    reason = ask("mlp", samples("mlp")[0])
     assert reason == "mlp could not be timed on this device: RuntimeError: invalid argument"
 
 
-def test_the_clock_is_asked_on_a_gpu_only_and_once(backend, with_mlp, monkeypatch):
-    asked = []
-    monkeypatch.setattr(check, "_too_slow", lambda *given: asked.append(given) or "slow")
-    tensors = [torch.empty(shape) for shape in MLP]
-    assert check.failure(backend, "mlp", *tensors) is None and not asked
-    monkeypatch.setattr(check, "_compare", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    device = torch.device("cuda", 0)
-    for _ in range(2):
-        assert check._failure("tried_backend", "mlp", device, torch.float16, (12, 8)) == "slow"
-    assert check._failure("tried_backend", "swiglu", device, torch.float16, (12,)) is None
-    assert asked == [(backend, device, torch.float16, 12, 8)]
+def test_only_what_is_timed_asks_the_clock(backend, clock):
+    assert ask("swiglu", samples("swiglu")[0]) is None
+    assert not clock[1] and not kernels.choices()
+
+
+def test_on_a_cpu_nothing_is_checked(backend, monkeypatch):
+    monkeypatch.undo()
+    assert kernels.swiglu.unsupported_reason("cpu", *samples("swiglu")[0]) is None and not check._found
 
 
 def test_torch_compile_checks_while_it_traces(backend):
     def function(gate, up):
-        return gate if check.failure(backend, "swiglu", gate, up) else backend.swiglu(gate, up)
+        return gate if ask("swiglu", (gate, up)) else composition("swiglu")(gate, up)
 
     inputs = [torch.randn(2, 5, 12) for _ in range(2)]
     compiled = torch.compile(function, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(*inputs), reference.swiglu(*inputs)) and len(check._found) == 1
+    assert torch.equal(compiled(*inputs), composition("swiglu")(*inputs)) and len(check._found) == 1

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ant5m import _cpu, kernels
-from ant5m.kernels import cpu, reference
+from ant5m.kernels import cpu, dispatch, reference
 from ant5m.kernels.cpu import bf16
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
@@ -293,10 +293,10 @@ class TestQKVRope:
         assert_true("qkv_rope", wide[..., ::2], weight, *angles(9, 8), [8, 2, 2])
 
     def test_not_under_autocast(self):
-        x, weight, rotation = draw(1, 3, 8), draw(12, 8), angles(3, 2)
-        assert kernels.qkv_rope(x, weight, *rotation, [1, 1, 1], backend="cpu") is not None
+        inputs = draw(1, 3, 8), draw(12, 8), *angles(3, 2), [1, 1, 1]
+        assert kernels.qkv_rope.unsupported_reason("cpu", *inputs) is None
         with torch.autocast("cpu", torch.bfloat16):
-            assert kernels.qkv_rope(x, weight, *rotation, [1, 1, 1], backend="cpu") is None
+            assert "autocast" in kernels.qkv_rope.unsupported_reason("cpu", *inputs)
 
 
 @pytest.mark.usefixtures("instruction_set")
@@ -333,10 +333,10 @@ class TestMLP:
 
         x = draw(2, 9, 256)
         assert torch.equal(kernels.mlp(x, *weights(256), backend="cpu"), cpu.mlp(x, *weights(256)))
-        assert kernels.mlp(draw(2, 9, 257), *weights(257), backend="cpu") is None
-        assert kernels.mlp(x, *weights(256), backend="reference") is None
+        reason = kernels.mlp.unsupported_reason("cpu", draw(2, 9, 257), *weights(257))
+        assert reason == "it takes up to 256 channels, not 257"
         with torch.autocast("cpu", torch.bfloat16):
-            assert kernels.mlp(x, *weights(256), backend="cpu") is None
+            assert "autocast" in kernels.mlp.unsupported_reason("cpu", x, *weights(256))
 
     def test_strided_and_misaligned(self):
         x, weights = (
@@ -671,9 +671,8 @@ def test_it_is_what_auto_picks():
 
 
 def test_what_it_cannot_run_says_why():
-    assert "fp32" in cpu.why_not("swiglu", torch.zeros(2, dtype=torch.float64))
-    assert "meta" in cpu.why_not("swiglu", torch.zeros(2, device="meta"))
-    assert "as many keys" in cpu.why_not("attention", torch.zeros(1, 2, 1, 4), torch.zeros(1, 3, 1, 4))
+    assert "fp32" in cpu.unsupported_reason([torch.zeros(2, dtype=torch.float64)])
+    assert "meta" in cpu.unsupported_reason([torch.zeros(2, device="meta")])
 
 
 @pytest.mark.parametrize(
@@ -877,7 +876,7 @@ def test_bf16_tensors(name):
         return x.detach().float().requires_grad_() if isinstance(x, torch.Tensor) and x.requires_grad else x
 
     inputs = [halve(x) for x in BF16[name]()]
-    assert cpu.why_not(name, *(x for x in inputs[:2] if x.is_floating_point())) is None
+    assert getattr(kernels, name).unsupported_reason("cpu", *inputs) is None
     results = run(getattr(cpu, name), inputs)
     truth = run(getattr(cpu, name), [widen(x) for x in inputs])
     for got, expected in zip(results, truth, strict=True):
@@ -890,8 +889,7 @@ def test_a_model_under_bf16_autocast_runs_on_these_ops(monkeypatch):
     config = ModelConfig(97, 32, 44, 2, 4, 2, max_position_embeddings=24)
     torch.manual_seed(0)
     net, tokens = Ant(config), torch.arange(48).reshape(2, 24) % 97
-    for module in (kernels._load("reference"), kernels._load("triton")):
-        monkeypatch.setattr(module, "why_not", lambda op, *tensors: "not now")
+    monkeypatch.setattr(dispatch, "_selected", "cpu")
     exact = net(tokens, tokens.roll(-1))
     with torch.autocast("cpu", torch.bfloat16):
         loss = net(tokens, tokens.roll(-1))

@@ -39,7 +39,8 @@ from accuracy import (
 )
 
 from ant5m import kernels
-from ant5m.kernels import head, reference
+from ant5m.kernels import check as check_on_device
+from ant5m.kernels import dispatch, head, reference
 from ant5m.kernels import triton as ops
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
@@ -428,13 +429,16 @@ def test_results_repeat_to_the_bit():
 @pytest.mark.parametrize("half", [False, True])
 def test_torch_compile_takes_a_model_without_graph_breaks(half, monkeypatch):
     """Also what decides where an op runs is traced as if this were a GPU."""
-    monkeypatch.setattr(kernels, "_selected", "triton")
+    monkeypatch.setattr(dispatch, "_selected", "triton")
     if INTERPRETED:
         monkeypatch.setattr(ops.layout, "interpreted", lambda: False)
         monkeypatch.setattr(ops, "_on_gpu", lambda x: True)
-        monkeypatch.setattr(ops.check, "_compare", lambda *_: None)
+        monkeypatch.setattr(check_on_device, "_is_checked", lambda device: True)
+        monkeypatch.setattr(check_on_device.Trial, "failure", lambda self: None)
+        monkeypatch.setattr(check_on_device.Trial, "too_slow", lambda self: None)
         refuses_nothing = torch.compiler.assume_constant_result(lambda *_: None)
         monkeypatch.setattr(ops, "_machine_refuses", refuses_nothing)
+        monkeypatch.setattr(ops, "_no_tensor_cores", refuses_nothing)
         for file, told in {
             "attention": {"shared_memory": 227 << 10, "is_hopper": True},
             "linear_cross_entropy": {"shared_memory": 227 << 10, "has_tensor_cores": True},
@@ -488,21 +492,11 @@ def test_mlp_of_no_tokens_and_of_rows_with_gaps(monkeypatch):
     x, *weights = (draw(*s).half().requires_grad_() for s in ((0, 64), (12, 64), (12, 64), (64, 12)))
     padded = sys.modules["ant5m.kernels.triton.mlp"]._padded(x, *weights)
     assert [tuple(w.shape) for w in padded] == [(16, 64), (16, 64), (64, 16)], "rows of whole vectors"
-    padded = sys.modules["ant5m.kernels.triton.mlp"]._padded(x, *weights)
-    assert [tuple(w.shape) for w in padded] == [(16, 64), (16, 64), (64, 16)], "rows of whole vectors"
-    padded = sys.modules["ant5m.kernels.triton.mlp"]._padded(x, *weights)
-    assert [tuple(w.shape) for w in padded] == [(16, 64), (16, 64), (64, 16)], "rows of whole vectors"
-    padded = sys.modules["ant5m.kernels.triton.mlp"]._padded(x, *weights)
-    assert [tuple(w.shape) for w in padded] == [(16, 64), (16, 64), (64, 16)], "rows of whole vectors"
-    padded = sys.modules["ant5m.kernels.triton.mlp"]._padded(x, *weights)
-    assert [tuple(w.shape) for w in padded] == [(16, 64), (16, 64), (64, 16)], "rows of whole vectors"
-    padded = sys.modules["ant5m.kernels.triton.mlp"]._padded(x, *weights)
-    assert [tuple(w.shape) for w in padded] == [(16, 64), (16, 64), (64, 16)], "rows of whole vectors"
     out = ops.mlp(x, *weights)
     assert out.shape == (0, 64)
     assert not any(g.any() for g in torch.autograd.grad(out.sum(), weights))
-    assert "64, 128, 256 channels, not 32" in ops.why_not("mlp", x[:, :32], *weights)
-    assert "not torch.float32" in ops.why_not("mlp", x.float(), *weights)
+    assert "64, 128, 256 channels, not 32" in refuses("mlp", x[:, :32], *(w[:, :32] for w in weights))
+    assert "not torch.float32" in refuses("mlp", x.float(), *weights)
 
 
 @runs_here
@@ -542,7 +536,7 @@ def test_training_follows_the_reference(monkeypatch):
     steps = 200 if DEVICE == "cuda" else 24
 
     def losses(backend):
-        monkeypatch.setattr(kernels, "_selected", backend)
+        monkeypatch.setattr(dispatch, "_selected", backend)
         torch.manual_seed(0)
         net = Ant(SMALL).to(DEVICE)
         step = make_step(Step(net, Optimizer(net, "adamw", 4e-3), Schedule(steps), micro_batch_size=2))
@@ -563,15 +557,18 @@ def test_a_step_in_half_precision_inside_documents(hidden_size, precision, monke
     """Every mixture of dtypes that a step makes: copies, norms on an fp32 stream, a scaled loss. 64 channels:
     the SwiGLU block is one op, of a width that the copies make a multiple of 8."""
     shape = dataclasses.replace(SMALL, hidden_size=hidden_size, intermediate_size=44)
-    mlp, blocks = ops.mlp, []
-    monkeypatch.setattr(ops, "mlp", lambda *inputs: blocks.append(inputs[1].shape) or mlp(*inputs))
-    monkeypatch.setattr(ops.check, "_too_slow", lambda *_: None)
+    mlp, blocks = ops.IMPLEMENTATIONS["mlp"], []
+    watched = dataclasses.replace(
+        mlp, function=lambda *inputs: blocks.append(inputs[1].shape) or mlp.function(*inputs)
+    )
+    monkeypatch.setitem(ops.IMPLEMENTATIONS, "mlp", watched)
+    monkeypatch.setattr(check_on_device.Trial, "too_slow", lambda self: None)
     if DEVICE == "cuda" and precision == "bf16" and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("this device has no bf16")
     ids = torch.arange(2 * 17, device=DEVICE).view(2, 17) * 7 % 50
     found = []
     for backend in ("reference", "triton"):
-        monkeypatch.setattr(kernels, "_selected", backend)
+        monkeypatch.setattr(dispatch, "_selected", backend)
         torch.manual_seed(0)
         net = Ant(shape).to(DEVICE)
         scaler = LossScaler(DEVICE) if precision == "fp16" else None
@@ -691,35 +688,34 @@ def test_the_right_kernel_passes_what_wrong_ones_fail(name, tmp_path, monkeypatc
     _check_mutant(name, op, monkeypatch, module)
 
 
+def refuses(op, *arguments):
+    return getattr(kernels, op).unsupported_reason("triton", *arguments)
+
+
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="there is something to run on")
-def test_why_not_without_a_gpu():
-    assert {ops.why_not(op) for op in kernels.OPS} == {"there is no NVIDIA GPU"}
+def test_without_a_gpu():
+    assert {row["triton"] for row in kernels.available().values()} == {"there is no NVIDIA GPU"}
 
 
 @runs_here
-def test_why_not_by_shape_and_dtype():
+def test_what_it_refuses_by_shape_and_dtype():
     q, k = draw(1, 4, 2, 16), draw(1, 4, 1, 16)
-    assert ops.why_not("attention", q, k, k) is None
-    assert "head sizes 16, 32, 64, 128, not 24" in ops.why_not("attention", draw(1, 4, 2, 24), k, k)
-    assert "differ in dtype" in ops.why_not("attention", q.half(), k, k)
-    assert "differ in length" in ops.why_not("attention", q[:, 3:], k, k)
-    assert "not torch.float64" in ops.why_not("swiglu", q.double(), q.double())
-    assert "gate is torch.float16, up torch.float32" in ops.why_not("swiglu", q.half(), q)
-    assert "up to 65536 elements" in ops.why_not("rms_norm", draw(1, 65_537), draw(65_537))
+    assert refuses("attention", q, k, k) is None
+    assert "head sizes 16, 32, 64, 128, not 24" in refuses("attention", draw(1, 4, 2, 24), k, k)
+    assert "not torch.float64" in refuses("swiglu", q.double(), q.double())
+    assert "up to 65536 elements" in refuses("rms_norm", draw(1, 65_537), draw(65_537))
 
 
-def test_why_not_below_compute_capability_8(monkeypatch):
+def test_what_it_refuses_below_compute_capability_8(monkeypatch):
     monkeypatch.setattr(ops.layout, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    monkeypatch.setattr(ops.check, "failure", lambda *_, **__: None)
-    refused = {op: ops.why_not(op) for op in kernels.OPS if ops.why_not(op)}
-    assert list(refused) == ["attention"] and "(this device: 7.5)" in refused["attention"]
-    on_device = torch.empty(0, dtype=bf16, device="meta")
     monkeypatch.setattr(ops, "_on_gpu", lambda x: True)
-    assert "bf16 needs compute capability 8.0" in ops.why_not("swiglu", on_device, on_device)
-    monkeypatch.setattr(ops.check, "failure", lambda *_, **__: "it failed")
-    assert ops.why_not("swiglu", on_device.half(), on_device.half()) == ops.why_not("swiglu") == "it failed"
-    line = kernels.describe("cuda")
-    assert "all on reference" in line and "it failed" in line and "this device: 7.5" in line
+    q, half = draw(1, 4, 2, 16), draw(1, 4, 64).half()
+    assert "(this device: 7.5)" in refuses("attention", q, q, q)
+    assert "(this device: 7.5)" in refuses("mlp", half, *(draw(64, 64) for _ in range(3)))
+    assert refuses("swiglu", half, half) is None
+    assert "bf16 needs compute capability 8.0" in refuses("swiglu", half.bfloat16(), half.bfloat16())
+    monkeypatch.setattr(check_on_device, "unsupported_reason", lambda *_: "it failed")
+    assert refuses("swiglu", half, half) == "it failed"

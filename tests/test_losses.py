@@ -8,7 +8,7 @@ from test_step import NoWaiting, batches, make
 from test_train import config, material, of_kind  # noqa: F401  (fixtures)
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ant5m import kernels
+from ant5m.kernels import dispatch
 from ant5m.train import losses, plan, pretrain
 from ant5m.train.losses import (
     DAMPING,
@@ -138,7 +138,7 @@ def test_the_logits_never_exist_as_a_whole(kind):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("kind", ["unlikelihood", "ditto"])
 def test_a_step_tells_the_cross_entropy_follows_both_and_waits_for_nothing(kind, precision, monkeypatch):
-    monkeypatch.setattr(kernels, "_selected", "reference")
+    monkeypatch.setattr(dispatch, "_selected", "reference")
     plain, steered = make(precision=precision), make(precision=precision)
     steered.loop_loss = make_loop_loss(kind, 1.0)
     batch = batches(1)[0]

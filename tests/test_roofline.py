@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ant5m import kernels
+from ant5m.kernels import dispatch
 from ant5m.model.ant import Ant
 from ant5m.model.config import PRESETS, ModelConfig
 from ant5m.model.doctor import count_flops
@@ -85,7 +85,7 @@ def test_traced_products_are_those_of_the_formulas(traces, arm):
 
 
 def test_traced_products_are_those_that_torch_counts(traces, monkeypatch):
-    monkeypatch.setattr(kernels, "_selected", "reference")
+    monkeypatch.setattr(dispatch, "_selected", "reference")
     net = Ant(TINY)
     ids = torch.zeros(STEP.batch_size, STEP.sequence_length, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:

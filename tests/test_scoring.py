@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from ant5m import kernels
 from ant5m.errors import UserError
 from ant5m.eval import scoring
 from ant5m.eval.scoring import Request, pack_requests, score
+from ant5m.kernels import dispatch, ops
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
 
@@ -62,10 +62,10 @@ def draw(seed: int) -> list[Request]:
 )
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_a_request_scores_as_it_does_alone(net, monkeypatch, backend, pack, batch, head):
-    monkeypatch.setattr(kernels, "_selected", backend)
+    monkeypatch.setattr(dispatch, "_selected", backend)
     monkeypatch.setattr(scoring, "_pack_tokens", lambda device: pack)
     monkeypatch.setattr(scoring, "BATCH_TOKENS", batch)
-    monkeypatch.setattr(scoring, "HEAD_ROWS", head)
+    monkeypatch.setattr(ops, "_LOGIT_ROWS", head)
     requests = draw(seed=pack)
     expected = [alone(net, request) for request in requests]
     found = score(net, requests)

@@ -11,10 +11,10 @@ from test_resume import fingerprint
 from test_train import config, material  # noqa: F401  (fixtures)
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ant5m import kernels
 from ant5m.data.loader import Loader, document_starts
 from ant5m.data.resident import ResidentTokens, fits
 from ant5m.data.shards import Tokens
+from ant5m.kernels import dispatch
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
 from ant5m.train import pretrain, trainer
@@ -48,7 +48,7 @@ WAITING = {
 @pytest.fixture(autouse=True)
 def reference(monkeypatch):
     """The kernels of the CPU may ask about values; what a GPU runs may not."""
-    monkeypatch.setattr(kernels, "_selected", "reference")
+    monkeypatch.setattr(dispatch, "_selected", "reference")
 
 
 class NoWaiting(TorchDispatchMode):

@@ -19,6 +19,7 @@ from ant5m.errors import UserError
 from ant5m.eval.perplexity import masks_documents, record
 from ant5m.export.card import card_of_run
 from ant5m.files import write_json
+from ant5m.kernels import dispatch
 from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import latest_checkpoint, load
 from ant5m.model.config import PRESETS, ModelConfig
@@ -138,7 +139,7 @@ def test_accumulation_is_one_batch(config, tmp_path):
 
 
 def test_the_cpu_kernels_follow_the_losses_of_the_reference(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(kernels, "_selected", "auto")  # put back afterwards
+    monkeypatch.setattr(dispatch, "_selected", "auto")  # put back afterwards
     losses = []
     for backend in ("reference", "cpu"):
         chosen = dataclasses.replace(

@@ -6,7 +6,6 @@ batch lie end to end, without padding, and only positions whose next token is as
 On a CPU a pack is as large as a batch: attention there skips what a position does not see.
 """
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ant5m import kernels
@@ -24,8 +22,6 @@ from ant5m.model.ant import Ant
 PACK_TOKENS = 128
 """behind so many a pack with a mask is closed, unless what would be computed again outweighs the mask"""
 BATCH_TOKENS = 2048
-HEAD_ROWS = 256
-"""logits [rows, vocabulary] alive at once"""
 
 
 class Request(NamedTuple):
@@ -154,45 +150,14 @@ def _batches(packs: Iterator[Pack]) -> Iterator[list[Pack]]:
 class _PackedBatch:
     """Stands in for the KV cache of `Body`: attention inside each pack, along its branches."""
 
-    def __init__(self, packs: list[Pack], group: int, like: Tensor) -> None:
-        self.packs = packs
-        self.sizes = [len(pack.ids) for pack in packs]
-        self.group = group
-        """query heads of a key/value head"""
-        self.like = like
+    def __init__(self, packs: list[Pack], device: torch.device) -> None:
         ends = [np.array(pack.ends) + offset for pack, offset in zip(packs, _offsets(packs), strict=True)]
-        self.ends = torch.from_numpy(np.concatenate(ends))[None].to(like.device)
-
-    @functools.cached_property
-    def masks(self) -> list[Tensor | None]:
-        return [_mask(pack, self.group, self.like) for pack in self.packs]
+        sizes = [len(pack.ids) for pack in packs]
+        self.mask = kernels.TreeMask(torch.from_numpy(np.concatenate(ends))[None], sizes, device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [1, N, H, D], k and v [1, N, KV, D] of all packs end to end -> [1, N, H, D]."""
-        out = kernels.tree_attention(q, k, v, self.ends)
-        if out is not None:
-            return out
-        pieces = zip(*(x.split(self.sizes, 1) for x in (q, k, v)), self.masks, strict=True)
-        return torch.cat([self._attend(*piece) for piece in pieces], 1)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is None:
-            return kernels.attention(q, k, v)
-        # The query heads of a group lie below one another, so that they share keys and mask without copies.
-        folded = q.unflatten(2, (-1, self.group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        out = F.scaled_dot_product_attention(folded, k.transpose(1, 2), v.transpose(1, 2), mask)
-        return out.unflatten(2, (self.group, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-
-
-def _mask(pack: Pack, group: int, like: Tensor) -> Tensor | None:
-    """What is added to the scores [group * T, T]: 0 or -inf; None when the pack is a single branch."""
-    size = len(pack.ids)
-    if min(pack.ends) == size:
-        return None
-    ends, position = np.array(pack.ends), np.arange(size)
-    seen = (position <= position[:, None]) & (position[:, None] < ends)
-    mask = torch.from_numpy(np.where(seen, np.float32(0), np.float32(-np.inf)))
-    return mask.to(like).repeat(group, 1)
+        return kernels.tree_attention(q, k, v, self.mask)
 
 
 def _offsets(packs: list[Pack]) -> np.ndarray:
@@ -213,11 +178,10 @@ def _score_batch(net: Ant, packs: list[Pack]) -> tuple[np.ndarray, np.ndarray, n
 
 def _hidden(net: Ant, packs: list[Pack], rows: np.ndarray) -> Tensor:
     """What the head takes of these rows, [len(rows), D]."""
-    table = net.model.embed_tokens.weight
     ids = torch.tensor([list(itertools.chain.from_iterable(pack.ids for pack in packs))], device=net.device)
     positions = list(itertools.chain.from_iterable(pack.positions for pack in packs))
     place = torch.tensor(positions, device=net.device)
-    batch = _PackedBatch(packs, net.config.num_attention_heads // net.config.num_key_value_heads, table)
+    batch = _PackedBatch(packs, net.device)
     wanted = torch.from_numpy(rows).to(net.device)
     return net.model(ids, net.cos[place], net.sin[place], batch, rows=wanted)[0]
 
@@ -226,20 +190,7 @@ def _log_probs(
     net: Ant, hidden: Tensor, rows: np.ndarray, targets: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """log p(targets[i] | hidden[rows[i]]), and whether it is the largest."""
-    log_sum, likeliest = _summary(hidden, net.head_weight)
+    log_sum, likeliest = kernels.logsumexp_argmax(hidden, net.head_weight)
     row, target = (torch.from_numpy(x).to(hidden.device) for x in (rows, targets))
     logits = (hidden[row] * net.head_weight[target]).sum(-1, dtype=torch.float32)
     return (logits - log_sum[row]).cpu().numpy(), (likeliest[row] == target).cpu().numpy()
-
-
-def _summary(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row's logits log(sum(exp)), fp32, and the first largest entry."""
-    found = kernels.logsumexp_argmax(hidden, weight)
-    if found is not None:
-        return found
-    parts = []
-    for rows in hidden.split(HEAD_ROWS):
-        logits = F.linear(rows, weight).float()
-        parts.append((logits.logsumexp(-1), logits.argmax(-1)))
-    log_sums, likeliest = zip(*parts, strict=True)
-    return torch.cat(log_sums), torch.cat(likeliest)

@@ -82,3 +82,8 @@ class _TurnedParts(torch.autograd.Function):
 def turn_parts(turn, turn_back, qkv, cos, sin, heads):
     """`rope_qkv` of a backend with turn(q, k, cos, sin, back) and turn_back(dq, dk, dv, cos, sin)."""
     return _TurnedParts.apply(turn, turn_back, qkv, cos, sin, heads)
+
+
+def unsupported_reason(*_):
+    """Of a `turn_parts`: torch.compile joins gradients in its own way."""
+    return "torch.compile joins gradients in its own way" if torch.compiler.is_compiling() else None

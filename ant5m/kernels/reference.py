@@ -14,11 +14,6 @@ HEAD_CHUNK_BYTES = 16 << 20
 GPU_HEAD_CHUNK_BYTES = 128 << 20
 
 
-def why_not(op: str, *tensors: torch.Tensor) -> str | None:
-    """The reference runs everywhere."""
-    return None
-
-
 class _RMSNorm(torch.autograd.Function):
     # Keeps x and one number a row; autograd through the plain formula would keep three tensors of x's size.
     @staticmethod

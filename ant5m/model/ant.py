@@ -13,7 +13,7 @@ from torch import nn
 
 from ant5m import kernels
 from ant5m.errors import UserError
-from ant5m.kernels.pieces import join, split
+from ant5m.kernels.pieces import join
 from ant5m.model.config import ModelConfig
 
 
@@ -56,11 +56,6 @@ class KVCache:
         return _attention_over_cache(q, *self.append(layer, k, v))
 
 
-def _linear(x, weight):
-    faster = kernels.linear(x, weight)
-    return F.linear(x, weight) if faster is None else faster
-
-
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -79,35 +74,21 @@ class Attention(nn.Module):
         queries = config.num_attention_heads * self.head_size
         keys = config.num_key_value_heads * self.head_size
         self.heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
-        self.sizes = [queries, keys, keys]
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
     def forward(self, x, cos, sin, cache=None, starts=None):
-        q, k, v = self._qkv_rope(x, cos, sin)
-        return _linear(self.mix(q, k, v, cache, starts), self.o_proj.weight)
+        q, k, v = kernels.qkv_rope(x, join(*self.weights), cos, sin, self.heads)
+        return kernels.linear(self.attend(q, k, v, cache, starts), self.o_proj.weight)
 
     @property
     def weights(self):
         """Of the product that makes q, k and v."""
         return self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
 
-    def _qkv_rope(self, x, cos, sin):
-        weight = join(*self.weights)
-        fused = kernels.qkv_rope(x, weight, cos, sin, self.heads)
-        return self.rotate(_linear(x, weight), cos, sin) if fused is None else fused
-
-    def rotate(self, qkv, cos, sin):
-        """q, k, v [B, T, heads, head size] of the product [B, T, ...], q and k rotated."""
-        rotated = kernels.rope_qkv(qkv, cos, sin, self.heads)
-        if rotated is not None:
-            return rotated
-        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in split(qkv, self.sizes))
-        return *kernels.rope(q, k, cos, sin), v
-
-    def mix(self, q, k, v, cache=None, starts=None):
+    def attend(self, q, k, v, cache=None, starts=None):
         """What the heads see, beside one another: [B, T, heads * head size]."""
         attn_out = kernels.attention(q, k, v, starts) if cache is None else cache.attend(self.layer, q, k, v)
         return attn_out.flatten(-2)
@@ -132,24 +113,11 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        gate, up, down = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
-        fused = kernels.mlp(x, gate, up, down)
-        if fused is not None:
-            return fused
-        gate, up, down = _whole_vectors(x, gate, up, down)
-        both = _linear(x, join(gate, up))
-        gate, up = split(both, [len(gate)] * 2)
-        return _linear(kernels.swiglu(gate, up), down)
+        return kernels.mlp(x, *self.weights)
 
-
-def _whole_vectors(x, gate, up, down):
-    """The weights, widened by zeros to a multiple of 8 where x is in 16 bits on a GPU: its fastest products
-    take rows of whole 16 bytes, and those of 516 numbers are not. silu(0) * 0 = 0, and so are all gradients
-    of it."""
-    more = -len(gate) % 8 if x.is_cuda and x.itemsize == 2 else 0
-    if more == 0:
-        return gate, up, down
-    return F.pad(gate, (0, 0, 0, more)), F.pad(up, (0, 0, 0, more)), F.pad(down, (0, more))
+    @property
+    def weights(self):
+        return self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
 
 
 class Layer(nn.Module):
@@ -165,10 +133,8 @@ class Layer(nn.Module):
 
         With `rows` only these positions are returned.
         """
-        if made is None and not torch.is_grad_enabled():
-            done = self._without_gradients(residual, cos, sin, cache, starts, rows)
-            if done is not None:
-                return None, done
+        if not torch.is_grad_enabled():
+            return None, self._infer(residual, cos, sin, cache, starts, rows)
         x, residual = _add_and_norm(self.input_layernorm, made, residual)
         attn_out = self.self_attn(x, cos, sin, cache, starts)
         if rows is not None:
@@ -176,25 +142,17 @@ class Layer(nn.Module):
         x, residual = self.post_attention_layernorm(attn_out, residual)
         return self.mlp(x), residual
 
-    def _without_gradients(self, residual, cos, sin, cache, starts, rows):
-        """The residual stream behind the layer, or None where there is nothing faster than the usual way."""
-        attention, norm, mlp = self.self_attn, self.post_attention_layernorm, self.mlp
-        first = self.input_layernorm
+    def _infer(self, residual, cos, sin, cache, starts, rows):
+        """The residual stream behind the layer, in ops that need no gradients."""
+        attention, first, second = self.self_attn, self.input_layernorm, self.post_attention_layernorm
         qkv = kernels.rms_norm_linear(residual, first.weight, first.eps, attention.weights)
-        if qkv is None:
-            return None
-        q, k, v = attention.rotate(qkv, cos, sin)
-        attn_out = attention.mix(q, k, v, cache, starts)
+        q, k, v = kernels.rope_packed(qkv, cos, sin, attention.heads)
+        attn_out = attention.attend(q, k, v, cache, starts)
         if rows is not None:
             attn_out, residual = attn_out[:, rows], residual[:, rows]
-        weights = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
-        done = kernels.fused_post_attention(
-            residual, attn_out, attention.o_proj.weight, norm.weight, norm.eps, *weights
+        return kernels.fused_post_attention(
+            residual, attn_out, attention.o_proj.weight, second.weight, second.eps, *self.mlp.weights
         )
-        if done is not None:
-            return done
-        x, residual = norm(attention.o_proj(attn_out), residual)
-        return residual + mlp(x)
 
 
 class Body(nn.Module):
@@ -284,7 +242,7 @@ class Ant(nn.Module):
             return head(hidden, self.head_weight)
         if targets is None:
             # The logits of many positions are large: not for memory that a backend keeps.
-            product = _linear if hidden.shape[1] == 1 else F.linear
+            product = kernels.linear if hidden.shape[1] == 1 else F.linear
             return product(hidden, self.head_weight)
         return kernels.linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten())
 

@@ -20,11 +20,19 @@ from ant5m.kernels.cpu.qkv_rope import qkv_rope
 from ant5m.kernels.cpu.rms_norm import rms_norm
 from ant5m.kernels.cpu.rms_norm_linear import rms_norm_linear
 from ant5m.kernels.cpu.rope import rope
-from ant5m.kernels.cpu.support import why_not
+from ant5m.kernels.cpu.support import (
+    needs_few_channels,
+    needs_fp32_products,
+    needs_many_tokens,
+    needs_no_gradients,
+    unsupported_reason,
+)
 from ant5m.kernels.cpu.swiglu import swiglu
 from ant5m.kernels.cpu.threads import share_threads
+from ant5m.kernels.dispatch import Implementation
 
 __all__ = [
+    "IMPLEMENTATIONS",
     "attention",
     "bf16_products",
     "fused_post_attention",
@@ -39,7 +47,22 @@ __all__ = [
     "rope",
     "swiglu",
     "tree_attention",
-    "why_not",
+    "unsupported_reason",
 ]
+
+IMPLEMENTATIONS = {
+    "rms_norm": Implementation(rms_norm),
+    "rope": Implementation(rope),
+    "qkv_rope": Implementation(qkv_rope, needs_fp32_products),
+    "attention": Implementation(attention),
+    "tree_attention": Implementation(lambda q, k, v, mask: tree_attention(q, k, v, mask.ends)),
+    "swiglu": Implementation(swiglu),
+    "mlp": Implementation(mlp, needs_few_channels),
+    "linear": Implementation(linear, needs_many_tokens),
+    "rms_norm_linear": Implementation(rms_norm_linear, needs_no_gradients),
+    "fused_post_attention": Implementation(fused_post_attention, needs_no_gradients),
+    "linear_cross_entropy": Implementation(linear_cross_entropy),
+    "logsumexp_argmax": Implementation(logsumexp_argmax),
+}
 
 share_threads()

@@ -11,26 +11,38 @@ matrices are faster"""
 FEW_TOKENS = 32
 """what vectors hold at once; for fewer torch's products are faster"""
 
-_FUSED = ("mlp", "rms_norm_linear", "fused_post_attention")
-_FP32_PRODUCTS = (*_FUSED, "qkv_rope", "linear")
 
-
-def why_not(op: str, *tensors: torch.Tensor) -> str | None:
-    """None when `op` can run on these tensors, else the reason."""
-    for x in tensors[:3] if op == "attention" else tensors:
-        if x.device.type != "cpu":
+def unsupported_reason(tensors) -> str | None:
+    """None where ops can run on these tensors, else the reason."""
+    for x in tensors:
+        if not x.is_cpu:
             return f"the tensors are on {x.device.type}"
-        if x.dtype not in (torch.float32, torch.bfloat16):
+        if x.dtype not in (torch.float32, torch.bfloat16) and x.is_floating_point():
             return f"it takes fp32 and bf16, not {str(x.dtype).removeprefix('torch.')}"
-    if op in _FUSED and tensors and tensors[0].shape[-1] > FUSED_CHANNELS:
-        return f"it takes up to {FUSED_CHANNELS} channels, not {tensors[0].shape[-1]}"
-    if op == "linear" and tensors and count_tokens(tensors[0]) < FEW_TOKENS and torch.is_grad_enabled():
-        return f"for fewer than {FEW_TOKENS} tokens torch's products are faster"
-    if op in _FP32_PRODUCTS and torch.is_autocast_enabled("cpu"):
-        return "its products are in fp32, whatever autocast says"
-    if op == "attention" and tensors and tensors[0].shape[1] != tensors[1].shape[1]:
-        return f"it takes as many keys as queries, not {tensors[1].shape[1]} and {tensors[0].shape[1]}"
     return None
+
+
+# What else an op cannot run, of its arguments.
+
+
+def needs_fp32_products(*_) -> str | None:
+    return "its products are in fp32, whatever autocast says" if torch.is_autocast_enabled("cpu") else None
+
+
+def needs_few_channels(x, *_) -> str | None:
+    if x.shape[-1] > FUSED_CHANNELS:
+        return f"it takes up to {FUSED_CHANNELS} channels, not {x.shape[-1]}"
+    return needs_fp32_products()
+
+
+def needs_no_gradients(x, *_) -> str | None:
+    return "it gives no gradients" if torch.is_grad_enabled() else needs_few_channels(x)
+
+
+def needs_many_tokens(x, weight) -> str | None:
+    if count_tokens(x) < FEW_TOKENS and torch.is_grad_enabled():
+        return f"for fewer than {FEW_TOKENS} tokens torch's products are faster"
+    return needs_fp32_products()
 
 
 def check(good, message, *tensors):
@@ -41,7 +53,7 @@ def check(good, message, *tensors):
 
 def check_dtypes(*tensors):
     for x in tensors:
-        reason = why_not("", x)
+        reason = unsupported_reason([x])
         check(reason is None, reason)
 
 

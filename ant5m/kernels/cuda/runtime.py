@@ -35,7 +35,7 @@ def launch(
     _launcher(source, kernel, defines, grid, threads, arguments)
 
 
-def why_not() -> str | None:
+def unsupported_reason() -> str | None:
     """What of the software is missing to launch, or None."""
     if ObjectCode is None:
         return "cuda-core is not installed: pip install 'ant5m[cuda]'"
