@@ -14,6 +14,7 @@ from ant5m.errors import UserError
 from ant5m.files import write_json
 from ant5m.train import TrainConfig, default_text, pretrain, report
 from ant5m.train.progress import TrainingProgress
+from ant5m.train.samples import Sample
 
 
 @pytest.fixture
@@ -70,8 +71,8 @@ def test_a_given_tokenizer_is_used(config, builtin, tmp_path):
 
 
 def test_loops_are_named():
-    good = report.Sample("The", " ant carries a leaf.", looping=False)
-    bad = report.Sample("The", " the the the", looping=True)
+    good = Sample("The", " ant carries a leaf.", looping=False)
+    bad = Sample("The", " the the the", looping=True)
     assert "None of these texts loops" in report._remark([good])
     assert "1 of these 2 texts fall" in report._remark([good, bad])
     assert "falls into a loop" in report._quoted(bad) and "falls into a loop" not in report._quoted(good)
@@ -107,8 +108,8 @@ def test_a_text_read_in_part_is_not_read_no_times():
 
 def test_progress_shows_mfu_only_with_a_known_peak(capsys):
     for peak in (None, 4e6):
-        with TrainingProgress(steps=10, done=0, flops_per_token=1_000, peak=peak) as progress:
-            progress.update(10, loss=4.25, learning_rate=0.001, tokens_per_second=2_000)
+        progress = TrainingProgress(steps=10, flops_per_token=1_000, peak=peak)
+        progress.on_log("train", 10, {"loss": 4.25, "learning_rate": 0.001, "tokens_per_second": 2_000})
         output = capsys.readouterr()
         assert output.out == ""
         assert "step 10/10  loss 4.250  lr 1.0e-03  2,000 tokens/s" in output.err

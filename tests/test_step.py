@@ -17,7 +17,7 @@ from ant5m.data.shards import Tokens
 from ant5m.kernels import dispatch
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
-from ant5m.train import pretrain, trainer
+from ant5m.train import pretrain, pretraining, trainer
 from ant5m.train import step as module
 from ant5m.train.optimizer import Optimizer
 from ant5m.train.precision import LossScaler
@@ -186,13 +186,13 @@ def test_no_weight_is_joined_or_padded_in_a_layer():
     assert joined.count == 2 * len(step.net.model.layers)
 
 
-def test_a_step_that_is_given_up_changes_nothing():
+def test_a_step_that_is_aborted_changes_nothing():
     step = make()
     first, second = batches(2)
     step(*first)
     before = {name: copy.deepcopy(value) for name, value in state(step).items()}
     asked = iter((False, True))
-    assert step(*second, given_up=lambda: next(asked)) is None
+    assert step(*second, should_abort=lambda: next(asked)) is None
     assert same(before, state(step)) and all(p.grad is None for p in step.net.parameters())
 
 
@@ -299,7 +299,7 @@ def test_a_run_on_a_device_that_captures_is_the_run(
     plain = pretrain(dataclasses.replace(chosen, out=tmp_path / "plain")).run
     device = Device(monkeypatch)
     monkeypatch.setattr(trainer, "make_step", CapturedStep)
-    monkeypatch.setattr(trainer, "keeps_tokens", lambda *_: True)
+    monkeypatch.setattr(pretraining, "keeps_tokens", lambda *_: True)
     monkeypatch.setattr(trainer, "READ_SECONDS", 1e9)
     captured = pretrain(dataclasses.replace(chosen, out=tmp_path / "captured")).run
     assert device.log.count("replay") > 12 - captures * WARM_UP - 1

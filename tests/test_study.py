@@ -296,7 +296,7 @@ def stopping_after(steps):
 
     def step(self, stop):
         taken = original(self, stop)
-        if self.step == steps:
+        if self.step + len(self._unread) == steps:
             stop._signal = "interrupted"
         return taken
 

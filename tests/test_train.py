@@ -28,8 +28,11 @@ from ant5m.train.checkpoint import prune_checkpoints
 from ant5m.train.metrics import read_metrics
 from ant5m.train.precision import LossScaler
 from ant5m.train.run import Run
+from ant5m.train.samples import PROMPTS
+from ant5m.train.settings import BUILTIN_EPOCHS, resolve
 from ant5m.train.stop import Stop
 
+CPU = torch.device("cpu")
 MODEL = ModelConfig(
     vocab_size=300,
     hidden_size=16,
@@ -234,27 +237,24 @@ def test_too_little_memory_says_what_to_do(config, rows, remedy, monkeypatch):
 
 def test_time_decides_the_number_of_steps():
     asked = TrainConfig(max_minutes=1.0, data="somewhere")
-    planned = plan.complete(
-        asked, MODEL, 10**6, torch.device("cpu"), lambda: 1e-3, deadline=time.monotonic() + 60
-    )
+    planned = resolve(asked, MODEL, 10**6, CPU, "fp32", lambda: 1e-3, deadline=time.monotonic() + 60)
     tokens = planned.steps * planned.batch_size * 32
     assert 0.85 * 60_000 < tokens < 0.95 * 60_000
-    planned = plan.complete(
-        asked, MODEL, 10**6, torch.device("cpu"), lambda: 1e-3, deadline=time.monotonic() + 30
-    )  # half of the time went into preparing
+    # Half of the time went into preparing.
+    planned = resolve(asked, MODEL, 10**6, CPU, "fp32", lambda: 1e-3, deadline=time.monotonic() + 30)
     assert 0.8 * 30_000 < planned.steps * planned.batch_size * 32 < 0.95 * 30_000
-    builtin = plan.complete(TrainConfig(), MODEL, 1_000, torch.device("cpu"), lambda: 1e-6)
-    assert builtin.steps * builtin.batch_size * 32 <= 1.2 * plan.BUILTIN_EPOCHS * 1_000
+    builtin = resolve(TrainConfig(), MODEL, 1_000, CPU, "fp32", lambda: 1e-6)
+    assert builtin.steps * builtin.batch_size * 32 <= 1.2 * BUILTIN_EPOCHS * 1_000
 
 
 def test_a_micro_batch_that_was_asked_for_divides_the_batch():
     for asked in (TrainConfig(micro_batch_size=3, steps=5), TrainConfig(micro_batch_size=3, tokens=9_000)):
-        planned = plan.complete(asked, MODEL, 10**6, torch.device("cpu"), pytest.fail)
+        planned = resolve(asked, MODEL, 10**6, CPU, "fp32", pytest.fail)
         assert planned.batch_size % 3 == 0 and planned.micro_batch_size == 3
 
 
 def test_one_pass_over_given_data_is_the_default():
-    planned = plan.complete(TrainConfig(data="somewhere"), MODEL, 10**6, torch.device("cpu"), pytest.fail)
+    planned = resolve(TrainConfig(data="somewhere"), MODEL, 10**6, CPU, "fp32", pytest.fail)
     assert planned.steps * planned.batch_size * 32 == pytest.approx(10**6, rel=0.05)
     assert planned.batch_size % planned.micro_batch_size == 0
 
@@ -265,7 +265,7 @@ def test_a_gpu_computes_at_once_what_fits_beside_the_tokens(gigabytes, rows, kep
     monkeypatch.setattr(plan, "_memory", lambda device: int(gigabytes * 1e9))
     device, tokens = torch.device("cuda"), 655_360_000
     asked = TrainConfig(data="somewhere", steps=10_000)
-    planned = plan.complete(asked, PRESETS["ant-5m"], tokens, device, pytest.fail)
+    planned = resolve(asked, PRESETS["ant-5m"], tokens, device, "fp16", pytest.fail)
     assert (planned.batch_size, planned.micro_batch_size) == (64, rows)
     assert plan.keeps_tokens(tokens, device) == kept and not plan.keeps_tokens(tokens, torch.device("cpu"))
 
@@ -319,7 +319,7 @@ def test_a_context_too_short_for_the_standard_prompts(config):
     assert (result.run / "hf" / "model.safetensors").exists()
     tokenizer = load(result.run)[1]
     prompts = [sample["prompt"] for sample in of_kind(result.run, "sample")[0]["samples"]]
-    assert 0 < len(prompts) < len(trainer.PROMPTS)
+    assert 0 < len(prompts) < len(PROMPTS)
     assert all(len(tokenizer.encode(prompt)) < 4 for prompt in prompts)
 
 

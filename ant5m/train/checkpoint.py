@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load as parse_safetensors
@@ -20,7 +20,30 @@ from ant5m.errors import UserError
 from ant5m.files import new_folder, read_json
 from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import FORMAT, STATE, VERSION, checkpoints, verify_checkpoint
+from ant5m.train.callback import Periodic
 from ant5m.train.optimizer import Optimizer
+from ant5m.train.run import Run
+from ant5m.train.settings import Settings
+
+if TYPE_CHECKING:
+    from ant5m.train.trainer import Trainer
+
+
+class SaveCheckpoints(Periodic):
+    """Writes a checkpoint now and then, and when the training ends or stops; keeps the last ones."""
+
+    def __init__(self, settings: Settings, run: Run, tokenizer_fingerprint: str):
+        super().__init__(settings.checkpoint_every)
+        self._run, self._keep = run, settings.keep_last
+        self._tokenizer = tokenizer_fingerprint
+
+    def run(self, trainer: "Trainer") -> None:
+        state = {"tokenizer": self._tokenizer, **trainer.state_dict()}
+        save_checkpoint(self._run.checkpoints, state.pop("step"), trainer.net, trainer.optimizer, state)
+        prune_checkpoints(self._run.checkpoints, self._keep)
+
+    def on_end(self, trainer: "Trainer") -> None:
+        self.run(trainer)
 
 
 def save_checkpoint(folder: Path, step: int, net: Ant, optimizer: Optimizer, state: dict[str, Any]) -> Path:

@@ -9,12 +9,18 @@ one can be a CUDA graph.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ant5m import kernels
+from ant5m.train.callback import Callback
+
+if TYPE_CHECKING:
+    from ant5m.train.settings import Settings
+    from ant5m.train.trainer import Trainer
 
 CHUNK_BYTES = 16 << 20
 """of fp32 logits"""
@@ -30,6 +36,26 @@ Forward = Callable[..., Tensor]
 LoopLoss = Callable[[Forward, Tensor, Tensor], Tensor]
 """(forward, input_ids [B, T], targets [B, T]) -> the cross-entropy in value, with the term in its gradient
 only: so the losses of a run compare before and after it sets in"""
+
+
+class AddLoopLoss(Callback):
+    """Adds the loss against loops from its share of the run on."""
+
+    def __init__(self, settings: "Settings"):
+        self._settings = settings
+        self._first = settings.steps - round(settings.loop_loss_share * settings.steps)
+        self._added = settings.loop_loss == "none"
+
+    def on_start(self, trainer: "Trainer") -> None:
+        if self.is_due(trainer.step):
+            self.act(trainer)
+
+    def is_due(self, step: int) -> bool:
+        return step >= self._first and not self._added
+
+    def act(self, trainer: "Trainer") -> None:
+        self._added = True
+        trainer.use_loss(make_loop_loss(self._settings.loop_loss, self._settings.loop_loss_weight))
 
 
 def make_loop_loss(kind: str, weight: float) -> LoopLoss:

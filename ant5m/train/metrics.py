@@ -2,40 +2,63 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ant5m.files import write_file
+from ant5m.train.callback import Callback
+from ant5m.train.run import Run
+
+if TYPE_CHECKING:
+    from ant5m.train.trainer import Trainer
 
 
-class Metrics:
+class MetricsFile(Callback):
     """`metrics.jsonl` in the run folder: one JSON object a line, each with its "kind" and "step".
 
     Kinds: "train" (loss in nats, gradient norm, learning rate of AdamW, tokens so far, tokens/s, seconds so
-    far), "validation" and "sample". Numbers also go to TensorBoard when that is installed.
-
-    Args:
-        step: the run goes on after this step; lines of later steps are dropped.
+    far), "validation" and "sample". Lines of steps behind the one that a run is resumed from are dropped.
     """
 
-    def __init__(self, folder: Path, step: int):
-        self.path = folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-        write_file(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
-        self._file = self.path.open("a", encoding="utf-8")
-        self._board = _tensorboard(folder / "tensorboard", step)
+    def __init__(self, run: Run):
+        self._run = run
+        self._file: TextIO | None = None
 
-    def write(self, kind: str, step: int, **values: Any) -> None:
-        """Add one line."""
+    def on_start(self, trainer: "Trainer") -> None:
+        path = self._run.folder / "metrics.jsonl"
+        kept = [line for line in read_metrics(path) if line["step"] <= trainer.step]
+        write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def on_log(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        assert self._file is not None
         self._file.write(json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n")
         self._file.flush()
-        if self._board is None:
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+class TensorBoard(Callback):
+    """The numbers of each line as scalars for TensorBoard, where that is installed."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._board: Any = None
+
+    def on_start(self, trainer: "Trainer") -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
             return
+        self._board = SummaryWriter(str(self._run.folder / "tensorboard"), purge_step=trainer.step + 1)
+
+    def on_log(self, kind: str, step: int, values: dict[str, Any]) -> None:
         for name, value in values.items():
-            if isinstance(value, int | float):
+            if self._board is not None and isinstance(value, int | float):
                 self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        self._file.close()
         if self._board is not None:
             self._board.close()
 
@@ -52,11 +75,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
-
-
-def _tensorboard(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder), purge_step=step + 1)

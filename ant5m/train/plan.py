@@ -1,13 +1,8 @@
-"""What the flags leave open, decided before the first step and written to the run.
-
-After that nothing depends on how fast the machine happens to be, and a resumed run repeats exactly.
-"""
+"""What suits a run where its flags say nothing: batch, micro-batch, learning rate; how fast it will be."""
 
 import copy
-import dataclasses
 import math
 import time
-from collections.abc import Callable
 
 import torch
 
@@ -21,10 +16,6 @@ from ant5m.train.precision import LossScaler
 from ant5m.train.schedule import Schedule
 from ant5m.train.step import WARM_UP, Step, make_step
 
-BUILTIN_MINUTES = 10.0
-"""of training when nothing else is said"""
-BUILTIN_EPOCHS = 8
-"""and at most this often over the built-in text: more is learnt by heart"""
 LEARNING_RATE = 4e-3
 BUILTIN_LEARNING_RATE = 1.2e-2
 """beside Muon, in a short run of small batches: 500k tokens ended at 5.87 nats with 4e-3, 5.79 with 1.6e-2"""
@@ -33,49 +24,6 @@ CPU_MICRO_TOKENS = 4_096
 LEAST_BATCH_TOKENS = 2_048
 GPU_PROBE_TOKENS = 65_536
 """computed at once to measure a GPU's speed: with few, it would wait for the launches"""
-TIME_FOR_TRAINING = 0.9
-"""of a time limit; the rest is for validation, samples and checkpoints"""
-
-
-def complete(
-    config: TrainConfig,
-    model: ModelConfig,
-    num_tokens: int,
-    device: torch.device,
-    seconds_per_token: Callable[[], float],
-    deadline: float | None = None,
-) -> TrainConfig:
-    """`config` with every `None` that a run needs filled in.
-
-    Args:
-        num_tokens: of the training split.
-        seconds_per_token: measures the training speed; called only when time decides.
-        deadline: of `max_minutes`, on `time.monotonic()`.
-    """
-    length = model.max_position_embeddings
-    steps, batch = config.steps, config.batch_size
-    if steps is None:
-        tokens = config.tokens or _tokens(config, num_tokens, seconds_per_token, deadline)
-        batch = batch or _multiple(batch_for_tokens(tokens, length), config.micro_batch_size)
-        steps = max(1, round(tokens / (batch * length)))
-    batch = batch or _multiple(batch_for_steps(steps, length), config.micro_batch_size)
-    tokens = steps * batch * length
-    tenth = max(1, steps // 10)
-    eval_every = config.eval_every or tenth
-    return dataclasses.replace(
-        config,
-        steps=steps,
-        tokens=None,
-        learning_rate=config.learning_rate or _learning_rate(config),
-        batch_size=batch,
-        micro_batch_size=config.micro_batch_size
-        or micro_batch(model, batch, length, device, config.precision, num_tokens, config.loop_loss),
-        sequence_length=length,
-        eval_every=eval_every,
-        eval_tokens=config.eval_tokens or max(length, round(0.015 * tokens)),
-        sample_every=eval_every if config.sample_every is None else config.sample_every,
-        checkpoint_every=config.checkpoint_every or tenth,
-    )
 
 
 def batch_for_tokens(tokens: int, length: int) -> int:
@@ -112,33 +60,14 @@ def measure_speed(net: Ant, config: TrainConfig, precision: str) -> float:
     for number in range(warm_up + 3):
         if number == warm_up:
             start = time.monotonic()
-        numbers = step(tokens, tokens)
-        assert numbers is not None
-        numbers.tolist()  # waits for the device
+        stats = step(tokens, tokens)
+        assert stats is not None
+        stats.tolist()  # waits for the device
     return (time.monotonic() - start) / 3 / tokens.numel()
 
 
-def _multiple(batch: int, micro_batch: int | None) -> int:
-    """`batch`, rounded up to a multiple of a micro-batch that was asked for."""
-    return batch if micro_batch is None else -(-batch // micro_batch) * micro_batch
-
-
-def _tokens(
-    config: TrainConfig,
-    num_tokens: int,
-    seconds_per_token: Callable[[], float],
-    deadline: float | None,
-) -> int:
-    if deadline is None and config.data is not None:
-        return num_tokens
-    speed = seconds_per_token()
-    # What the preparation took is gone from a time limit.
-    seconds = 60 * BUILTIN_MINUTES if deadline is None else max(0.0, deadline - time.monotonic())
-    affordable = int(seconds * TIME_FOR_TRAINING / speed)
-    return affordable if config.data is not None else min(affordable, BUILTIN_EPOCHS * num_tokens)
-
-
-def _learning_rate(config: TrainConfig) -> float:
+def default_learning_rate(config: TrainConfig) -> float:
+    """AdamW's."""
     short = config.data is None and config.optimizer == "muon"
     return BUILTIN_LEARNING_RATE if short else LEARNING_RATE
 

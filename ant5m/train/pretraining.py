@@ -1,9 +1,8 @@
-"""From a `TrainConfig` to a trained model: data, plan, training, evaluation, export, report."""
+"""From a `TrainConfig` to a trained model: data, settings, training, evaluation, export, report."""
 
 import contextlib
 import functools
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,20 +11,30 @@ import torch
 from rich.console import Console
 
 from ant5m import kernels
-from ant5m.data.shards import Shards
+from ant5m.data.loader import Loader
 from ant5m.data.tokenizer import Tokenizer
 from ant5m.errors import UserError
 from ant5m.eval.perplexity import Evaluation
 from ant5m.model.ant import Ant
-from ant5m.model.checkpoint import check_tokenizer
+from ant5m.model.checkpoint import check_tokenizer, checkpoints, latest_checkpoint
+from ant5m.model.doctor import count_flops
+from ant5m.train.callback import Callback
+from ant5m.train.checkpoint import SaveCheckpoints, load_checkpoint
 from ant5m.train.config import TrainConfig
+from ant5m.train.data import TrainingData
 from ant5m.train.default_text import pack_default_text
-from ant5m.train.plan import complete, measure_speed
-from ant5m.train.precision import choose_device, choose_precision
-from ant5m.train.report import device_of, finish, times_over
+from ant5m.train.losses import AddLoopLoss
+from ant5m.train.metrics import MetricsFile, TensorBoard
+from ant5m.train.plan import keeps_tokens, measure_speed
+from ant5m.train.precision import choose_device, choose_precision, peak_flops
+from ant5m.train.progress import TrainingProgress
+from ant5m.train.report import describe_device, finish, times_over
 from ant5m.train.run import Run
+from ant5m.train.samples import WriteSamples
+from ant5m.train.settings import Settings, resolve
 from ant5m.train.stop import Stop
-from ant5m.train.trainer import Trainer
+from ant5m.train.trainer import NonFiniteLoss, Trainer
+from ant5m.train.validation import Validate
 
 
 @dataclass(frozen=True)
@@ -48,10 +57,10 @@ def pretrain(config: TrainConfig) -> Result:
     """Start a run, or continue the one that `config.resume` names, and leave a run folder behind.
 
     Raises `UserError` when something asked for is impossible or not there (nothing is written then), and when
-    the training breaks down (the last good checkpoint stays).
+    the training diverges (the last good checkpoint stays).
     """
     started = time.monotonic()
-    run = Run.open(config) if config.resume else Run.create(config)
+    run = Run.open(config.resume, config) if config.resume else Run.create(config)
     device = choose_device(run.config.device)
     if device.type == "cuda" and device.index is not None:
         # Whatever asks the current device, as the check of the kernels does, means this one.
@@ -72,44 +81,109 @@ def _selected(backend: str | None) -> Iterator[None]:
 
 
 def _pretrain(run: Run, device: torch.device, started: float) -> Result:
-    precision = choose_precision(run.config.precision, device)
     limit = run.config.max_minutes
     deadline = started + 60 * limit if limit else None
+    precision = choose_precision(run.config.precision, device)
+    data = _prepare_data(run)
+    torch.manual_seed(run.config.seed)
+    net = Ant(run.model).to(device)
+    measure = functools.partial(measure_speed, net, run.config, precision)
+    settings = resolve(run.config, run.model, data.train.num_tokens, device, precision, measure, deadline)
+    trainer = _make_trainer(run, settings, net, data)
+    _resume(run, trainer, data.tokenizer)
+    _write_run(run, settings, data)
+    _introduce(run, settings, net)
+    with Stop(deadline) as stop:
+        _fit(run, trainer, stop)
+    evaluation = _finish(run, trainer, data) if trainer.complete else None
+    stopped = None if trainer.complete else stop.reason
+    return Result(run.folder, trainer.step, settings.steps, stopped, evaluation, describe_device(settings))
+
+
+def _prepare_data(run: Run) -> TrainingData:
+    """That of the run; without one, made from the built-in text in the run folder."""
     if run.config.data is None:
         if run.config.tokenizer and not run.has_tokenizer:
             check_tokenizer(Tokenizer.load(run.config.tokenizer), run.model)
         run.claim()
         run.write()
-        _pack_default_text(run)
-    train, validation, tokenizer = _open_data(run)
-    torch.manual_seed(run.config.seed)
-    net = Ant(run.model).to(device)
+        with _interruptible(run, "stopped while the text was prepared. Go on"):
+            pack_default_text(run)
+    return TrainingData.open(run)
 
-    measure = functools.partial(measure_speed, net, run.config, precision)
-    run.config = complete(run.config, run.model, train.num_tokens, device, measure, deadline)
-    run.data = {"fingerprint": train.fingerprint, "train": train.counts, "validation": validation.counts}
-    trainer = Trainer(run, net, train, validation, tokenizer)
-    run.ran = {"device": device_of(trainer), "kernels": kernels.describe(device)}
+
+def _make_trainer(run: Run, settings: Settings, net: Ant, data: TrainingData) -> Trainer:
+    resident = net.device if keeps_tokens(data.train.num_tokens, net.device) else None
+    loader = Loader(
+        data.train, settings.batch_size, settings.sequence_length, settings.seed, resident=resident
+    )
+    eos_token_id = data.train.eos_token_id if settings.document_mask else None
+    return Trainer(settings, net, loader, eos_token_id, _make_callbacks(run, settings, net, data))
+
+
+def _make_callbacks(run: Run, settings: Settings, net: Ant, data: TrainingData) -> list[Callback]:
+    """In the order in which they act; the checkpoint comes last, when the others have their new state."""
+    flops = 3 * sum(count_flops(net.config, settings.sequence_length).values())
+    return [
+        AddLoopLoss(settings),
+        MetricsFile(run),
+        TensorBoard(run),
+        TrainingProgress(settings.steps, flops, peak_flops(net.device, settings.precision)),
+        Validate(settings, data.validation),
+        WriteSamples(settings, data.tokenizer),
+        SaveCheckpoints(settings, run, data.tokenizer.fingerprint),
+    ]
+
+
+def _resume(run: Run, trainer: Trainer, tokenizer: Tokenizer) -> None:
+    """Load the run's newest good checkpoint, where it has any."""
+    folder = latest_checkpoint(run.folder)
+    if folder is None:
+        if checkpoints(run.checkpoints):
+            raise UserError(f"no checkpoint in {run.checkpoints} is good: start a new run")
+        return
+    state = load_checkpoint(folder, trainer.net, trainer.optimizer)
+    if state["tokenizer"] != tokenizer.fingerprint:
+        raise UserError(f"{folder} was trained with another tokenizer than {run.tokenizer}")
+    trainer.load_state_dict(state)
+
+
+def _write_run(run: Run, settings: Settings, data: TrainingData) -> None:
+    """Make the folder, and write down what was decided."""
+    run.config = settings.fix(run.config)
+    run.data = data.describe()
+    run.ran = {"device": describe_device(settings), "kernels": kernels.describe(settings.device)}
+    run.claim()
     run.write()
     if not run.has_tokenizer:
-        tokenizer.save(run.tokenizer, run.model.max_position_embeddings)
-    _introduce(run, net, precision)
-    with Stop(deadline) as stop:
+        data.tokenizer.save(run.tokenizer, run.model.max_position_embeddings)
+
+
+def _introduce(run: Run, settings: Settings, net: Ant) -> None:
+    where = torch.cuda.get_device_name(net.device) if net.device.type == "cuda" else "the CPU"
+    parameters, unique = sum(p.numel() for p in net.parameters()), run.data["train"]["tokens"]
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(
+        f"{run.folder}: {run.config.model}, {parameters:,} parameters, on {where} in {settings.precision}\n"
+        f"{settings.steps:,} steps of {settings.batch_size} x {settings.sequence_length:,} tokens = "
+        f"{settings.tokens:,}, {times_over(settings.tokens, unique)} times over the {unique:,} of "
+        f"{run.shards}\n{run.ran['kernels']}",
+        markup=False,
+    )
+
+
+def _fit(run: Run, trainer: Trainer, stop: Stop) -> None:
+    try:
         trainer.fit(stop)
-    done = trainer.step == trainer.steps
-    evaluation = _finish(run, trainer) if done else None
-    stopped = None if done else stop.reason
-    return Result(run.folder, trainer.step, trainer.steps, stopped, evaluation, device_of(trainer))
+    except NonFiniteLoss as error:
+        good = latest_checkpoint(run.folder)
+        rescue = f"the last good checkpoint is {good}" if good else "there is no checkpoint before it"
+        raise NonFiniteLoss(f"{error}; {rescue}. Start anew with a lower learning rate") from None
 
 
-def _pack_default_text(run: Run) -> None:
-    with _interruptible(run, "stopped while the text was prepared. Go on"):
-        pack_default_text(run)
-
-
-def _finish(run: Run, trainer: Trainer) -> Evaluation:
+def _finish(run: Run, trainer: Trainer, data: TrainingData) -> Evaluation:
     with _interruptible(run, "the trained model is saved. Evaluate and export it"):
-        return finish(run, trainer)
+        return finish(run, trainer, data)
 
 
 @contextlib.contextmanager
@@ -120,42 +194,3 @@ def _interruptible(run: Run, what: str) -> Iterator[None]:
         console = Console(stderr=True, soft_wrap=True, highlight=False)
         console.print(f"{what} with: ant5m train --resume {run.folder}", markup=False)
         raise
-
-
-def _open_data(run: Run) -> tuple[Shards, Shards, Tokenizer]:
-    """The two splits and the tokenizer that they were packed with."""
-    train, validation = Shards.open(run.shards), Shards.open(run.shards, "validation")
-    known = run.data.get("fingerprint")
-    if known not in (None, train.fingerprint):
-        raise UserError(f"{run.shards} is not the data of {run.folder}: resume with the same data")
-    given = run.config.tokenizer or run.shards / "tokenizer"
-    folder = run.tokenizer if run.has_tokenizer else given
-    tokenizer = Tokenizer.load(folder)
-    if tokenizer.fingerprint != train.tokenizer_fingerprint:
-        raise UserError(f"{run.shards} was packed with another tokenizer than {folder}: pack the text again")
-    check_tokenizer(tokenizer, run.model)
-    unused = run.model.vocab_size - tokenizer.vocab_size
-    if unused > run.model.vocab_size / 10:
-        warnings.warn(
-            f"the model has a row for {run.model.vocab_size:,} tokens, the tokenizer only "
-            f"{tokenizer.vocab_size:,}: {unused * run.model.hidden_size:,} parameters can never be used. "
-            "Choose a --model with as many rows, or learn a larger vocabulary",
-            stacklevel=2,
-        )
-    return train, validation, tokenizer
-
-
-def _introduce(run: Run, net: Ant, precision: str) -> None:
-    config = run.config
-    assert config.steps and config.batch_size and config.sequence_length
-    where = torch.cuda.get_device_name(net.device) if net.device.type == "cuda" else "the CPU"
-    tokens = config.steps * config.batch_size * config.sequence_length
-    parameters, unique = sum(p.numel() for p in net.parameters()), run.data["train"]["tokens"]
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(
-        f"{run.folder}: {config.model}, {parameters:,} parameters, on {where} in {precision}\n"
-        f"{config.steps:,} steps of {config.batch_size} x {config.sequence_length:,} tokens = {tokens:,}, "
-        f"{times_over(tokens, unique)} times over the {unique:,} of {run.shards}\n"
-        f"{run.ran['kernels']}",
-        markup=False,
-    )

@@ -1,30 +1,36 @@
 """What a run shows on stderr: a bar on a terminal, elsewhere a plain line now and then."""
 
 import time
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ant5m.train.callback import Callback
+
+if TYPE_CHECKING:
+    from ant5m.train.trainer import Trainer
+
 PLAIN_SECONDS = 30.0
 
 
-class TrainingProgress:
-    """Shows step, loss, learning rate, tokens/s, MFU (where the device's peak is known) and the time left.
+class TrainingProgress(Callback):
+    """Shows step, loss, learning rate, tokens/s, MFU (where the device's peak is known) and the time left;
+    validations and samples on lines of their own.
 
     Args:
-        steps: of the whole run. done: steps that are behind it already.
+        steps: of the whole run.
         flops_per_token: of a training step. peak: FLOP/s of the device, or None when not known.
     """
 
-    def __init__(self, steps: int, done: int, flops_per_token: float, peak: float | None):
+    def __init__(self, steps: int, flops_per_token: float, peak: float | None):
         self.steps = steps
-        self._done = done
+        self._done = self._first = 0
         self._flops_per_token = flops_per_token
         self._peak = peak
         self._console = Console(stderr=True, soft_wrap=True, highlight=False)
         self._started = self._last_line = time.monotonic()
-        self._first = done
         columns = ("step {task.completed:,.0f}/{task.total:,.0f}", "{task.fields[numbers]}")
         self._bar = Progress(
             BarColumn(bar_width=20),
@@ -35,17 +41,27 @@ class TrainingProgress:
             disable=not self._console.is_terminal,
             speed_estimate_period=120,
         )
-        self._task = self._bar.add_task("", total=steps, completed=done, numbers="")
+        self._task = self._bar.add_task("", total=steps, numbers="")
 
-    def __enter__(self) -> "TrainingProgress":
+    def on_start(self, trainer: "Trainer") -> None:
+        self._done = self._first = trainer.step
+        self._started = self._last_line = time.monotonic()
+        self._bar.reset(self._task, completed=trainer.step, numbers="")
         self._bar.start()
-        return self
 
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
         self._bar.stop()
 
-    def update(self, step: int, loss: float, learning_rate: float, tokens_per_second: float) -> None:
-        """Show where the run is."""
+    def on_log(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        if kind == "train":
+            self._update(step, values["loss"], values["learning_rate"], values["tokens_per_second"])
+        elif kind == "validation":
+            self._print(f"step {step:,}: validation loss {values['loss']:.3f}")
+        elif kind == "sample":
+            first = values["samples"][0]
+            self._print(f"step {step:,}: " + " ".join(f"{first['prompt']}{first['text']}".split()))
+
+    def _update(self, step: int, loss: float, learning_rate: float, tokens_per_second: float) -> None:
         numbers = f"loss {loss:.3f}  lr {learning_rate:.1e}  {tokens_per_second:,.0f} tokens/s"
         if self._peak:
             numbers += f"  MFU {tokens_per_second * self._flops_per_token / self._peak:.1%}"
@@ -56,7 +72,7 @@ class TrainingProgress:
             self._last_line = now
             self._console.print(f"step {step:,}/{self.steps:,}  {numbers}  {self._time_left(now)} left")
 
-    def print(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         """A line of its own, above the bar."""
         self._bar.console.print(escape(text))
 

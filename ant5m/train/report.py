@@ -4,59 +4,41 @@ import dataclasses
 import io
 import shutil
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 
+from ant5m.data.tokenizer import Tokenizer
 from ant5m.eval.perplexity import Evaluation, record
 from ant5m.eval.results import section_of
 from ant5m.export.card import card_of_run
 from ant5m.export.huggingface import export
 from ant5m.files import write_file
-from ant5m.model.generation import find_loops, generate
+from ant5m.model.ant import Ant
+from ant5m.train.data import TrainingData
 from ant5m.train.metrics import read_metrics
 from ant5m.train.run import Run, versions
+from ant5m.train.samples import Sample, final_samples
+from ant5m.train.settings import Settings
 from ant5m.train.trainer import Trainer
-
-SAMPLE_TOKENS = 100
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One text of the finished model."""
-
-    prompt: str
-    text: str
-    looping: bool
+from ant5m.train.validation import validate
 
 
-def finish(run: Run, trainer: Trainer) -> Evaluation:
+def finish(run: Run, trainer: Trainer, data: TrainingData) -> Evaluation:
     """Evaluate on the whole validation split, let the model write, export it and write the report."""
-    evaluation = trainer.evaluate(limit_tokens=None)
+    evaluation = validate(trainer.net, data.validation, trainer.settings)
     checkpoint = run.checkpoints / f"step-{trainer.step:08d}"
     record(run.folder, checkpoint.name, evaluation, held_out=True)
-    samples = write_samples(trainer)
+    samples = final_samples(trainer.net, data.tokenizer, trainer.settings.seed)
     lines = read_metrics(run.folder / "metrics.jsonl")
     final = {"kind": "validation", "step": trainer.step, "loss": evaluation.loss, "tokens": evaluation.tokens}
     plot_loss([*lines, final], run.folder / "loss.png")
     tasks = section_of(run.folder, checkpoint)
-    _export(run, trainer, checkpoint, samples, tasks)
+    _export(run, trainer.net, data.tokenizer, checkpoint, samples, tasks)
     write_file(run.folder / "report.md", report(run, trainer, lines, evaluation, samples, tasks))
     return evaluation
-
-
-def write_samples(trainer: Trainer) -> list[Sample]:
-    """The first text for each of the standard prompts, and one greedy text: that loops most easily."""
-    prompts = trainer.prompts
-    texts = generate(trainer.net, trainer.tokenizer, prompts, SAMPLE_TOKENS, seed=trainer.config.seed)
-    greedy = generate(
-        trainer.net, trainer.tokenizer, prompts[:1], SAMPLE_TOKENS, temperature=0, repetition_penalty=1
-    )
-    pairs = zip((*prompts, prompts[0]), (*texts, *greedy), strict=True)
-    return [Sample(prompt, text, find_loops(text).looping) for prompt, text in pairs]
 
 
 def plot_loss(lines: list[dict[str, Any]], path: Path) -> None:
@@ -106,7 +88,7 @@ def report(
     tasks: str,
 ) -> str:
     """The text of report.md. `tasks`: its section on 0-shot tasks, or nothing."""
-    model, config, data = run.model, run.config, run.data
+    model, config, data, settings = run.model, run.config, run.data, trainer.settings
     parameters = sum(p.numel() for p in trainer.net.parameters())
     seconds = max((line["seconds"] for line in lines if line["kind"] == "train"), default=0.0)
     source = "the built-in text" if config.data is None else str(config.data.name)
@@ -122,9 +104,9 @@ def report(
         tokens=f"{trainer.tokens:,}",
         epochs=times_over(trainer.tokens, data["train"]["tokens"]),
         steps=f"{trainer.step:,}",
-        batch=f"{config.batch_size} x {config.sequence_length}",
-        optimizer="Muon and AdamW" if config.optimizer == "muon" else "AdamW",
-        device=device_of(trainer),
+        batch=f"{settings.batch_size} x {settings.sequence_length}",
+        optimizer="Muon and AdamW" if settings.optimizer == "muon" else "AdamW",
+        device=describe_device(trainer.settings),
         minutes=f"{seconds / 60:.1f}",
         speed=f"{trainer.tokens / seconds:,.0f}" if seconds else "?",
         versions=", ".join(f"{name} {version}" for name, version in versions().items()),
@@ -136,11 +118,11 @@ def report(
     )
 
 
-def device_of(trainer: Trainer) -> str:
-    """What the training ran on, for people: the processor with its threads or the GPU, and the precision."""
-    gpu = trainer.net.device.type == "cuda"
-    name = torch.cuda.get_device_name(trainer.net.device) if gpu else _processor()
-    return f"{name}, {trainer.precision}"
+def describe_device(settings: Settings) -> str:
+    """What a run trains on, for people: the processor with its threads or the GPU, and the precision."""
+    gpu = settings.device.type == "cuda"
+    name = torch.cuda.get_device_name(settings.device) if gpu else _processor()
+    return f"{name}, {settings.precision}"
 
 
 def _results(evaluation: Evaluation) -> str:
@@ -172,13 +154,15 @@ def _remark(samples: list[Sample]) -> str:
     )
 
 
-def _export(run: Run, trainer: Trainer, checkpoint: Path, samples: list[Sample], tasks: str) -> None:
+def _export(
+    run: Run, net: Ant, tokenizer: Tokenizer, checkpoint: Path, samples: list[Sample], tasks: str
+) -> None:
     folder = run.folder / "hf"
     if folder.exists():
         shutil.rmtree(folder)  # of this same run, finished before
     card = card_of_run(run.folder.name, run.folder, checkpoint)
     shown = [(sample.prompt, sample.text) for sample in samples]
-    export(trainer.net, trainer.tokenizer, folder, dataclasses.replace(card, samples=shown, tasks=tasks))
+    export(net, tokenizer, folder, dataclasses.replace(card, samples=shown, tasks=tasks))
 
 
 def _running_mean(values: tuple[float, ...], width: int) -> list[float]:

@@ -14,9 +14,7 @@ from ant5m.files import read_json, write_json
 from ant5m.model.config import ModelConfig
 from ant5m.model.config_file import load_config
 from ant5m.train.config import TrainConfig
-
-# What may be given anew when a run is resumed: where and how it computes, where its data lie now, until when.
-RENEWABLE = ("device", "precision", "kernels", "micro_batch_size", "data", "max_minutes")
+from ant5m.train.settings import override
 
 
 @dataclass
@@ -45,11 +43,8 @@ class Run:
         return cls(folder, _absolute(config), model, {})
 
     @classmethod
-    def open(cls, config: TrainConfig) -> "Run":
-        """The run that `config.resume` names, with what `config` gives anew."""
-        folder = config.resume
-        assert folder is not None
-        _refuse_changes(config)
+    def open(cls, folder: Path, flags: TrainConfig) -> "Run":
+        """The run in `folder`, with what `flags` override."""
         if not folder.is_dir():
             raise UserError(f"{folder} is not a run folder: it does not exist")
         values = read_json(folder / "config.json")
@@ -57,15 +52,9 @@ class Run:
             raise UserError(
                 f"{folder / 'config.json'} is not of a run: --resume takes a folder made by ant5m train"
             )
-        kept = TrainConfig.from_dict(values["train"])
-        anew = {name: getattr(config, name) for name in RENEWABLE if _given(config, name)}
-        if kept.data is None and "data" in anew:
-            raise UserError(f"{folder} was made with the built-in text: resume it without --data")
-        # A time limit holds for one call, unless the number of steps is yet to be decided by it.
-        limit = kept.max_minutes if kept.steps is None else None
-        merged = dataclasses.replace(kept, **{"max_minutes": limit, **anew})
+        config = override(TrainConfig.from_dict(values["train"]), flags)
         model = ModelConfig.from_dict(values["model"])
-        return cls(folder, _absolute(merged), model, values.get("data", {}), claimed=True)
+        return cls(folder, _absolute(config), model, values.get("data", {}), claimed=True)
 
     def claim(self) -> None:
         """Make the folder, before the first thing is written to it.
@@ -155,19 +144,3 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     """With data and tokenizer where they lie, so that the run can be used from another folder."""
     paths = {name: path.absolute() for name in ("data", "tokenizer") if (path := getattr(config, name))}
     return dataclasses.replace(config, **paths)
-
-
-def _given(config: TrainConfig, name: str) -> bool:
-    default = next(field.default for field in dataclasses.fields(config) if field.name == name)
-    return getattr(config, name) != default
-
-
-def _refuse_changes(config: TrainConfig) -> None:
-    fields = [field.name for field in dataclasses.fields(config) if field.name != "resume"]
-    changed = [
-        f"--{name.replace('_', '-')}" for name in fields if _given(config, name) and name not in RENEWABLE
-    ]
-    if changed:
-        raise UserError(
-            f"a resumed run keeps its own settings: leave out {', '.join(changed)} (or start a new run)"
-        )

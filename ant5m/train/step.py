@@ -10,7 +10,7 @@ each micro-batch: 8 + 6 bytes.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from ant5m.train.schedule import Schedule
 WARM_UP = 3
 """steps before the capture: kernels are compiled and memory is laid out by then"""
 
-Numbers = torch.Tensor
+StepStats = torch.Tensor
 """What a step tells, fp32 [4] on the device: loss, gradient norm, whether it counted (1 or 0), loss scale."""
 
 
@@ -45,6 +45,7 @@ class Step:
         done: steps that counted before.
         eos_token_id: keeps attention inside the documents that end with it; None: inside the sequence.
         loop_loss: adds to the gradient of the cross-entropy.
+        on_update: called behind the optimizer with 1, or 0 where the step was skipped; see `Callback`.
     """
 
     def __init__(
@@ -59,10 +60,11 @@ class Step:
         done: int = 0,
         eos_token_id: int | None = None,
         loop_loss: LoopLoss | None = None,
+        on_update: Sequence[Callable[[torch.Tensor], None]] = (),
     ):
         self.net, self.optimizer, self.scaler = net, optimizer, scaler
         self.micro_batch_size, self.grad_clip, self.precision = micro_batch_size, grad_clip, precision
-        self.eos_token_id, self.loop_loss = eos_token_id, loop_loss
+        self.eos_token_id, self.loop_loss, self.on_update = eos_token_id, loop_loss, on_update
         self._parameters = list(net.parameters())
         # A table, because only the device knows which step this is.
         factors = [schedule(step) for step in range(schedule.steps)]
@@ -70,22 +72,31 @@ class Step:
         self._done = torch.tensor([done], device=net.device)
 
     def __call__(
-        self, input_ids: torch.Tensor, targets: torch.Tensor, given_up: Callable[[], bool] = _never
-    ) -> Numbers | None:
-        """Take one step on int64 [B, T] on the device. None, and nothing has changed, when `given_up` between
-        micro-batches."""
+        self, input_ids: torch.Tensor, targets: torch.Tensor, should_abort: Callable[[], bool] = _never
+    ) -> StepStats | None:
+        """Take one step on int64 [B, T] on the device. None, and nothing has changed, when it was aborted
+        between micro-batches."""
+        loss = self.gradients(input_ids, targets, should_abort)
+        return None if loss is None else self.update(loss)
+
+    def gradients(
+        self, input_ids: torch.Tensor, targets: torch.Tensor, should_abort: Callable[[], bool] = _never
+    ) -> torch.Tensor | None:
+        """Leave the gradient of the mean loss, times the loss scale, in the parameters; returns the loss,
+        0-dim. None, and no gradients, when it was aborted.
+        """
         size = self.micro_batch_size
         share = size / len(input_ids)
         copies = self._copies()
         loss = torch.zeros((), device=self.net.device)
         for part, part_targets in zip(input_ids.split(size), targets.split(size), strict=True):
-            if given_up():
+            if should_abort():
                 self.optimizer.zero_grad()
                 return None
             part_loss = self._loss(copies, part, part_targets)
             (part_loss * (share if self.scaler is None else self.scaler.scale * share)).backward()
             loss += part_loss.detach() * share
-        return self._update(loss)
+        return loss
 
     def _copies(self) -> dict[str, torch.Tensor]:
         """The matrices of the layers in the products' dtype; their gradients arrive in fp32."""
@@ -108,7 +119,8 @@ class Step:
                 return forward(input_ids, targets=targets)
             return self.loop_loss(forward, input_ids, targets)
 
-    def _update(self, loss: torch.Tensor) -> Numbers:
+    def update(self, loss: torch.Tensor) -> StepStats:
+        """Unscale and clip the gradients, take the optimizer's step, and forget them."""
         if self.scaler is not None:
             self.scaler.unscale([p.grad for p in self._parameters if p.grad is not None])
         norm = clip(self._parameters, self.grad_clip)
@@ -117,6 +129,8 @@ class Step:
         self.optimizer.step(factor, None if self.scaler is None else 1 - counted)
         self.optimizer.zero_grad()
         self._done += counted.to(self._done.dtype)
+        for on_update in self.on_update:
+            on_update(counted)
         if self.scaler is None:
             return torch.stack((loss, norm, counted, counted))
         self.scaler.update(counted)
@@ -132,7 +146,7 @@ class CapturedStep:
 
     def __init__(self, step: Step):
         self.step = step
-        self._replay: Callable[[], Numbers] | None = None
+        self._replay: Callable[[], StepStats] | None = None
         self._calls = 0
         self._batch: tuple[torch.Tensor, torch.Tensor] | None = None
         # What comes before a capture must not run on the default stream either.
@@ -141,9 +155,9 @@ class CapturedStep:
         self._ends = [torch.cuda.Event(blocking=True) for _ in range(2)]
 
     def __call__(
-        self, input_ids: torch.Tensor, targets: torch.Tensor, given_up: Callable[[], bool] = _never
-    ) -> Numbers:
-        """As `Step`; it is too short to be given up."""
+        self, input_ids: torch.Tensor, targets: torch.Tensor, should_abort: Callable[[], bool] = _never
+    ) -> StepStats:
+        """As `Step`; it is too short to be aborted."""
         end = self._ends[self._calls % 2]
         end.synchronize()
         if self._batch is None:
@@ -153,27 +167,27 @@ class CapturedStep:
         if self._calls == WARM_UP:
             self._capture()
         self._calls += 1
-        numbers = self._warm_up() if self._replay is None else self._replay().clone()
+        stats = self._warm_up() if self._replay is None else self._replay().clone()
         end.record(torch.cuda.current_stream(self.step.net.device))
-        return numbers
+        return stats
 
     @property
     def captured(self) -> bool:
         return self._replay is not None
 
-    def _run(self) -> Numbers:
+    def _run(self) -> StepStats:
         assert self._batch is not None
-        numbers = self.step(*self._batch)
-        assert numbers is not None
-        return numbers
+        stats = self.step(*self._batch)
+        assert stats is not None
+        return stats
 
-    def _warm_up(self) -> Numbers:
+    def _warm_up(self) -> StepStats:
         current = torch.cuda.current_stream(self.step.net.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            numbers = self._run()
+            stats = self._run()
         current.wait_stream(self._stream)
-        return numbers
+        return stats
 
     def _capture(self) -> None:
         try:
@@ -184,17 +198,17 @@ class CapturedStep:
             warnings.warn(f"the step could not be captured as a CUDA graph: {reason}", stacklevel=2)
 
 
-def _record(run: Callable[[], Numbers], stream: torch.cuda.Stream) -> Callable[[], Numbers]:
+def _record(run: Callable[[], StepStats], stream: torch.cuda.Stream) -> Callable[[], StepStats]:
     """Capture `run`, which only queues work on fixed memory then, and return what does the work."""
     graph = torch.cuda.CUDAGraph()
     # The outer context brings the stream back where the capture fails; torch's own does not.
     current = torch.cuda.current_stream(stream.device)
     with torch.cuda.stream(current), torch.cuda.graph(graph, stream=stream):
-        numbers = run()
+        stats = run()
 
-    def replay() -> Numbers:
+    def replay() -> StepStats:
         graph.replay()
-        return numbers
+        return stats
 
     return replay
 

@@ -1,0 +1,38 @@
+"""The loss on held-out text, in the precision of the training."""
+
+from typing import TYPE_CHECKING
+
+from ant5m.data.shards import Shards
+from ant5m.eval.perplexity import Evaluation, evaluate
+from ant5m.model.ant import Ant
+from ant5m.train.callback import Periodic
+from ant5m.train.precision import autocast
+from ant5m.train.settings import Settings
+
+if TYPE_CHECKING:
+    from ant5m.train.trainer import Trainer
+
+
+class Validate(Periodic):
+    """Logs the loss over the first `eval_tokens` of the validation split."""
+
+    def __init__(self, settings: Settings, shards: Shards):
+        super().__init__(settings.eval_every)
+        self._settings, self._shards = settings, shards
+
+    def run(self, trainer: "Trainer") -> None:
+        result = validate(trainer.net, self._shards, self._settings, self._settings.eval_tokens)
+        trainer.log("validation", loss=result.loss, tokens=result.tokens)
+
+
+def validate(net: Ant, shards: Shards, settings: Settings, limit_tokens: int | None = None) -> Evaluation:
+    """Perplexities on the validation split, on a GPU in the precision of the training."""
+    with autocast(settings.precision, net.device):
+        return evaluate(
+            net,
+            shards,
+            batch_size=settings.micro_batch_size,
+            sequence_length=settings.sequence_length,
+            limit_tokens=limit_tokens,
+            document_mask=settings.document_mask,
+        )
