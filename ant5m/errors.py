@@ -1,5 +1,10 @@
 """The one exception that reaches a user as a single line."""
 
+import errno
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""`OSError.errno` where there is no room: on the disk, in the user's share of it, in a file"""
+
 
 class UserError(Exception):
     """Something the user can mend: the message is one line that says what is wrong and what to do.

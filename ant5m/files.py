@@ -56,11 +56,14 @@ def write_file(path: Path, data: str | bytes) -> None:
     fsync(path.parent)
 
 
+def to_json(value: Any) -> bytes:
+    """Indented JSON. What UTF-8 cannot spell, as in a file name of another encoding, is escaped."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
 def write_json(path: Path, value: Any) -> None:
-    """`write_file` of indented JSON. What UTF-8 cannot spell, as in a file name of another encoding, is
-    escaped."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_file(path, text.encode("utf-8", "backslashreplace"))
+    """`write_file` of `to_json`."""
+    write_file(path, to_json(value))
 
 
 @overload
@@ -89,13 +92,22 @@ def parse_json(raw: bytes | str, name: str, type: Any = Any) -> Any:
     """`read_json` of what is in memory; `name` is what errors call it."""
     try:
         text = raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw
-        return msgspec.convert(json.loads(text), type)
-    except msgspec.ValidationError as error:
-        raise UserError(f"{name}: {what_and_where(error)}") from None
+        value = json.loads(text)
     except RecursionError:
         raise UserError(f"{name} is not valid JSON (nested too deeply)") from None
     except ValueError as error:  # bytes that are not UTF-8, bad JSON, an integer of thousands of digits
         raise UserError(f"{name} is not valid JSON ({str(error).partition(';')[0]})") from None
+    return check_json(value, name, type)
+
+
+def check_json(value: Any, name: str, type: Any) -> Any:
+    """A parsed value as `type`; `UserError` as of `read_json` when it is of another."""
+    try:
+        return msgspec.convert(value, type)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{name}: {what_and_where(error)}") from None
+    except RecursionError:
+        raise UserError(f"{name} is nested too deeply") from None
 
 
 def what_and_where(error: msgspec.ValidationError) -> str:

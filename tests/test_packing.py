@@ -1,3 +1,4 @@
+import errno
 import functools
 import json
 import os
@@ -11,11 +12,12 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from ant5m.cli import call
 from ant5m.data import packing
-from ant5m.data.corpus import Corpus
+from ant5m.data.corpus import PIECE, SEPARATOR, WHOLE, Corpus
 from ant5m.data.packing import count_words, pack
 from ant5m.data.shards import Shards
 from ant5m.data.tokenizer import Tokenizer, train_tokenizer
 from ant5m.errors import UserError
+from ant5m.files import lock
 
 WORDS = [
     "the",
@@ -81,7 +83,7 @@ def content(folder):
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != ".lock"
     }
 
 
@@ -163,11 +165,11 @@ def test_going_on_does_not_start_over(tmp_path, corpus, tokenizer, monkeypatch):
     monkeypatch.setattr(packing, "JOURNAL_BYTES", 2_000)
     real, sizes = packing._encode, []
 
-    def encode(batch, tokenizer):
+    def encode(batch, *others):
         if len(sizes) == 20:
             raise KeyboardInterrupt
         sizes.append(len(batch.texts))
-        return real(batch, tokenizer)
+        return real(batch, *others)
 
     with monkeypatch.context() as patch:
         patch.setattr(packing, "_encode", encode)
@@ -216,7 +218,7 @@ def test_a_full_disk_loses_nothing(tmp_path, corpus, tokenizer, monkeypatch):
     def write(file, data):
         if not next(room, 0):
             file.write(data[: len(data) // 2])
-            raise OSError(packing.errno.ENOSPC, "No space left on device")
+            raise OSError(errno.ENOSPC, "No space left on device")
         real(file, data)
 
     with monkeypatch.context() as patch:
@@ -424,3 +426,206 @@ def test_command(tmp_path, corpus, tokenizer, capsys):
     assert call([*words, "--out", str(tmp_path / "new"), "--text-column", "body"]) == 2
     assert "no column 'body'" in capsys.readouterr().err
     assert call(["data", "pack", str(tmp_path / "no.txt"), "--tokenizer", str(tmp_path), "--out", "x"]) == 2
+
+
+def test_two_at_once_do_not_mix(tmp_path, corpus, tokenizer):
+    with lock(tmp_path / "out"), pytest.raises(UserError, match="another process is writing into"):
+        pack(corpus, tokenizer, tmp_path / "out")
+    pack(corpus, tokenizer, tmp_path / "out")  # the other one died before it wrote anything
+
+
+def test_what_a_killed_process_left_is_no_other_content(tmp_path, corpus, tokenizer):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".lock").touch()
+    (out / ".progress.json.abcdefgh.aside").write_text("{")
+    pack(corpus, tokenizer, out)
+    assert {name for name in os.listdir(out) if name.startswith(".")} == {".lock"}
+
+
+def long_text(seed):
+    words = random.Random(seed).choices(WORDS, k=60_000)
+    return f"Book {seed}. " + "\n\n".join(" ".join(words[i : i + 100]) for i in range(0, 60_000, 100))
+
+
+def test_a_document_cut_into_pieces_is_in_one_split(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(packing, "BATCH_BYTES", 100_000)
+    monkeypatch.setattr(packing, "JOURNAL_BYTES", 100_000)
+    books = [long_text(seed) for seed in range(6)]
+    assert all(len(book) > 2 * WHOLE for book in books)
+    (tmp_path / "books.txt").write_text(SEPARATOR.join(books))
+    corpus = Corpus.open([tmp_path / "books.txt"])
+    meta = pack(corpus, tokenizer, tmp_path / "out", validation_fraction=0.3)
+    assert meta["held_out"] == "documents" and meta["splits"]["train"]["documents"] > 2 * 5
+
+    def books_of(folder, split):
+        text = "".join(map(tokenizer.decode, documents_of(folder, split)))
+        return text, {seed for seed, book in enumerate(books) if book[:40] in text}
+
+    (train, in_train), (held_out, in_validation) = (books_of(tmp_path / "out", s) for s in meta["splits"])
+    assert in_train and in_validation and not in_train & in_validation
+    assert train == "".join(books[seed] for seed in sorted(in_train))
+    assert held_out == "".join(books[seed] for seed in sorted(in_validation))
+
+    real, calls = packing._write, iter(range(1_000))  # and going on in the middle of a book changes nothing
+
+    def stop(*args):
+        if next(calls) == 7:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "_write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            pack(corpus, tokenizer, tmp_path / "again", validation_fraction=0.3)
+    pack(corpus, tokenizer, tmp_path / "again", validation_fraction=0.3)
+    assert content(tmp_path / "again") == content(tmp_path / "out")
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.8])  # whichever split its one hash falls into
+def test_of_a_single_long_document_pieces_are_held_out(tmp_path, tokenizer, fraction):
+    (tmp_path / "book.txt").write_text(long_text(1))
+    corpus = Corpus.open([tmp_path / "book.txt"])
+    assert corpus.size > 3 * PIECE
+    with pytest.warns(UserWarning, match="one document: pieces of it are held out"):
+        meta = pack(corpus, tokenizer, tmp_path / "out", validation_fraction=fraction)
+    assert meta["held_out"] == "pieces" and all(split["documents"] for split in meta["splits"].values())
+
+
+def byte_level(vocab, eos_token="<|endoftext|>", **options):
+    backend = Backend(models.BPE(vocab=vocab, merges=[], **options))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    return Tokenizer(backend, eos_token)
+
+
+def test_a_tokenizer_with_gaps_is_refused_unless_loss_is_allowed(tmp_path):
+    letters = sorted(set("".join(WORDS)) | {"Ġ", "c", "f"})
+    for name, extra in {"dropped": {}, "unknown": {"unk_token": "<unk>"}}.items():
+        vocab = {"<|endoftext|>": 0, "<unk>": 1} | {c: i for i, c in enumerate(letters, 2)}
+        tokenizer = byte_level(vocab, **extra)
+        texts = [*([" ".join(WORDS)] * 3), "caf\u00e9", "a river", "\u4e2d\u6587 lamps"]
+        corpus = Corpus.open([write_jsonl(tmp_path / f"{name}.jsonl", texts)])
+        with pytest.raises(UserError, match=r"8 of .* bytes are lost, .*--allow-loss"):
+            pack(corpus, tokenizer, tmp_path / name, validation_fraction=0.3)
+        meta = pack(corpus, tokenizer, tmp_path / name, validation_fraction=0.3, allow_loss=True)
+        assert sum(split["lost_bytes"] for split in meta["splits"].values()) == 2 + 6
+        assert sum(Shards.open(tmp_path / name, split).lost_bytes for split in meta["splits"]) == 8
+
+
+def test_a_byte_level_tokenizer_with_all_bytes_needs_no_measuring(tmp_path, corpus, tokenizer, monkeypatch):
+    monkeypatch.setattr(packing, "lost_bytes", None)
+    meta = pack(corpus, tokenizer, tmp_path / "out")
+    assert [split["lost_bytes"] for split in meta["splits"].values()] == [0, 0]
+
+
+def edited(tokenizer, folder, change):
+    """The tokenizer after `change` to the content of its tokenizer.json."""
+    tokenizer.save(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    change(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return Tokenizer.load(folder)
+
+
+def test_an_end_of_text_token_not_marked_special_is_never_made_of_text(tmp_path, corpus, tokenizer):
+    def unmark(content):
+        content["added_tokens"][0]["special"] = False
+
+    plain = edited(tokenizer, tmp_path / "tok", unmark)
+    pack(corpus, plain, tmp_path / "out", validation_fraction=0.1)
+    texts = [
+        plain.decode(ids)
+        for split in ("train", "validation")
+        for ids in documents_of(tmp_path / "out", split)
+    ]
+    assert sorted(texts) == sorted(corpus.documents())
+
+
+def test_an_end_of_text_id_that_text_becomes_all_the_same_is_refused(tmp_path, corpus):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = byte_level({c: i for i, c in enumerate(alphabet)}, "e")
+    with pytest.raises(UserError, match="text of a document becomes the end-of-text token 'e'"):
+        pack(corpus, tokenizer, tmp_path / "out")
+
+
+def test_dropout_is_turned_off(tmp_path, corpus, tokenizer):
+    def drop(content):
+        content["model"]["dropout"] = 0.5
+
+    noisy = edited(tokenizer, tmp_path / "tok", drop)
+    pack(corpus, noisy, tmp_path / "out")
+    pack(corpus, tokenizer, tmp_path / "plain")
+    assert content(tmp_path / "out") == content(tmp_path / "plain")
+    tokenizer.backend.model.dropout = 0.5
+    assert Tokenizer(tokenizer.backend).backend.model.dropout is None
+
+
+@pytest.mark.parametrize("option", ["single_word", "lstrip", "rstrip"])
+def test_added_tokens_are_found_where_tokenizers_finds_them(tmp_path, tokenizer, option):
+    def add(content):
+        token = {"id": 320, "content": "colony", "normalized": False, "special": False}
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+        content["added_tokens"].append({**token, **flags, option: True})
+
+    added = edited(tokenizer, tmp_path / "tok", add)
+    texts = [f"{n} " + "the quiet river " * 200 + "xcolony colonys a colony of it" for n in range(40)]
+    corpus = Corpus.open([write_jsonl(tmp_path / "a.jsonl", texts)])
+    pack(corpus, added, tmp_path / "out", validation_fraction=0.1, allow_loss=True)
+    found = [ids for split in ("train", "validation") for ids in documents_of(tmp_path / "out", split)]
+    assert sorted(found) == sorted(added.backend.encode(text, add_special_tokens=False).ids for text in texts)
+
+
+def test_rows_left_out_are_counted_also_when_packing_was_stopped(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(packing, "BATCH_BYTES", 2_000)
+    monkeypatch.setattr(packing, "JOURNAL_BYTES", 2_000)
+    rows = [json.dumps({"text": text}) for text in make_texts(200)]
+    for place in (0, 50, 100, 150, len(rows)):
+        rows.insert(place, '{"text": 5}')
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    corpus = Corpus.open([tmp_path / "a.jsonl"], on_error="skip")
+    real, calls = packing._write, iter(range(1_000))
+
+    def stop(*args):
+        if next(calls) == 9:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="line 1: column 'text' holds int"):
+        patch.setattr(packing, "_write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            pack(corpus, tokenizer, tmp_path / "out", validation_fraction=0.1)
+    with pytest.warns(UserWarning, match="line 201"):
+        meta = pack(corpus, tokenizer, tmp_path / "out", validation_fraction=0.1)
+    assert meta["left_out"] == {"rows": 5}
+    assert sum(split["documents"] for split in meta["splits"].values()) == 200
+
+
+def test_a_file_name_that_is_not_utf8(tmp_path, tokenizer):
+    name = os.fsdecode(bytes(tmp_path) + b"/caf\xe9.txt")
+    Path(name).write_text(SEPARATOR.join(make_texts(20)))
+    meta = pack(Corpus.open([tmp_path]), tokenizer, tmp_path / "out", validation_fraction=0.1)
+    assert meta == Shards.open(tmp_path / "out").meta and meta["sources"][0]["name"] == name
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    {
+        "meta.json": ('"bytes": ', '"bytes": 1'),
+        "tokenizer/tokenizer_config.json": ('"eos_token": "<|endoftext|>"', '"eos_token": "a"'),
+        "tokenizer/tokenizer.json": ('"special": true', '"special": false'),
+        "manifest.json": ('"meta.json": "', '"meta.json": "0'),
+    }.items(),
+)
+def test_an_edited_file_is_noticed(tmp_path, corpus, tokenizer, file, change):
+    pack(corpus, tokenizer, tmp_path / "out", validation_fraction=0.1)
+    path = tmp_path / "out" / file
+    before = path.read_text()
+    path.write_text(before.replace(*change, 1))
+    assert path.read_text() != before
+    with pytest.raises(UserError, match=r"does not have the sha256 in manifest\.json"):
+        Shards.open(tmp_path / "out", verify=False)
+    path.write_text(before)
+    Shards.open(tmp_path / "out")
+    path.unlink()
+    with pytest.raises(UserError, match=r"missing|does not exist|not made by"):
+        Shards.open(tmp_path / "out")

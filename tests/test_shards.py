@@ -173,3 +173,33 @@ def test_fingerprint_is_that_of_tokens_and_tokenizer(tmp_path):
     assert first == fingerprint("c", [[1, 2], [3]], lambda meta: meta.update(sources=["another name"]))
     assert first != fingerprint("d", [[1, 2], [4]])
     assert first != fingerprint("e", [[1, 2], [3]], lambda meta: meta.update(tokenizer_fingerprint="0" * 64))
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda split: split.update(bytes=-1), r"splits\[\.\.\.\]\.bytes: expected int >= 0"),
+        (lambda split: split.update(words=None), r"words: expected int, got null"),
+        (lambda split: split.update(tokens=5), "counts other tokens than its shards have"),
+        (lambda split: split.update(words=10_000), "more words or lost bytes than bytes"),
+        (lambda split: split.update(lost_bytes=True), r"lost_bytes: expected int, got bool"),
+        (lambda split: split["shards"][0].update(tokens=0), r"shards\[0\]\.tokens: expected int >= 1"),
+        (lambda split: split["shards"][0].update(name="../x.bin"), "outside the folder"),
+        (lambda split: split.pop("bytes"), "missing required field bytes"),
+    ],
+)
+def test_impossible_counts_are_named(folder, edit, words):
+    edit_meta(folder, lambda meta: edit(meta["splits"]["train"]))
+    with pytest.raises(UserError, match=words) as error:
+        Shards.open(folder)
+    assert str(folder / "meta.json") in str(error.value)
+
+
+def test_a_shard_cut_while_it_is_mapped_is_an_error_not_a_dead_process(folder):
+    tokens = Shards.open(folder).tokens
+    with (folder / "train-00000.bin").open("r+b") as file:
+        file.truncate(10)
+    inputs = np.empty((1, 8), np.int64)
+    for read in (lambda: tokens[:8], lambda: tokens.gather(np.zeros(1, np.int64), 8, inputs, inputs.copy())):
+        with pytest.raises(UserError, match=r"train-00000\.bin was cut while it was in use"):
+            read()

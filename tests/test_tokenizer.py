@@ -193,7 +193,7 @@ def test_a_fast_encoder_that_disagrees_is_not_used(tokenizer, monkeypatch):
 
 BROKEN = {
     "not json": ("{", "not valid JSON"),
-    "a list": ("[]", "not a tokenizer.json"),
+    "a list": ("[]", "expected object, got array"),
     "no model": ('{"version": "1.0"}', "not a tokenizer.json"),
     "another kind": ('{"model": {"type": "WordPiece"}}', "is a WordPiece tokenizer: only BPE"),
     "half a model": ('{"model": {"type": "BPE", "vocab": 5}}', "is broken"),

@@ -6,15 +6,18 @@ The shard files of a split are one logical sequence of tokens; where one file en
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from ant5m import _cpu
 from ant5m.errors import UserError
-from ant5m.files import file_sha256, read_json
+from ant5m.files import check_json, file_sha256, read_json
+from ant5m.manifest import check_file, read_manifest
 
 Split = Literal["train", "validation"]
 
@@ -23,6 +26,39 @@ PROGRESS = "progress.json"
 FORMAT = "ant5m-shards-1"
 TOKEN = np.dtype("<u2")
 COUNTS = ("documents", "tokens", "bytes", "words")
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Some = Annotated[int, msgspec.Meta(ge=1)]
+
+
+@dataclass
+class _Shard:
+    name: str
+    tokens: Some
+    sha256: str
+
+
+@dataclass
+class _Split:
+    documents: Count
+    tokens: Count
+    bytes: Count
+    words: Count
+    shards: list[_Shard]
+    lost_bytes: Count = 0
+
+
+@dataclass
+class _Meta:
+    """What is relied upon of `meta.json`; `ant5m.data.packing.pack` says what else is there."""
+
+    format: Literal["ant5m-shards-1"]
+    vocab_size: Some
+    eos_token_id: Count
+    tokenizer_fingerprint: str
+    splits: dict[str, _Split]
+    manifest: str | None = None
+    """not in folders of ant5m 0.1.0"""
 
 
 class Tokens:
@@ -47,6 +83,7 @@ class Tokens:
         start, stop, step = window.indices(len(self))
         if step != 1:
             raise ValueError("tokens are read in order: use a step of 1")
+        self._check_mapped()
         pieces = []
         while start < stop:
             part = int(np.searchsorted(self._ends, start, side="right"))
@@ -67,6 +104,7 @@ class Tokens:
         Raises `IndexError` when a window, with the target of its last token, leaves the tokens.
         """
         _check_gather(starts, length, inputs, targets)
+        self._check_mapped()
         if len(starts) == 0:
             return
         if length >= len(self) or starts.view(np.uint64).max() >= len(self) - length:  # below 0 is huge there
@@ -77,6 +115,12 @@ class Tokens:
         copies = [self[start : start + length + 1] for start in starts[crossing].tolist()]
         windows[crossing] = [copy.ctypes.data for copy in copies]
         _cpu.gather(windows.ctypes.data, len(starts), length, inputs.ctypes.data, targets.ctypes.data)
+
+    def _check_mapped(self) -> None:
+        """Raise `UserError` where a file was cut since it was mapped: reading there kills the process."""
+        for part in self._parts:
+            if isinstance(part, np.memmap) and part._mmap.size() < part.nbytes:  # type: ignore[attr-defined]
+                raise UserError(f"{part.filename} was cut while it was in use: pack the text again")
 
 
 class Shards:
@@ -97,6 +141,11 @@ class Shards:
     def counts(self) -> dict[str, int]:
         """`documents`, `tokens`, `bytes` (of UTF-8 text) and `words` (`str.split`) of this split."""
         return {name: self.meta["splits"][self.split][name] for name in COUNTS}
+
+    @property
+    def lost_bytes(self) -> int:
+        """Of `counts["bytes"]`, those that the tokenizer cannot spell. A loss per byte means nothing then."""
+        return self.meta["splits"][self.split].get("lost_bytes", 0)
 
     @property
     def vocab_size(self) -> int:
@@ -120,7 +169,8 @@ class Shards:
 
     @classmethod
     def open(cls, folder: str | Path, split: Split = "train", verify: bool = True) -> "Shards":
-        """Map a split into memory. `verify` reads every shard once and compares its sha256.
+        """Map a split into memory. `verify` reads every shard once and compares its sha256; the hashes of the
+        other files are compared in any case.
 
         Raises `UserError` that names the file when it is missing, truncated or edited.
         """
@@ -144,34 +194,33 @@ def _read_meta(folder: Path) -> dict[str, Any]:
             if unfinished
             else f"{folder} has no {META}: it was not made by `ant5m data pack`"
         )
-    meta = read_json(folder / META)
-    if not _is_meta(meta):
+    meta: dict[str, Any] = read_json(folder / META, dict[str, Any])
+    if meta.get("format") != FORMAT:
         raise UserError(f"{folder / META} is not a description of {FORMAT}: pack the text again")
+    try:
+        _check_meta(check_json(meta, str(folder / META), _Meta), folder)
+    except UserError as error:
+        raise UserError(f"{error}. Pack the text again") from None
     return meta
 
 
-def _is_meta(meta: Any) -> bool:
-    try:
-        splits = list(meta["splits"].values())
-        numbers = [
-            meta["vocab_size"],
-            meta["eos_token_id"],
-            *(split[name] for split in splits for name in COUNTS),
-        ]
-        return (
-            meta["format"] == FORMAT
-            and isinstance(meta["tokenizer_fingerprint"], str)
-            and all(isinstance(number, int) for number in numbers)
-            and all(_is_shard(shard) for split in splits for shard in split["shards"])
-        )
-    except (KeyError, TypeError, AttributeError):
-        return False
-
-
-def _is_shard(shard: dict[str, Any]) -> bool:
-    name, tokens = shard["name"], shard["tokens"]
-    plain = isinstance(name, str) and Path(name).name == name  # never a path out of the folder
-    return plain and isinstance(tokens, int) and tokens > 0 and isinstance(shard["sha256"], str)
+def _check_meta(meta: _Meta, folder: Path) -> None:
+    """Whether the parts of `meta.json` agree, and are what was written."""
+    where = folder / META
+    if meta.eos_token_id >= meta.vocab_size:
+        raise UserError(f"{where}: eos_token_id is {meta.eos_token_id}, of {meta.vocab_size} entries")
+    for name, split in meta.splits.items():
+        if any(Path(shard.name).name != shard.name for shard in split.shards):
+            raise UserError(f"{where}: splits.{name} names a shard outside the folder")
+        if split.tokens != sum(shard.tokens for shard in split.shards) or split.documents > split.tokens:
+            raise UserError(f"{where}: splits.{name} counts other tokens than its shards have")
+        if max(split.words, split.lost_bytes) > split.bytes:
+            raise UserError(f"{where}: splits.{name} has more words or lost bytes than bytes")
+    if meta.manifest is None:
+        return
+    for name, sha256 in read_manifest(folder).items():
+        if not name.endswith(".bin"):  # they are large: `_map` reads them where it is asked to
+            check_file(folder, name, sha256)
 
 
 def _map(folder: Path, shard: dict[str, Any], verify: bool) -> NDArray[np.uint16]:

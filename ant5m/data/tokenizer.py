@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,8 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from ant5m.data.special_tokens import read_settings, write_settings
-from ant5m.errors import UserError
-from ant5m.files import read_json, write_file
+from ant5m.errors import UserError, first_line
+from ant5m.files import check_json, read_json, write_file
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -73,6 +74,8 @@ class Tokenizer:
         if backend.num_special_tokens_to_add(False):
             backend.post_processor = None
         backend.encode_special_tokens = True  # text that spells a special token stays text
+        if getattr(backend.model, "dropout", None):
+            backend.model.dropout = None
         self.eos_token = eos_token
         self.eos_token_id: int = eos_token_id
         self.bos_token = eos_token if bos_token is None or bos_token_id is None else bos_token
@@ -88,27 +91,24 @@ class Tokenizer:
         """Open a tokenizer folder, or a `tokenizer.json` by its path.
 
         The end-of-text token is the `eos_token` that the files beside it name, else `<|endoftext|>`;
-        `bos_token` is what they name, else the end-of-text token.
-        Raises `UserError` when there is none, or when the file is missing, broken, or not a BPE.
+        `bos_token` is what they name, else the end-of-text token. Both count as special, so that text never
+        becomes them, whether the file marks them so or not. BPE dropout, which is for training, is turned
+        off. Raises `UserError` when there is no end-of-text token, or when the file is missing, broken, or
+        not a BPE.
         """
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
-        content = read_json(file)
-        model = content.get("model") if isinstance(content, dict) else None
-        kind = model.get("type") if isinstance(model, dict) else None
-        if kind is None and isinstance(model, dict) and "vocab" in model and "merges" in model:
-            kind = model["type"] = "BPE"  # old files, GPT-2's among them, do not name it
-        if kind is None:
-            raise UserError(f"{file} is not a tokenizer.json: it names no model type")
-        if kind != "BPE":
-            raise UserError(f"{file} is a {kind} tokenizer: only BPE tokenizers can be used")
+        content = read_json(file, dict[str, Any])
+        settings = read_settings(file.parent)
+        eos_token = settings.get("eos_token", END_OF_TEXT)
+        _check_is_bpe(content, file)
+        _settle(content, {eos_token, settings.get("bos_token")})
         try:
             backend = tokenizers.Tokenizer.from_str(json.dumps(content))
         except Exception as error:  # the library raises nothing narrower
-            raise UserError(f"{file} is broken ({error})") from None
+            raise UserError(f"{file} is broken ({first_line(error)})") from None
         try:
-            settings = read_settings(file.parent)
-            return cls(backend, settings.get("eos_token", END_OF_TEXT), settings.get("bos_token"), settings)
+            return cls(backend, eos_token, settings.get("bos_token"), settings)
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
 
@@ -123,8 +123,14 @@ class Tokenizer:
         write_settings(folder, {**self.settings, **special}, self.vocab, model_max_length)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without any special token added."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        """Ids of a text, without any special token added.
+
+        Raises `UserError` for half a surrogate pair, which Python makes of input that is not UTF-8.
+        """
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise UserError(f"the text {text[:40]!a} is not UTF-8: convert it, try iconv") from None
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text as uint32 arrays: views of one buffer."""
@@ -184,10 +190,58 @@ class Tokenizer:
         content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
         try:
             fast = gigatoken.Tokenizer.from_json(json.dumps(content))
-            agrees = fast.encode_batch_list(list(PROBE)) == [self.encode(text) for text in PROBE]
+            probe = [*PROBE, *_probes([token["content"] for token in content["added_tokens"]])]
+            agrees = fast.encode_batch_list(probe) == [self.encode(text) for text in probe]
         except Exception:  # it raises RuntimeError and ValueError for what it does not support
             return None
         return fast if agrees else None
+
+
+@dataclass
+class _Model:
+    """What is checked of `model` in a `tokenizer.json`, before `tokenizers` reads it."""
+
+    type: str | None = None
+    vocab: Any = None
+    merges: Any = None
+
+
+@dataclass
+class _Added:
+    content: str
+
+
+@dataclass
+class _Content:
+    model: _Model
+    added_tokens: list[_Added] | None = None
+
+
+def _check_is_bpe(content: dict[str, Any], file: Path) -> None:
+    if not isinstance(content.get("model"), dict):
+        raise UserError(f"{file} is not a tokenizer.json: it has no model")
+    model = check_json(content, str(file), _Content).model
+    kind = model.type
+    if kind is None and model.vocab is not None and model.merges is not None:
+        kind = content["model"]["type"] = "BPE"  # old files, GPT-2's among them, do not name it
+    if kind is None:
+        raise UserError(f"{file} is not a tokenizer.json: it names no model type")
+    if kind != "BPE":
+        raise UserError(f"{file} is a {kind} tokenizer: only BPE tokenizers can be used")
+
+
+def _settle(content: dict[str, Any], control: set[str | None]) -> None:
+    """Make a `tokenizer.json` give one text one list of ids, and never a `control` token."""
+    content["model"]["dropout"] = None
+    for token in content.get("added_tokens") or ():
+        token["special"] = token.get("special") or token["content"] in control
+
+
+def _probes(added: Sequence[str], at_once: int = 64) -> Iterator[str]:
+    """Text in which added tokens stand alone, inside words, twice, in capitals, beside spaces."""
+    spelled = [f"{t} x{t} {t}s {t}{t}  {t.upper()} ({t})\t{t}\n" for t in added]
+    for first in range(0, len(spelled), at_once):
+        yield "".join(spelled[first : first + at_once])
 
 
 def train_tokenizer(
