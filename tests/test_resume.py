@@ -11,8 +11,10 @@ import pytest
 import torch
 from test_train import config, material  # noqa: F401  (fixtures)
 
+from ant5m import kernels
 from ant5m.cli import call
 from ant5m.errors import UserError
+from ant5m.kernels import check
 from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import latest_checkpoint
 from ant5m.train import TrainConfig, pretrain, pretraining, samples, trainer
@@ -67,6 +69,18 @@ def noise(monkeypatch):
         return out if targets is None or not self.training else out * (1 + 0.1 * torch.rand(()))
 
     monkeypatch.setattr(Ant, "forward", noisy)
+
+
+def test_what_a_stopwatch_chose_is_part_of_the_run(config, interrupt, monkeypatch):  # noqa: F811
+    """On a GPU another start may choose otherwise, and round otherwise."""
+    monkeypatch.setattr(check, "_choices", {"mlp on a device": "faster"})
+    interrupt(signal.SIGTERM, STOP_AT)
+    pretrain(dataclasses.replace(config, steps=8))
+    assert json.loads((config.out / "config.json").read_text())["ran"]["mlp on a device"] == "faster"
+    check._choices.clear()
+    pretrain(TrainConfig(resume=config.out))
+    assert kernels.choices() == {"mlp on a device": "faster"}
+    assert fingerprint(config.out)[0]["kernels"] == kernels.choices()
 
 
 @pytest.mark.usefixtures("noise")

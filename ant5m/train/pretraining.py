@@ -95,6 +95,8 @@ def _pretrain(run: Run, device: torch.device, started: float) -> Result:
     _introduce(run, settings, net)
     with Stop(deadline) as stop:
         _fit(run, trainer, stop)
+    run.ran |= kernels.choices()
+    run.write()
     evaluation = _finish(run, trainer, data) if trainer.complete else None
     stopped = None if trainer.complete else stop.reason
     return Result(run.folder, trainer.step, settings.steps, stopped, evaluation, describe_device(settings))

@@ -27,7 +27,7 @@ class Run:
     data: dict[str, Any]
     """what is known of the training data, once it is there"""
     ran: dict[str, str] = dataclasses.field(default_factory=dict)
-    """the device with its precision, and the kernels, once they are chosen; of the last call"""
+    """the device with its precision, the kernels, and what a stopwatch chose among them; of the last call"""
     claimed: bool = False
     """whether the folder is this run's"""
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ant5m import kernels
 from ant5m.data.loader import Loader
 from ant5m.errors import UserError
 from ant5m.model.ant import Ant
@@ -126,6 +127,7 @@ class Trainer:
             "tokens": self.tokens,
             "skipped": self.skipped,
             "seconds": self.seconds,
+            "kernels": kernels.choices(),
             **({"callbacks": states} if states else {}),
         }
 
@@ -133,6 +135,7 @@ class Trainer:
         """The inverse of `state_dict`."""
         self.loader.load_state_dict(state["loader"])
         set_random_state(state["random"], self.net.device)
+        kernels.restore(state.get("kernels", {}))
         if self.scaler and state["scaler"]:
             self.scaler = LossScaler(self.net.device, **state["scaler"])
         self.step = state["step"]
