@@ -249,11 +249,19 @@ def test_layouts(layout):
     check_rope(ops.rope, (2, 7, 4, 16), 2, fp32, layout)
     check_rope_qkv(ops.rope_qkv, (2, 7, 4, 16), 2, fp32, layout)
     check_swiglu(ops.swiglu, (2, 5, 3, 20), fp32, layout)
+    # A norm's weight has one dimension, and no order of them.
+    check_rms_norm(ops.rms_norm, (2, 5, 3, 20), fp32, True, lambda x: x if x.ndim == 1 else layout(x))
 
-    def by_dimension(x):  # gains have one, and nothing to lay out
-        return x if x.ndim == 1 else layout(x)
 
-    check_rms_norm(ops.rms_norm, (2, 5, 3, 20), fp32, True, by_dimension)
+@runs_here
+def test_rms_norm_with_a_weight_that_has_gaps():
+    """Every second number of twice as many, and one number for all channels."""
+    check_rms_norm(ops.rms_norm, (2, 5, 20), fp32, True, with_gaps)
+    x, one = draw(3, 20), draw(1).requires_grad_()
+    y = ops.rms_norm(x, one.expand(20))
+    assert error(y, reference.rms_norm(x.double(), one.double().expand(20))) < 1e-6
+    (got,) = torch.autograd.grad(y.sum(), one)
+    assert torch.allclose(got, (y / one).sum(), rtol=1e-5)
 
 
 @runs_here

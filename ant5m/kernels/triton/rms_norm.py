@@ -126,7 +126,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> y in `dtype`, x + residual (empty without one), 1 / root mean square of each row."""
     y, total, scale = _outputs(x, weight, eps, residual, dtype)
-    wide = rows(x)
+    wide, weight = rows(x), weight.contiguous()
     other = wide if residual is None else rows(residual)
     tile = _tile(x.shape[-1], _FORWARD)
     with torch.cuda.device_of(x):
@@ -170,7 +170,7 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> gradient of x, of the residual if its dtype is another one (else empty), of the weight."""
     dx, dresidual, dweight = _gradients(dy, dtotal, total, weight, scale, dtype, residual_dtype)
-    dy, total = rows(dy), rows(total)
+    dy, total, weight = rows(dy), rows(total), weight.contiguous()
     direct = dy if dtotal is None else rows(dtotal)
     size = total.shape[-1]
     tile = _tile(size, _BACKWARD)
@@ -207,7 +207,7 @@ def _gradients(dy, dtotal, total, weight, scale, dtype, residual_dtype):
     dresidual = torch.empty(
         dy.shape if residual_dtype != dtype else 0, dtype=residual_dtype, device=dy.device
     )
-    return dx, dresidual, torch.empty_like(weight)
+    return dx, dresidual, torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
 def _save(ctx, inputs, output):
