@@ -38,8 +38,8 @@ class Callback:
     def act(self, trainer: "Trainer") -> None:
         """What is due; every statistic has been read by then."""
 
-    def on_log(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Of every line that the training or a callback logs."""
+    def on_log(self, trainer: "Trainer", kind: str, values: dict[str, Any]) -> None:
+        """Of every line that the training or a callback logs, about the step `trainer.step`."""
 
     def on_update(self, counted: Tensor) -> None:
         """Inside each step, behind the optimizer. Part of a CUDA graph on a GPU: it may only queue work on

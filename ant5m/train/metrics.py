@@ -29,9 +29,10 @@ class MetricsFile(Callback):
         write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
-    def on_log(self, kind: str, step: int, values: dict[str, Any]) -> None:
+    def on_log(self, trainer: "Trainer", kind: str, values: dict[str, Any]) -> None:
         assert self._file is not None
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n")
+        line = {"kind": kind, "step": trainer.step, **values}
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -53,10 +54,10 @@ class TensorBoard(Callback):
             return
         self._board = SummaryWriter(str(self._run.folder / "tensorboard"), purge_step=trainer.step + 1)
 
-    def on_log(self, kind: str, step: int, values: dict[str, Any]) -> None:
+    def on_log(self, trainer: "Trainer", kind: str, values: dict[str, Any]) -> None:
         for name, value in values.items():
             if self._board is not None and isinstance(value, int | float):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+                self._board.add_scalar(f"{kind}/{name}", value, trainer.step)
 
     def close(self) -> None:
         if self._board is not None:

@@ -52,7 +52,8 @@ class TrainingProgress(Callback):
     def close(self) -> None:
         self._bar.stop()
 
-    def on_log(self, kind: str, step: int, values: dict[str, Any]) -> None:
+    def on_log(self, trainer: "Trainer", kind: str, values: dict[str, Any]) -> None:
+        step = trainer.step
         if kind == "train":
             self._update(step, values["loss"], values["learning_rate"], values["tokens_per_second"])
         elif kind == "validation":

@@ -114,7 +114,7 @@ class Trainer:
     def log(self, kind: str, **values: Any) -> None:
         """Tell all callbacks what happened at the present step."""
         for callback in self.callbacks:
-            callback.on_log(kind, self.step, values)
+            callback.on_log(self, kind, values)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds beside the tensors, in plain values for JSON."""
