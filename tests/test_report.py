@@ -110,7 +110,11 @@ def test_a_text_read_in_part_is_not_read_no_times():
 def test_progress_shows_mfu_only_with_a_known_peak(capsys):
     for peak in (None, 4e6):
         progress = TrainingProgress(steps=10, flops_per_token=1_000, peak=peak)
-        progress.on_log(SimpleNamespace(step=10), "train", {"loss": 4.25, "learning_rate": 0.001, "tokens_per_second": 2_000})
+        progress.on_log(
+            SimpleNamespace(step=10),
+            "train",
+            {"loss": 4.25, "learning_rate": 0.001, "tokens_per_second": 2_000},
+        )
         output = capsys.readouterr()
         assert output.out == ""
         assert "step 10/10  loss 4.250  lr 1.0e-03  2,000 tokens/s" in output.err

@@ -89,6 +89,8 @@ class TrainConfig:
     """steps between validations; default: a tenth of all steps"""
     eval_tokens: int | None = None
     """tokens per validation (the last one uses all); default: about 1.5 % of the training tokens"""
+    early_stop: int = 0
+    """end the run after this many validations in a row without a lower loss; 0: never"""
     sample_every: int | None = None
     """steps between sample texts; 0: none; default: as --eval-every"""
     checkpoint_every: int | None = None
@@ -104,7 +106,7 @@ class TrainConfig:
             _check_count(self, name, 1)
         for name in ("eval_tokens", "checkpoint_every", "keep_last"):
             _check_count(self, name, 1)
-        for name in ("sample_every", "seed"):
+        for name in ("sample_every", "early_stop", "seed"):
             _check_count(self, name, 0)
         for name in ("learning_rate", "muon_learning_rate", "eps", "max_minutes"):
             _check_range(self, name, above=0)

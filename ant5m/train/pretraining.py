@@ -23,6 +23,7 @@ from ant5m.train.checkpoint import SaveCheckpoints, load_checkpoint
 from ant5m.train.config import TrainConfig
 from ant5m.train.data import TrainingData
 from ant5m.train.default_text import pack_default_text
+from ant5m.train.early_stop import EarlyStop
 from ant5m.train.losses import AddLoopLoss
 from ant5m.train.metrics import MetricsFile, TensorBoard
 from ant5m.train.plan import keeps_tokens, measure_speed
@@ -132,6 +133,7 @@ def _make_callbacks(run: Run, settings: Settings, net: Ant, data: TrainingData) 
         TensorBoard(run),
         TrainingProgress(settings.steps, flops, peak_flops(net.device, settings.precision)),
         Validate(settings, data.validation),
+        EarlyStop(settings.early_stop),
         WriteSamples(settings, data.tokenizer),
         SaveCheckpoints(settings, run, data.tokenizer.fingerprint),
     ]

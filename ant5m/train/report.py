@@ -105,6 +105,7 @@ def report(
         epochs=times_over(trainer.tokens, data["train"]["tokens"]),
         steps=f"{trainer.step:,}",
         batch=f"{settings.batch_size} x {settings.sequence_length}",
+        ended=f" (of {settings.steps:,}: ended after {trainer.ended})" if trainer.ended else "",
         optimizer="Muon and AdamW" if settings.optimizer == "muon" else "AdamW",
         device=describe_device(trainer.settings),
         minutes=f"{seconds / 60:.1f}",
@@ -196,7 +197,7 @@ _REPORT = """\
 | | |
 | --- | --- |
 | text | {source}: {documents} documents, {megabytes} MB, {unique} tokens |
-| trained on | {tokens} tokens ({epochs} epochs): {steps} steps of {batch} |
+| trained on | {tokens} tokens ({epochs} epochs): {steps} steps of {batch}{ended} |
 | optimizer | {optimizer} |
 | device | {device} |
 | time | {minutes} minutes of training, {speed} tokens/s with validation and saving |

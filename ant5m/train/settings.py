@@ -64,6 +64,8 @@ class Settings:
 
     eval_every: int
     eval_tokens: int
+    early_stop: int
+    """0: never"""
     sample_every: int
     """0: never"""
     checkpoint_every: int
