@@ -6,29 +6,23 @@ import pytest
 import torch
 
 from ant5m.eval.autopsy.evidence import estimate
-from ant5m.eval.intervals import t_quantile, wilson
+from ant5m.eval.intervals import holm, t_quantile, t_tail, wilson
+
+stats = pytest.importorskip("scipy.stats")
 
 
-def student_cdf(t, freedom):
-    """Probability of |T| < t: the finite sums of Abramowitz and Stegun 26.7.3 and 26.7.4."""
-    angle = math.atan(t / math.sqrt(freedom))
-    cosine, term = math.cos(angle), 1.0
-    if freedom % 2:
-        total, term = 0.0, cosine
-        for k in range(1, (freedom - 1) // 2 + 1):
-            total += term
-            term *= cosine**2 * 2 * k / (2 * k + 1)
-        return 2 / math.pi * (angle + math.sin(angle) * total)
-    total = 0.0
-    for k in range(1, freedom // 2 + 1):
-        total += term
-        term *= cosine**2 * (2 * k - 1) / (2 * k)
-    return math.sin(angle) * total
+@pytest.mark.parametrize("freedom", [1, 2, 3, 7, 20, 100, 101, 5000])
+@pytest.mark.parametrize("level", [0.95, 0.9875])
+def test_student(freedom, level):
+    expected = stats.t.ppf((1 + level) / 2, freedom)
+    assert t_quantile(freedom, level) == pytest.approx(expected, rel=1e-7)
+    for t in (0.0, 0.3, -2.0, 9.0):
+        assert t_tail(t, freedom) == pytest.approx(2 * stats.t.sf(abs(t), freedom), abs=1e-12)
 
 
-@pytest.mark.parametrize("freedom", [*range(1, 22), 30, 101])
-def test_quantiles_of_student(freedom):
-    assert student_cdf(t_quantile(freedom), freedom) == pytest.approx(0.95, abs=5e-6)
+def test_holm():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.9]) == [1.0, 1.0] and holm([]) == []
 
 
 @pytest.mark.parametrize("successes, trials, low, high", [(0, 10, 0.0, 0.278), (5, 10, 0.237, 0.763)])
