@@ -331,6 +331,29 @@ def test_the_table_reaches_terminal_run_report_and_card(run, data_dir, tmp_path,
     assert "ArithMark-2.0" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_two_models_are_compared_item_by_item(run, folder, tokenizer, data_dir, tmp_path, capsys):
+    torch.manual_seed(1)
+    export(Ant(CONFIG).eval(), tokenizer, tmp_path / "other", ModelCard("other"))
+    words = ["eval", str(run), str(tmp_path / "other"), "--tasks", "piqa,hellaswag,wikitext"]
+    words += ["--data-dir", str(data_dir)]
+    assert call([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (compared,) = found["comparisons"]
+    assert [one["task"] for one in compared["tasks"]] == ["piqa", "hellaswag"]
+    for one in compared["tasks"]:
+        sides = [
+            next(task for task in model["tasks"] if task["task"] == one["task"]) for model in found["models"]
+        ]
+        first, second = (side["metrics"]["acc_norm"]["value"] for side in sides)
+        assert one["metric"] == "acc_norm" and one["difference"] == second - first
+        assert one["low"] <= one["difference"] <= one["high"] and one["adjusted"] >= one["p"]
+    assert call(words) == 0
+    page = capsys.readouterr().out
+    assert "no difference shown" in page and max(map(len, page.splitlines())) <= 80
+    assert call(["eval", str(run), str(folder)]) == 2
+    assert "compared in tasks" in capsys.readouterr().err
+
+
 def test_a_stopped_evaluation_goes_on(run, data_dir, monkeypatch, capsys):
     whole = tasks._Suite._measure
     measured = []

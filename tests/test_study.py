@@ -124,7 +124,7 @@ def test_pairs_are_over_the_seeds_that_both_have():
         (0.011, 0.02, "not decided"),  # supported if it were the only claim
         (0.001, 0.02, "not decided"),
         (-0.02, 0.02, "not decided"),
-        (0.001, 0.007, "not supported"),
+        (0.001, 0.006, "not supported"),
         (-0.03, -0.02, "not supported"),
         (None, None, "not decided"),
     ],

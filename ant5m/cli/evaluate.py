@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from ant5m.eval.boards import BoardScore
+    from ant5m.eval.comparison import Difference
     from ant5m.eval.perplexity import Evaluation
     from ant5m.eval.results import TaskResult
 
@@ -40,10 +41,11 @@ class Evaluate:
         ant5m eval runs/my-run --tasks all
         ant5m eval runs/my-run --tasks blimp,arc_easy,piqa --data-dir benchmarks --limit 100
         ant5m eval runs/my-run --tasks open-slm --data-dir benchmarks --repository me/my-model
+        ant5m eval runs/one runs/other --tasks blimp,sciq --data-dir benchmarks
     """
 
-    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """run folder, checkpoint or Hugging Face folder"""
+    models: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL...")] = ()
+    """run folder, checkpoint or Hugging Face folder; with --tasks several: each is compared with the first"""
     data: tuple[str, ...] = ()
     """folder of shards (its validation split is used), or texts as for `ant5m data pack`"""
     text_column: str = "text"
@@ -68,13 +70,17 @@ class Evaluate:
     def run(self) -> None:
         from ant5m.train.precision import choose_device
 
+        if not self.models:
+            raise UserError("name a model: a run folder, a checkpoint or a Hugging Face folder")
         device = choose_device(self.device)
         if self.tasks:
             self._run_tasks(device)
+        elif len(self.models) > 1:
+            raise UserError("models are compared in tasks: name some with --tasks, or evaluate one at a time")
         else:
-            self._run_perplexity(device)
+            self._run_perplexity(self.models[0], device)
 
-    def _run_perplexity(self, device: "torch.device") -> None:
+    def _run_perplexity(self, model: Path, device: "torch.device") -> None:
         from ant5m.eval import perplexity
         from ant5m.model.checkpoint import find_run, load_with_tokenizer, resolve
 
@@ -84,10 +90,10 @@ class Evaluate:
             raise UserError(
                 "--data-dir, --limit, --output and --repository are for tasks: name some with --tasks"
             )
-        run, folder = find_run(self.model), resolve(self.model)
+        run, folder = find_run(model), resolve(model)
         net, tokenizer = load_with_tokenizer(folder)
         if not self.data and run is None:
-            raise UserError(f"{self.model} is not of a run: say with --data on what text to evaluate it")
+            raise UserError(f"{model} is not of a run: say with --data on what text to evaluate it")
         names = self.data or (str(perplexity.run_data(run)),) if run else self.data
         shards, text = perplexity.open_data(names, tokenizer, self.text_column)
         with _progress("tokens") as progress:
@@ -107,13 +113,42 @@ class Evaluate:
             Console().print(_table(evaluation, folder))
 
     def _run_tasks(self, device: "torch.device") -> None:
-        from ant5m.eval import boards, results, tasks
-        from ant5m.model.checkpoint import find_run, load_with_tokenizer, resolve
+        from ant5m.eval import comparison, tasks
 
         if self.data:
             raise UserError("--data is text for perplexity: leave it out, or --tasks")
+        if self.repository and len(self.models) > 1:
+            raise UserError("--repository is the name of one model: leave it out, or the other models")
         names = tasks.known_tasks(self.tasks)
-        run, folder = find_run(self.model), resolve(self.model)
+        measured = [self._measure(model, names, device) for model in self.models]
+        first, *others = measured
+        compared = [comparison.compare(first.results, other.results) for other in others]
+        if self.json:
+            values = [one.to_dict() for one in measured]
+            differences = [
+                {
+                    "first": str(first.folder),
+                    "second": str(other.folder),
+                    "tasks": [d.to_dict() for d in found],
+                }
+                for other, found in zip(others, compared, strict=True)
+            ]
+            _print_json({"models": values, "comparisons": differences} if others else values[0])
+            return
+        console = Console()
+        for one in measured:
+            console.print(_task_table(one.results, one.folder))
+            for score in one.scores:
+                console.print(_board_text(score), soft_wrap=True, highlight=False)
+        for other, found in zip(others, compared, strict=True):
+            console.print(_comparison_table(found, first.folder, other.folder))
+
+    def _measure(self, model: Path, names: list[str], device: "torch.device") -> "_Measured":
+        """One model in all tasks; what it reached is kept as it comes."""
+        from ant5m.eval import boards, results, tasks
+        from ant5m.model.checkpoint import find_run, load_with_tokenizer, resolve
+
+        run, folder = find_run(model), resolve(model)
         net, tokenizer = load_with_tokenizer(folder)
         weights = results.weights_sha256(folder)
         kept = self.output or (run / "eval.json" if run else None)
@@ -135,14 +170,47 @@ class Evaluate:
                 write_json(kept.with_name(f"{one.board}.json"), one.row)
         if run:
             results.publish(run, folder)
-        if self.json:
-            values = {"model": str(folder), "tasks": [result.to_dict() for result in found]}
-            _print_json({**values, **({"boards": [one.to_dict() for one in scores]} if scores else {})})
-            return
-        console = Console()
-        console.print(_task_table(found, folder))
-        for one in scores:
-            console.print(_board_text(one), soft_wrap=True, highlight=False)
+        return _Measured(folder, found, scores)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A model and what it reached."""
+
+    folder: Path
+    results: "list[TaskResult]"
+    scores: "list[BoardScore]"
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {"model": str(self.folder), "tasks": [result.to_dict() for result in self.results]}
+        return {**values, **({"boards": [one.to_dict() for one in self.scores]} if self.scores else {})}
+
+
+def _comparison_table(found: "list[Difference]", first: Path, second: Path) -> Table:
+    """Short enough for 80 columns."""
+    table = Table(
+        title=f"{second} minus {first}",
+        caption="points of accuracy, 95 % intervals paired by item; p: corrected for the number of tasks "
+        "(Holm), below 0.05 a difference is shown",
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
+    for heading in ("task", "metric", "difference", "95 % interval", "p", "second model"):
+        table.add_column(heading, no_wrap=heading in ("task", "metric"))
+    for one in found:
+        table.add_row(
+            one.task,
+            one.metric,
+            f"{100 * one.difference:+.1f}",
+            f"{100 * one.low:+.1f} to {100 * one.high:+.1f}",
+            f"{one.adjusted:.3f}",
+            one.verdict,
+            style="dim" if one.adjusted >= 0.05 else None,
+        )
+    return table
 
 
 def _board_text(score: "BoardScore") -> str:
