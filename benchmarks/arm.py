@@ -17,7 +17,7 @@ from typing import Any
 
 def training_precision(device) -> str:
     """What arms are compared in: that in which a GPU trains, fp32 on a CPU."""
-    from ant5m.train.precision import choose_precision
+    from ant5m.device import choose_precision
 
     return choose_precision("auto" if device.type == "cuda" else "fp32", device)
 
@@ -138,8 +138,8 @@ def _fitting(name: str, config, device, precision, batch):
 def _trainer(config, device, precision: str, rows: int):
     """What `ant5m train` does: on a GPU one CUDA graph, the fastest kernels, Muon."""
     from ant5m.model.ant import Ant
+    from ant5m.train.loss_scaler import LossScaler
     from ant5m.train.optimizer import Optimizer
-    from ant5m.train.precision import LossScaler
     from ant5m.train.schedule import Schedule
     from ant5m.train.step import Step, make_step
 
@@ -155,7 +155,8 @@ def _loop(name: str, config, device, precision: str, rows: int):
     """The usual loop in PyTorch: autocast, clipping, AdamW in one launch, a loss scale where it is fp16."""
     import torch
 
-    from ant5m.train.precision import DTYPES, FIRST_SCALE, autocast
+    from ant5m.device import DTYPES, autocast
+    from ant5m.train.loss_scaler import FIRST_SCALE
 
     def inside():
         if name.startswith("transformers") and precision != "fp32":

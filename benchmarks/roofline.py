@@ -28,7 +28,7 @@ from work import OPS, Kernel, Step, ours, traced
 
 from ant5m.files import write_json
 from ant5m.model.config_file import load_config
-from ant5m.model.doctor import count_flops
+from ant5m.model.costs import count_flops
 
 RUN_TOKENS = 655_360_000  # the published run
 ARMS = {"transformers": "transformers, eager", "ours": "ant5m"}

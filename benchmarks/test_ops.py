@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ant5m import kernels
+from ant5m.device import DTYPES
 from ant5m.kernels import reference
 from ant5m.model.config import PRESETS
-from ant5m.train.precision import DTYPES, FIRST_SCALE
+from ant5m.train.loss_scaler import FIRST_SCALE
 
 GPU = torch.cuda.is_available()
 BATCH, LENGTH, ROUNDS = (64, 1_024, 30) if GPU else (8, 1_024, 7)

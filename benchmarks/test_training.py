@@ -12,9 +12,9 @@ import torch
 from arm import Arm, backends, training_precision
 
 from ant5m import kernels
+from ant5m.device import peak_flops
 from ant5m.model.config import PRESETS
-from ant5m.model.doctor import count_flops
-from ant5m.train.precision import peak_flops
+from ant5m.model.costs import count_flops
 
 RUN_TOKENS = 655_360_000  # 10,000 steps of 64 x 1,024: the published run
 GPU = torch.cuda.is_available()

@@ -24,7 +24,7 @@ from torch.utils.module_tracker import ModuleTracker
 from ant5m import kernels
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
-from ant5m.model.doctor import count_parameters
+from ant5m.model.costs import count_parameters
 
 OPS = ("embedding", "rms_norm", "linears", "rope", "attention", "swiglu", "head", "update")
 """rms_norm with the residual's addition; head: its products and the loss; update: clipping and optimizer"""

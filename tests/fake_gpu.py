@@ -27,9 +27,9 @@ from ant5m.kernels import check, cuda, dispatch, triton  # noqa: E402
 from ant5m.model.ant import Ant  # noqa: E402
 from ant5m.model.config_file import load_config  # noqa: E402
 from ant5m.train import step as module  # noqa: E402
+from ant5m.train.loss_scaler import LossScaler  # noqa: E402
 from ant5m.train.losses import make_loop_loss  # noqa: E402
 from ant5m.train.optimizer import Optimizer  # noqa: E402
-from ant5m.train.precision import LossScaler  # noqa: E402
 from ant5m.train.schedule import Schedule  # noqa: E402
 from ant5m.train.step import Step  # noqa: E402
 

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ant5m import kernels
 from ant5m.errors import UserError
-from ant5m.model import doctor
+from ant5m.model import costs, doctor
 from ant5m.model.ant import Ant
 from ant5m.model.config import PRESETS, ModelConfig
 
@@ -57,7 +57,7 @@ CONFIGS = [*PRESETS.values(), *(random_config(seed) for seed in range(20))]
 def test_parameters_equal_the_model(config):
     with torch.device("meta"):
         net = Ant(config)
-    counted = doctor.count_parameters(config)
+    counted = costs.count_parameters(config)
     assert sum(counted.values()) == sum(weight.numel() for weight in net.parameters())
     names = {
         "embedding": "embed_tokens",
@@ -73,7 +73,7 @@ def test_parameters_equal_the_model(config):
 
 
 def test_published_sizes():
-    total = {name: sum(doctor.count_parameters(config).values()) for name, config in PRESETS.items()}
+    total = {name: sum(costs.count_parameters(config).values()) for name, config in PRESETS.items()}
     assert total["ant-5m"] == 4_730_240
     assert total["ant-5m-fit"] == 4_951_808
     assert total["ant-5m-best"] == 4_937_280
@@ -100,7 +100,7 @@ def test_flops_equal_those_torch_counts(reference):
     # The counter sees attention only as the two products of the plain formula.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.inference_mode():
         net(torch.zeros(1, length, dtype=torch.int64))
-    forward = doctor.count_flops(SMALL, length)
+    forward = costs.count_flops(SMALL, length)
     # torch counts attention without its causal mask: T positions instead of (T + 1) / 2.
     unmasked = forward["attention"] * 2 * length // (length + 1)
     assert counter.get_total_flops() == length * (forward["linears"] + forward["head"] + unmasked)
@@ -132,15 +132,15 @@ def test_activations_are_what_autograd_keeps(preset, half, reference):
     config = dataclasses.replace(PRESETS[preset], num_hidden_layers=3)
     net = Ant(config)
     measured = (saved_bytes(net, 3, 64, half) - saved_bytes(net, 1, 64, half)) / 128
-    assert doctor.count_activations(config, half) == pytest.approx(measured, rel=0.02)
+    assert costs.count_activations(config, half) == pytest.approx(measured, rel=0.02)
 
 
 def test_what_fits_grows_with_memory_and_is_whole_sequences():
     config = PRESETS["ant-5m"]
-    tokens = [doctor.fitting_tokens(config, gigabytes * 10**9) for gigabytes in (0, 1, 4, 16)]
+    tokens = [costs.fitting_tokens(config, gigabytes * 10**9) for gigabytes in (0, 1, 4, 16)]
     assert tokens[0] == 0 and tokens == sorted(tokens) and tokens[1] > 0
     assert all(count % config.max_position_embeddings == 0 for count in tokens)
-    assert doctor.fitting_tokens(config, 16 * 10**9, half=True) > tokens[3]
+    assert costs.fitting_tokens(config, 16 * 10**9, half=True) > tokens[3]
 
 
 def findings(config, **arguments):
@@ -165,9 +165,7 @@ def test_ways_into_the_envelope_keep_it():
     }
     assert set(changes) == {"vocab_size", "intermediate_size"}
     for name, value in changes.items():
-        assert (
-            sum(doctor.count_parameters(dataclasses.replace(config, **{name: value})).values()) <= 4_000_000
-        )
+        assert sum(costs.count_parameters(dataclasses.replace(config, **{name: value})).values()) <= 4_000_000
     assert "tie_word_embeddings" in findings(PRESETS["archaea-74m"], max_params=50_000_000)["envelope"].remedy
 
 
@@ -237,7 +235,7 @@ def test_remedies_hold(shape):
         larger = dataclasses.replace(
             config, num_attention_heads=int(named[1]), num_key_value_heads=int(named[2]), head_dim=32
         )
-        more = sum(doctor.count_parameters(larger).values()) - sum(doctor.count_parameters(config).values())
+        more = sum(costs.count_parameters(larger).values()) - sum(costs.count_parameters(config).values())
         assert more == (0 if named[3] == "none" else int(named[3].replace(",", "")))
     else:
         assert size >= 32 or found["head size"].remedy == "Heads of 32 or more, if the width allows."

@@ -12,18 +12,19 @@ import torch
 from test_train import config, material  # noqa: F401  (fixtures)
 
 from ant5m import kernels
+from ant5m.device import choose_precision
 from ant5m.kernels import reference
 from ant5m.kernels.registry import OPS
 from ant5m.kernels.samples import Draw, Sizes
 from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import latest_checkpoint
 from ant5m.model.config import PRESETS
-from ant5m.model.doctor import fitting_tokens
+from ant5m.model.costs import fitting_tokens
 from ant5m.train import TrainConfig, pretrain
+from ant5m.train.loss_scaler import LossScaler
 from ant5m.train.losses import make_loop_loss
 from ant5m.train.metrics import read_metrics
 from ant5m.train.optimizer import Optimizer
-from ant5m.train.precision import LossScaler, choose_precision
 from ant5m.train.schedule import Schedule
 from ant5m.train.step import WARM_UP, CapturedStep, Step
 

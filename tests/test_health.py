@@ -1,5 +1,6 @@
 """The report says what is so: every number is checked on text where it is known."""
 
+import functools
 import json
 import random
 
@@ -9,16 +10,21 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from ant5m.cli import call
 from ant5m.data import health
-from ant5m.data.health import examine, repeated_lines, repeated_ngrams, round_trip, table, unreachable
+from ant5m.data.health import examine, repeated_lines, repeated_ngrams, round_trip, unreachable
 from ant5m.data.tokenizer import END_OF_TEXT, Tokenizer, train_tokenizer
 from ant5m.errors import UserError
 from ant5m.model.config import PRESETS, ModelConfig
+from ant5m.model.costs import count_table
 
 TEXT = "the ant carries a leaf along the path and other ants follow it home to their nest by the river"
 WORDS = TEXT.split()
 SMALL = ModelConfig(
     vocab_size=300, hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4
 )
+
+
+def costs(config):
+    return functools.partial(count_table, config)
 
 
 def documents(number: int = 1500) -> list[str]:
@@ -33,7 +39,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def report(tokenizer):
-    return examine(tokenizer, documents(), SMALL, "small", compare=(270, 300, 60_000))
+    return examine(tokenizer, documents(), costs(SMALL), "small", compare=(270, 300, 60_000))
 
 
 def byte_level(merges: list[str], extra: tuple[str, ...] = (), normalizer=None) -> Tokenizer:
@@ -76,7 +82,7 @@ def test_every_byte_is_tried():
 
 def test_what_is_lost_makes_it_unfit():
     lower = byte_level([], normalizer=normalizers.Lowercase())
-    found = examine(lower, ["Some Text of a few words"], SMALL, "small")
+    found = examine(lower, ["Some Text of a few words"], costs(SMALL), "small")
     assert "U+0041" in found.round_trip.lost and "document 1" in found.round_trip.lost
     assert found.verdict == "unfit" and "text is lost" in found.reasons[0]
 
@@ -88,7 +94,7 @@ def test_a_normal_form_is_a_reservation():
         and "accents, composed and combining" in trip.normalized
         and "document 1" in trip.normalized
     )
-    found = examine(byte_level([], normalizer=normalizers.NFC()), ["text"], SMALL, "small")
+    found = examine(byte_level([], normalizer=normalizers.NFC()), ["text"], costs(SMALL), "small")
     assert found.verdict == "fit with reservations" and "normal form" in found.reasons[0]
 
 
@@ -124,11 +130,11 @@ def test_repeated_fragments():
 
 def test_urls_and_boilerplate_are_reservations(tokenizer):
     texts = [f"{text} https://example.org/{i}" for i, text in enumerate(documents(300))]
-    found = examine(tokenizer, texts, SMALL, "small")
+    found = examine(tokenizer, texts, costs(SMALL), "small")
     urls = sum(len(text.split()[-1]) for text in texts)
     assert found.url_share == urls / sum(map(len, texts))
     assert any("URLs" in reason for reason in found.reasons)
-    found = examine(tokenizer, documents(20) * 30, SMALL, "small")
+    found = examine(tokenizer, documents(20) * 30, costs(SMALL), "small")
     assert found.repeated_line_share > 0.9 and any("boilerplate" in reason for reason in found.reasons)
 
 
@@ -138,7 +144,7 @@ def test_urls_and_boilerplate_are_reservations(tokenizer):
 )
 def test_the_table_is_that_of_the_model(name, parameters, share):
     config = PRESETS[name]
-    found = table(config, config.vocab_size)
+    found = count_table(config, config.vocab_size)
     assert found["parameters"] == parameters and found["table_share"] == pytest.approx(share, abs=5e-4)
 
 
@@ -155,8 +161,8 @@ def test_the_table_decides(tokenizer):
         num_key_value_heads=1,
         head_dim=2,
     )
-    assert examine(tokenizer, documents(300), wide, "wide").verdict != "unfit"
-    found = examine(tokenizer, documents(300), tiny, "tiny")
+    assert examine(tokenizer, documents(300), costs(wide), "wide").verdict != "unfit"
+    found = examine(tokenizer, documents(300), costs(tiny), "tiny")
     assert found.verdict == "unfit" and "the table takes" in found.reasons[0]
 
 
@@ -187,14 +193,14 @@ def test_the_comparison(report, tokenizer):
     assert small["bytes_per_token"] < large["bytes_per_token"] < report.bytes_per_token
     again = train_tokenizer(documents(), 300)
     assert large["bytes_per_token"] == report.bytes / sum(len(row) for row in again.encode_batch(documents()))
-    assert large["table_share"] == table(SMALL, 300)["table_share"]
+    assert large["table_share"] == count_table(SMALL, 300)["table_share"]
 
 
 def test_bad_requests(tokenizer):
     with pytest.raises(UserError, match="uint16"):
-        examine(tokenizer, documents(5), SMALL, "small", compare=(70_000,))
+        examine(tokenizer, documents(5), costs(SMALL), "small", compare=(70_000,))
     with pytest.raises(UserError, match="no text"):
-        examine(tokenizer, [], SMALL, "small")
+        examine(tokenizer, [], costs(SMALL), "small")
 
 
 def test_the_picture(report, tmp_path):

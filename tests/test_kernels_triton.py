@@ -44,8 +44,8 @@ from ant5m.kernels import dispatch, head, reference
 from ant5m.kernels import triton as ops
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
+from ant5m.train.loss_scaler import LossScaler
 from ant5m.train.optimizer import Optimizer
-from ant5m.train.precision import LossScaler
 from ant5m.train.schedule import Schedule
 from ant5m.train.step import Step, make_step
 

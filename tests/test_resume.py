@@ -18,8 +18,8 @@ from ant5m.kernels import check
 from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import latest_checkpoint
 from ant5m.train import TrainConfig, pretrain, pretraining, samples, trainer
+from ant5m.train.loss_scaler import LossScaler
 from ant5m.train.metrics import read_metrics
-from ant5m.train.precision import LossScaler
 from ant5m.train.trainer import Trainer
 
 STOP_AT = 5

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ant5m.kernels import dispatch
 from ant5m.model.ant import Ant
 from ant5m.model.config import PRESETS, ModelConfig
-from ant5m.model.doctor import count_flops
+from ant5m.model.costs import count_flops
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 

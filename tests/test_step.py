@@ -19,8 +19,8 @@ from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
 from ant5m.train import pretrain, pretraining, trainer
 from ant5m.train import step as module
+from ant5m.train.loss_scaler import LossScaler
 from ant5m.train.optimizer import Optimizer
-from ant5m.train.precision import LossScaler
 from ant5m.train.schedule import Schedule
 from ant5m.train.step import WARM_UP, CapturedStep, Step
 

@@ -15,18 +15,18 @@ import torch
 from ant5m.cli import call
 from ant5m.data.corpus import Corpus
 from ant5m.data.tokenizer import Tokenizer
+from ant5m.device import choose_precision
 from ant5m.errors import UserError
 from ant5m.files import write_json
 from ant5m.model.ant import Ant
 from ant5m.model.config import PRESETS, ModelConfig
-from ant5m.model.doctor import count_flops
+from ant5m.model.costs import count_flops
 from ant5m.study import experiment, report
 from ant5m.study.bigram import bigram_bits_per_byte, bigram_nats
 from ant5m.study.config import CompareConfig
 from ant5m.study.materials import Materials
 from ant5m.study.statistics import CLAIMS_TESTED, SMALLEST_EFFECT, Interval, interval, judge, paired
 from ant5m.study.studies import CLAIMS, STUDIES, TOLERANCE, Arm, arms_of_study, fill
-from ant5m.train.precision import choose_precision
 from ant5m.train.pretraining import Result
 
 CONTROLLED = [name for name, study in STUDIES.items() if study.parameters is not None]

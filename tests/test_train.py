@@ -25,8 +25,8 @@ from ant5m.model.checkpoint import latest_checkpoint, load
 from ant5m.model.config import PRESETS, ModelConfig
 from ant5m.train import TrainConfig, optimizer, plan, pretrain, trainer
 from ant5m.train.checkpoint import prune_checkpoints
+from ant5m.train.loss_scaler import LossScaler
 from ant5m.train.metrics import read_metrics
-from ant5m.train.precision import LossScaler
 from ant5m.train.run import Run
 from ant5m.train.samples import PROMPTS
 from ant5m.train.settings import BUILTIN_EPOCHS, resolve

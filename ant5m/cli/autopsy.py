@@ -50,10 +50,10 @@ class AutopsyCommand:
     """print JSON and nothing else"""
 
     def run(self) -> None:
+        from ant5m.device import choose_device
         from ant5m.eval import autopsy, loops, perplexity
         from ant5m.eval.autopsy import report
         from ant5m.model.checkpoint import find_run, load_with_tokenizer, resolve
-        from ant5m.train.precision import choose_device
 
         if self.tokens < 1 or self.prompts < 0:
             raise UserError("--tokens must be above 0, --prompts 0 or above")

@@ -40,12 +40,13 @@ class Doctor:
     """print JSON and nothing else"""
 
     def run(self) -> None:
+        from ant5m.device import detect_memory
         from ant5m.model import doctor
 
         config = load_config(self.model)
         envelope = None if self.max_params is None else doctor.parse_count(self.max_params)
         if self.device_memory == "detected":
-            device, memory = doctor.detect_memory()
+            device, memory = detect_memory()
         else:
             device, memory = self.device_memory, doctor.parse_bytes(self.device_memory)
         diagnosis = doctor.examine(config, envelope, memory)

@@ -68,7 +68,7 @@ class Evaluate:
     """print JSON and nothing else"""
 
     def run(self) -> None:
-        from ant5m.train.precision import choose_device
+        from ant5m.device import choose_device
 
         if not self.models:
             raise UserError("name a model: a run folder, a checkpoint or a Hugging Face folder")

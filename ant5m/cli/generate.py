@@ -52,9 +52,9 @@ class Generate:
     """print JSON and nothing else"""
 
     def run(self) -> None:
+        from ant5m.device import choose_device
         from ant5m.model.checkpoint import load_with_tokenizer
         from ant5m.model.generation import find_loops, generate
-        from ant5m.train.precision import choose_device
 
         if not self.prompt:
             raise UserError("--prompt needs a text (leave it out, and the model begins one of its own)")

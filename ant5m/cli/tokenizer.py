@@ -1,5 +1,6 @@
 """`ant5m tokenizer train` and `ant5m tokenizer health`."""
 
+import functools
 import itertools
 import json
 import sys
@@ -105,16 +106,17 @@ class TokenizerHealth:
         from ant5m.data.corpus import Corpus, tracked
         from ant5m.data.tokenizer import Tokenizer
         from ant5m.model.config_file import load_config
+        from ant5m.model.costs import count_table
 
         _check_amounts(self.sample_mb, self.max_documents)
         health.picture_kind(self.picture)
-        config = load_config(self.preset)
+        table = functools.partial(count_table, load_config(self.preset))
         tokenizer = Tokenizer.load(self.tokenizer)
         corpus = Corpus.open(self.inputs, self.text_column)
         with _progress() as progress:
             texts = itertools.islice(tracked(corpus, progress), self.max_documents)
             found = health.examine(
-                tokenizer, texts, config, self.preset, self.compare, self.sample_mb * 1_000_000, progress
+                tokenizer, texts, table, self.preset, self.compare, self.sample_mb * 1_000_000, progress
             )
         if self.json:
             json.dump(found.to_dict(), sys.stdout, indent=2, ensure_ascii=False)

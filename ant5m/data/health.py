@@ -9,7 +9,7 @@ import io
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,14 @@ import numpy as np
 from ant5m.data.tokenizer import MAX_VOCAB_SIZE, Tokenizer, check_vocab_size, learn_bpe, spread_sample
 from ant5m.errors import UserError
 from ant5m.files import write_file
-from ant5m.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.progress import Progress
+
+Table = Callable[[int], dict[str, float]]
+"""What a model's token table costs with so many entries: `parameters` of the model, `table_parameters`, and
+their share `table_share`."""
 
 SAMPLE_BYTES = 10_000_000
 RARE = 10
@@ -121,13 +124,13 @@ class Health:
 def examine(
     tokenizer: Tokenizer,
     texts: Iterable[str],
-    config: ModelConfig,
+    table: Table,
     model_name: str,
     compare: Sequence[int] = (),
     sample_bytes: int = SAMPLE_BYTES,
     progress: "Progress | None" = None,
 ) -> Health:
-    """Judge a tokenizer on an evenly spread sample of `texts`, for a model of `config`'s shape.
+    """Judge a tokenizer on an evenly spread sample of `texts`, for a model whose `table` costs this.
 
     `compare`: vocabulary sizes for which a tokenizer is learned from the same sample and measured on it;
     those that the sample does not support are left out. Raises `UserError` when there is no text.
@@ -162,8 +165,8 @@ def examine(
         repeated_lines=lines,
         repeated_ngram_share=ngram_share,
         repeated_ngrams=ngrams,
-        model={"name": model_name, **table(config, tokenizer.vocab_size)},
-        comparison=_compare(sample, compare, config, progress) if compare else [],
+        model={"name": model_name, **table(tokenizer.vocab_size)},
+        comparison=_compare(sample, compare, table, progress) if compare else [],
         frequencies=sorted((int(n) for n in counts if n), reverse=True),
     )
     health.verdict, health.reasons = judge(health)
@@ -278,25 +281,11 @@ def repeated_ngrams(tokenizer: Tokenizer, ids: np.ndarray, number: int = 5) -> t
     return fragments, float(covered.mean())
 
 
-# What does the table cost?
-
-
-def table(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
-    """`parameters`, `table_parameters` and `table_share` of a Llama of this shape with another vocabulary.
-
-    Embedding V x D, and as much for an untied head; each layer has q and o (D x heads x head size), k and v
-    (D x KV heads x head size), three D x I matrices and two norms; one norm at the end.
-    """
-    width, heads = config.hidden_size, config.num_attention_heads * config.head_size
-    kv_heads = config.num_key_value_heads * config.head_size
-    layer = 2 * width * heads + 2 * width * kv_heads + 3 * width * config.intermediate_size + 2 * width
-    rows = vocab_size * width * (1 if config.tie_word_embeddings else 2)
-    total = rows + config.num_hidden_layers * layer + width
-    return {"parameters": total, "table_parameters": rows, "table_share": rows / total}
+# What would other vocabularies do?
 
 
 def _compare(
-    sample: list[str], sizes: Sequence[int], config: ModelConfig, progress: "Progress | None"
+    sample: list[str], sizes: Sequence[int], table: Table, progress: "Progress | None"
 ) -> list[dict[str, Any]]:
     size, words = _measure(sample)
     largest = learn_bpe(sample, max(sizes), progress)
@@ -310,7 +299,7 @@ def _compare(
                 "bytes_per_token": size / len(ids),
                 "fertility": len(ids) / max(1, words),
                 "hardly_used": float((counts < RARE).mean()),
-                **table(config, vocab_size),
+                **table(vocab_size),
             }
         )
     return rows

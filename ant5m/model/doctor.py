@@ -6,27 +6,19 @@ was measured on your data. The thresholds are meant for models of 1-50M paramete
 
 import dataclasses
 import math
-import os
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ant5m.errors import UserError
 from ant5m.model.config import PRESETS, ModelConfig
+from ant5m.model.costs import count_activations, count_flops, count_parameters, fitting_tokens
 
 Severity = Literal["ok", "note", "warning", "failure"]
 Evidence = Literal["exact", "strong", "suggestive", "weak"]
 
 # Share of a table of this size in all parameters that fits of published runs prefer near 5M parameters.
 BEST_TABLE_SHARE = 0.22
-
-# A training step's peak above weights, optimizer and process, in units of the kept activations: gradients in
-# flight and the allocator's slack. Measured on CPU at batches of 1-8 x 1,024: 1.22 (ant-5m) and 1.33
-# (ant-5m-fit).
-TRANSIENT = 1.35
-
-# The process itself: torch's libraries, a CUDA context, the logits of one chunk of the head.
-RUNTIME = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -85,55 +77,6 @@ def examine(
     )
 
 
-def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Parameters of each component; the sum is what `Ant(config)` has."""
-    queries = config.num_attention_heads * config.head_size
-    keys = config.num_key_value_heads * config.head_size
-    layers, width = config.num_hidden_layers, config.hidden_size
-    return {
-        "embedding": config.vocab_size * width,
-        "attention": layers * width * 2 * (queries + keys),
-        "mlp": layers * width * 3 * config.intermediate_size,
-        "norms": (2 * layers + 1) * width,
-        "head": 0 if config.tie_word_embeddings else config.vocab_size * width,
-    }
-
-
-def count_flops(config: ModelConfig, sequence_length: int | None = None) -> dict[str, int]:
-    """Forward FLOPs per token, mean over a sequence (default: the full context); the backward pass costs
-    twice that.
-
-    A multiply-add is 2. Matrix products only: a weight costs 2, and a position attends to (T + 1) / 2 others
-    on average, each for 2 products of a head's size. Recomputation does not count, nor do norms, RoPE and
-    softmax.
-    """
-    length = sequence_length or config.max_position_embeddings
-    parameters = count_parameters(config)
-    queries = config.num_attention_heads * config.head_size
-    return {
-        "linears": 2 * (parameters["attention"] + parameters["mlp"]),
-        "attention": 2 * config.num_hidden_layers * queries * (length + 1),
-        "head": 2 * config.vocab_size * config.hidden_size,
-    }
-
-
-def count_activations(config: ModelConfig, half: bool = False) -> int:
-    """Bytes per token that a training step keeps for the backward pass; `half`: fp16 or bf16 autocast.
-
-    Per layer: the residual stream twice and one statistic a norm, in fp32; the input of each of the two fused
-    products, q, k, v before RoPE, q and k after it, the mixed heads, gate, up and their product, in the
-    compute dtype; the log-sum-exp of each head in fp32. Once: the token id, the last residual stream with its
-    statistic and the gradient of the head's input. The logits are never kept.
-    """
-    queries = config.num_attention_heads * config.head_size
-    keys = config.num_key_value_heads * config.head_size
-    width, compute = config.hidden_size, 2 if half else 4
-    wide = 2 * width + 2 + config.num_attention_heads
-    narrow = 2 * width + 3 * queries + 3 * keys + 3 * config.intermediate_size
-    once = 8 + 4 * (width + 1) + compute * width
-    return config.num_hidden_layers * (4 * wide + compute * narrow) + once
-
-
 def _memory(config: ModelConfig, device_memory: int | None) -> dict[str, int]:
     total = sum(count_parameters(config).values())
     memory = {
@@ -148,29 +91,6 @@ def _memory(config: ModelConfig, device_memory: int | None) -> dict[str, int]:
         for precision, half in (("fp32", False), ("half", True)):
             memory[f"batch_tokens_{precision}"] = fitting_tokens(config, device_memory, half)
     return memory
-
-
-def fitting_tokens(config: ModelConfig, device_memory: int, half: bool = False) -> int:
-    """Tokens of a micro-batch (whole sequences of the full context) that train in `device_memory` bytes; may
-    be 0.
-
-    Counts the process, fp32 weights, gradients and AdamW's moments, the copies of the weights that a step
-    makes (16 + 4 bytes a parameter), and the kept activations with what comes and goes beside them. An
-    estimate.
-    """
-    free = device_memory - RUNTIME - 20 * sum(count_parameters(config).values())
-    sequence = TRANSIENT * count_activations(config, half) * config.max_position_embeddings
-    return max(0, int(free // sequence)) * config.max_position_embeddings
-
-
-def detect_memory() -> tuple[str, int]:
-    """(name, bytes of memory) of the device that training would use: the first GPU, else the CPU."""
-    import torch
-
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_properties(0)
-        return device.name, device.total_memory
-    return "CPU", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _envelope(config: ModelConfig, max_params: int) -> Finding:

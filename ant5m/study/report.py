@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from ant5m.eval.intervals import wilson
 from ant5m.eval.loops import PROMPTS
 from ant5m.files import write_file, write_json
-from ant5m.model.doctor import count_flops
+from ant5m.model.costs import count_flops
 from ant5m.study.config import CompareConfig
 from ant5m.study.statistics import RULE, SMALLEST_EFFECT, Interval, interval, judge, paired
 from ant5m.study.studies import CLAIMS, STUDIES, Arm, Study

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from ant5m.errors import UserError
 from ant5m.model.config import PRESETS, ModelConfig
 from ant5m.model.config_file import load_config
-from ant5m.model.doctor import count_parameters
+from ant5m.model.costs import count_parameters
 
 TOLERANCE = 0.003
 """of the parameters: the SwiGLU's width comes in steps"""

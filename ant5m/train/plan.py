@@ -9,10 +9,10 @@ import torch
 from ant5m.data.resident import fits
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
-from ant5m.model.doctor import fitting_tokens
+from ant5m.model.costs import fitting_tokens
 from ant5m.train.config import TrainConfig
+from ant5m.train.loss_scaler import LossScaler
 from ant5m.train.optimizer import Optimizer
-from ant5m.train.precision import LossScaler
 from ant5m.train.schedule import Schedule
 from ant5m.train.step import WARM_UP, Step, make_step
 

@@ -13,11 +13,12 @@ from rich.console import Console
 from ant5m import kernels
 from ant5m.data.loader import Loader
 from ant5m.data.tokenizer import Tokenizer
+from ant5m.device import choose_device, choose_precision, describe_device, peak_flops
 from ant5m.errors import UserError
 from ant5m.eval.perplexity import Evaluation
 from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import check_tokenizer, checkpoints, latest_checkpoint
-from ant5m.model.doctor import count_flops
+from ant5m.model.costs import count_flops
 from ant5m.train.callback import Callback
 from ant5m.train.checkpoint import SaveCheckpoints, load_checkpoint
 from ant5m.train.config import TrainConfig
@@ -27,9 +28,8 @@ from ant5m.train.early_stop import EarlyStop
 from ant5m.train.losses import AddLoopLoss
 from ant5m.train.metrics import MetricsFile, TensorBoard
 from ant5m.train.plan import keeps_tokens, measure_speed
-from ant5m.train.precision import choose_device, choose_precision, peak_flops
 from ant5m.train.progress import TrainingProgress
-from ant5m.train.report import describe_device, finish, times_over
+from ant5m.train.report import finish, times_over
 from ant5m.train.run import Run
 from ant5m.train.samples import WriteSamples
 from ant5m.train.settings import Settings, resolve
@@ -100,7 +100,14 @@ def _pretrain(run: Run, device: torch.device, started: float) -> Result:
     run.write()
     evaluation = _finish(run, trainer, data) if trainer.complete else None
     stopped = None if trainer.complete else stop.reason
-    return Result(run.folder, trainer.step, settings.steps, stopped, evaluation, describe_device(settings))
+    return Result(
+        run.folder,
+        trainer.step,
+        settings.steps,
+        stopped,
+        evaluation,
+        describe_device(settings.device, settings.precision),
+    )
 
 
 def _prepare_data(run: Run) -> TrainingData:
@@ -156,7 +163,10 @@ def _write_run(run: Run, settings: Settings, data: TrainingData) -> None:
     """Make the folder, and write down what was decided."""
     run.config = settings.fix(run.config)
     run.data = data.describe()
-    run.ran = {"device": describe_device(settings), "kernels": kernels.describe(settings.device)}
+    run.ran = {
+        "device": describe_device(settings.device, settings.precision),
+        "kernels": kernels.describe(settings.device),
+    }
     run.claim()
     run.write()
     if not run.has_tokenizer:

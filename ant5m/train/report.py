@@ -7,10 +7,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 
 from ant5m.data.tokenizer import Tokenizer
+from ant5m.device import describe_device
 from ant5m.eval.perplexity import Evaluation, record
 from ant5m.eval.results import section_of
 from ant5m.export.card import card_of_run
@@ -21,7 +21,6 @@ from ant5m.train.data import TrainingData
 from ant5m.train.metrics import read_metrics
 from ant5m.train.run import Run, versions
 from ant5m.train.samples import Sample, final_samples
-from ant5m.train.settings import Settings
 from ant5m.train.trainer import Trainer
 from ant5m.train.validation import validate
 
@@ -107,7 +106,7 @@ def report(
         batch=f"{settings.batch_size} x {settings.sequence_length}",
         ended=f" (of {settings.steps:,}: ended after {trainer.ended})" if trainer.ended else "",
         optimizer="Muon and AdamW" if settings.optimizer == "muon" else "AdamW",
-        device=describe_device(trainer.settings),
+        device=describe_device(settings.device, settings.precision),
         minutes=f"{seconds / 60:.1f}",
         speed=f"{trainer.tokens / seconds:,.0f}" if seconds else "?",
         versions=", ".join(f"{name} {version}" for name, version in versions().items()),
@@ -117,13 +116,6 @@ def report(
         loops=_remark(samples),
         folder=run.folder,
     )
-
-
-def describe_device(settings: Settings) -> str:
-    """What a run trains on, for people: the processor with its threads or the GPU, and the precision."""
-    gpu = settings.device.type == "cuda"
-    name = torch.cuda.get_device_name(settings.device) if gpu else _processor()
-    return f"{name}, {settings.precision}"
 
 
 def _results(evaluation: Evaluation) -> str:
@@ -173,19 +165,6 @@ def _running_mean(values: tuple[float, ...], width: int) -> list[float]:
         total += value - (values[index - width] if index >= width else 0.0)
         means.append(total / min(index + 1, width))
     return means
-
-
-def _processor() -> str:
-    """The processor's name where the system tells it, and the threads in use."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        name = next(
-            line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        name = "CPU"
-    threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' * (threads != 1)}"
 
 
 _REPORT = """\

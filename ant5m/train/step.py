@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from ant5m.data.loader import document_starts
+from ant5m.device import DTYPES, autocast, casts
 from ant5m.model.ant import Ant
 from ant5m.train.copies import copy_matrices
+from ant5m.train.loss_scaler import LossScaler
 from ant5m.train.losses import LoopLoss
 from ant5m.train.optimizer import Optimizer, clip
-from ant5m.train.precision import DTYPES, LossScaler, autocast, casts
 from ant5m.train.schedule import Schedule
 
 WARM_UP = 3

@@ -12,9 +12,9 @@ from ant5m.errors import UserError
 from ant5m.model.ant import Ant
 from ant5m.train.callback import Callback
 from ant5m.train.checkpoint import random_state, set_random_state
+from ant5m.train.loss_scaler import LossScaler
 from ant5m.train.losses import LoopLoss
 from ant5m.train.optimizer import Optimizer
-from ant5m.train.precision import LossScaler
 from ant5m.train.schedule import Schedule
 from ant5m.train.settings import Settings
 from ant5m.train.step import CapturedStep, Step, StepStats, make_step

@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING
 
 from ant5m.data.shards import Shards
+from ant5m.device import autocast
 from ant5m.eval.perplexity import Evaluation, evaluate
 from ant5m.model.ant import Ant
 from ant5m.train.callback import Periodic
-from ant5m.train.precision import autocast
 from ant5m.train.settings import Settings
 
 if TYPE_CHECKING:

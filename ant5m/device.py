@@ -1,9 +1,11 @@
-"""In which precision a device trains, and the dynamic loss scale that fp16 needs.
+"""Where a model computes and in which precision.
 
 Weights, gradients and optimizer states are fp32 everywhere; the precision is that of the products (autocast).
 """
 
 import contextlib
+import os
+from pathlib import Path
 
 import torch
 
@@ -11,10 +13,6 @@ from ant5m import kernels
 from ant5m.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-# 2^16, the usual start, overflows on the first steps of a small model, and every overflow is a lost step.
-FIRST_SCALE = 2.0**13
-GROWTH_INTERVAL = 2_000
 
 
 def choose_device(name: str) -> torch.device:
@@ -64,32 +62,31 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     return inside or contextlib.nullcontext()
 
 
-class LossScaler:
-    """Dynamic loss scale for fp16: halves after an overflow, doubles after `GROWTH_INTERVAL` good steps.
+def detect_memory() -> tuple[str, int]:
+    """(name, bytes of memory) of the device that training would use: the first GPU, else the CPU."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_properties(0)
+        return device.name, device.total_memory
+    return "CPU", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
-    Its state (`scale` fp32 and `good_steps` int64, 0-dim) is on `device`, where it is also decided, so that
-    no step waits for the host. Source: Micikevicius et al., "Mixed Precision Training", 2017.
-    """
 
-    def __init__(self, device: torch.device | str = "cpu", scale: float = FIRST_SCALE, good_steps: int = 0):
-        self.scale = torch.tensor(scale, dtype=torch.float32, device=device)
-        self.good_steps = torch.tensor(good_steps, device=device)
+def describe_device(device: torch.device, precision: str) -> str:
+    """For people: the GPU's name or the processor's with its threads, and the precision."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return f"{name}, {precision}"
 
-    def unscale(self, gradients: list[torch.Tensor]) -> None:
-        """Divide the gradients by the scale, in place."""
-        torch._foreach_mul_(gradients, 1 / self.scale)
 
-    def update(self, finite: torch.Tensor) -> None:
-        """Learn whether the last step's gradients were finite: 1 or 0, 0-dim."""
-        # Arithmetic instead of `where`: no constant has to come over from the host.
-        self.good_steps.add_(1).mul_(finite.to(self.good_steps.dtype))
-        grown = self.good_steps == GROWTH_INTERVAL
-        self.scale.mul_(0.5 + 0.5 * finite).mul_(1 + grown)
-        self.good_steps.mul_(~grown)
-
-    def state_dict(self) -> dict[str, float]:
-        """Plain values for JSON, which are also arguments of a new scaler."""
-        return {"scale": self.scale.item(), "good_steps": int(self.good_steps)}
+def _processor() -> str:
+    """The processor's name where the system tells it, and the threads in use."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        name = next(
+            line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        name = "CPU"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' * (threads != 1)}"
 
 
 # Dense fp16/bf16 tensor-core peaks with fp32 accumulation, in TFLOP/s, by the device's exact name, from

@@ -6,17 +6,10 @@ import pytest
 import torch
 
 from ant5m import kernels
+from ant5m.device import DTYPES, autocast, casts, choose_device, choose_precision, peak_flops
 from ant5m.errors import UserError
 from ant5m.kernels.cpu import bf16
-from ant5m.train import precision
-from ant5m.train.precision import (
-    FIRST_SCALE,
-    GROWTH_INTERVAL,
-    LossScaler,
-    choose_device,
-    choose_precision,
-    peak_flops,
-)
+from ant5m.train.loss_scaler import FIRST_SCALE, GROWTH_INTERVAL, LossScaler
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -104,24 +97,24 @@ def test_unscale():
 def test_autocast_dtype(monkeypatch):
     weight = torch.ones(2, 2)
     monkeypatch.setattr(kernels, "bf16_products", lambda device: None)
-    for name, dtype in precision.DTYPES.items():
-        assert precision.casts(name, CPU) == (name != "fp32")
-        with precision.autocast(name, CPU):
+    for name, dtype in DTYPES.items():
+        assert casts(name, CPU) == (name != "fp32")
+        with autocast(name, CPU):
             assert (weight @ weight).dtype == dtype
 
 
 @pytest.mark.skipif(not kernels.multiplies_bf16(CPU), reason="this processor does not multiply bf16")
 def test_nothing_is_cast_where_the_kernels_round():
     weight = torch.ones(2, 2)
-    assert not precision.casts("bf16", CPU)
-    with precision.autocast("bf16", CPU):
+    assert not casts("bf16", CPU)
+    with autocast("bf16", CPU):
         assert (weight @ weight).dtype == torch.float32 and bf16.enabled.get()
     assert not bf16.enabled.get()
-    assert precision.casts("fp16", CPU)
+    assert casts("fp16", CPU)
     kernels.select("reference")
     try:
-        assert precision.casts("bf16", CPU)
-        with precision.autocast("bf16", CPU):
+        assert casts("bf16", CPU)
+        with autocast("bf16", CPU):
             assert (weight @ weight).dtype == torch.bfloat16
     finally:
         kernels.select("auto")
