@@ -4,6 +4,7 @@
 the changelog are the files in the repository's root.
 """
 
+import logging
 import os
 import re
 import subprocess
@@ -15,6 +16,9 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 FROM_ROOT = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+# Its warnings are about code that it reads without running it; an object that is missing is an error anyway.
+logging.getLogger("mkdocs.plugins.griffe").setLevel(logging.ERROR)
+
 WIDE = "1000"  # columns: every flag and its text on one line
 
 
