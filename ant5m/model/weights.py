@@ -1,15 +1,17 @@
 """A model's weights on the disk: safetensors, under the names of Hugging Face's `LlamaForCausalLM`."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ant5m.errors import UserError
 from ant5m.files import read_json
-from ant5m.model.ant import Ant, rope_table
+from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
 
 WEIGHTS = "model.safetensors"
@@ -30,7 +32,7 @@ def load_model(config: ModelConfig, folder: Path) -> Ant:
     weights = _read_weights(folder)
     if config.tie_word_embeddings:
         weights = _tied(weights, folder)
-    with torch.device("meta"):  # nothing is drawn that would be thrown away
+    with _NoInitialization():
         net = Ant(config)
     expected = {name: tensor.shape for name, tensor in net.state_dict().items()}
     _check_names(set(expected), set(weights), folder)
@@ -50,8 +52,19 @@ def load_model(config: ModelConfig, folder: Path) -> Ant:
             )
     # Copies: what was read may be the mapped file itself.
     net.load_state_dict({name: weights[name].to(torch.float32, copy=True) for name in expected}, assign=True)
-    net.cos, net.sin = rope_table(config)
     return net
+
+
+class _NoInitialization(TorchFunctionMode):
+    """Nothing is drawn that would be thrown away. A model on the device "meta" would not do: its `normal_`
+    imports `torch._dynamo`, which takes longer than all the rest of a start."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
