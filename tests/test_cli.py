@@ -15,21 +15,23 @@ from ant5m import cli
 from ant5m.cli import COMMANDS, call
 from ant5m.cli.doctor import Doctor
 from ant5m.data.tokenizer import train_tokenizer
+from ant5m.errors import UserError
 from ant5m.export.card import ModelCard
 from ant5m.export.huggingface import export
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
 
 SURFACE = {
-    "tokenizer train": "out vocab-size sample-mb max-documents text-column",
-    "tokenizer health": "tokenizer preset compare sample-mb max-documents text-column picture json",
-    "data pack": "filters out seed shard-tokens text-column tokenizer validation-fraction",
+    "tokenizer train": "out vocab-size sample-mb max-documents text-column on-error",
+    "tokenizer health": "tokenizer preset compare sample-mb max-documents text-column on-error picture json",
+    "data pack": "allow-loss filters on-error out seed shard-tokens text-column tokenizer "
+    "validation-fraction",
     "train": "model data tokenizer out resume steps tokens max-minutes batch-size micro-batch-size "
     "sequence-length document-mask optimizer learning-rate muon-learning-rate betas eps weight-decay "
     "grad-clip schedule warmup decay final-rate loop-loss loop-loss-weight loop-loss-share seed device "
     "precision kernels eval-every eval-tokens sample-every checkpoint-every keep-last",
     "generate": "MODEL device json max-new-tokens prompt repetition-penalty seed temperature top-k top-p",
-    "eval": "MODEL batch-size data data-dir device json limit output tasks text-column",
+    "eval": "MODEL allow-loss batch-size data data-dir device json limit output repository tasks text-column",
     "autopsy": "RUN data device json out prompts text-column tokens",
     "doctor": "MODEL device-memory json max-params",
     "compare": "study arms data out cache tokens seeds sequence-length batch-size optimizer learning-rate "
@@ -216,6 +218,10 @@ def test_a_value_of_the_wrong_kind_is_told_the_right_one(capsys):
             "cd: Read-only file system: name another place",
         ),
         (FileExistsError(errno.EEXIST, "File exists", "file"), 2, "file: File exists"),
+        (OSError(errno.EFBIG, "File too large"), 2, "no room left on the disk while writing a file"),
+        (OSError(errno.EIO, "Input/output error"), 2, "Input/output error"),
+        (MemoryError(), 2, "not enough memory"),
+        (UserError("a\nb\x1b[0m [/red] \udce9"), 2, r"error: a\nb\x1b[0m [/red] \udce9" + "\n"),
     ],
 )
 def test_what_interrupts_a_command(error, code, line, capsys, monkeypatch):
@@ -245,6 +251,46 @@ def test_the_program_itself():
     )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert cli.main_train.__doc__
+
+
+MANY = """
+import json, sys
+from ant5m.cli import call
+
+for words in json.loads(sys.argv[1]):
+    code = call(words)
+    print(code)
+"""
+
+
+def test_names_and_terminals_of_any_encoding(tmp_path, model):
+    """Not UTF-8, markup, control characters: in names of files and folders, in prompts, on the way out."""
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/[/red] caf\xe9\n\x1b[31m \xe4\xb8\xad")
+    os.makedirs(folder)
+    with open(folder + os.fsdecode(b"/[bold]\xff.txt"), "w", encoding="utf-8") as file:
+        file.write("<|endoftext|>".join(f"{i} {TEXT} \u4e2d" for i in range(30)))
+    tok, shards = folder + "/tok", folder + "/shards"
+    commands = [
+        (["tokenizer", "train", folder, "--vocab-size", "270", "--out", tok], 0),
+        (["data", "pack", folder, "--tokenizer", tok, "--out", shards], 0),
+        (["data", "pack", folder, "--tokenizer", tok, "--out", shards], 2),
+        (["eval", str(model), "--data", folder], 0),
+        (["generate", str(model), "--prompt", "the \u4e2d", "--max-new-tokens", "4"], 0),
+        (["generate", str(model), "--prompt", "the caf\udce9", "--max-new-tokens", "4"], 2),
+        (["train", "--resume", folder], 2),
+    ]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, "-c", MANY, json.dumps([words for words, _ in commands])]
+    done = subprocess.run(program, capture_output=True, env=environment)
+    assert b"Traceback" not in done.stderr, done.stderr[-500:]
+    codes = [int(line) for line in done.stdout.decode("ascii").splitlines() if line in ("0", "2")]
+    assert codes == [code for _, code in commands]
+
+
+def test_an_interrupt_during_the_imports_is_no_traceback():
+    code = "import ant5m.cli; raise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == "interrupted\n" and done.returncode != 0
 
 
 def test_doctor_command(capsys, monkeypatch):

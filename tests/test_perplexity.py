@@ -1,10 +1,12 @@
 """Three numbers with three units, equal to what the logits say, over exactly the text that is named."""
 
+import hashlib
 import itertools
 import json
 import math
 
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 
@@ -175,3 +177,36 @@ def test_record_keeps_what_else_is_known(tmp_path):
     (tmp_path / "eval.json").write_text("[]")
     with pytest.raises(UserError, match="move it away"):
         record(tmp_path, "step-00000010", first, held_out=True)
+
+
+def test_no_bits_per_byte_where_bytes_are_lost(tmp_path, net):
+    letters = sorted(set(SENTENCE) - {" "})
+    vocab = {"<|endoftext|>": 0, "\u0120": 1} | {letter: i for i, letter in enumerate(letters, 2)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    gaps = Tokenizer(backend)
+    (tmp_path / "a.txt").write_text(f"{SENTENCE} caf\u00e9<|endoftext|>{SENTENCE}")
+    with pytest.raises(UserError, match=r"2 of .* bytes are lost.*--allow-loss"):
+        open_data([tmp_path / "a.txt"], gaps)
+    found = evaluate(net, open_data([tmp_path / "a.txt"], gaps, allow_loss=True)[0])
+    assert found.lost_bytes == 2 and found.bits_per_byte is None and found.word_perplexity is None
+    (tmp_path / "b.txt").write_text(SENTENCE)
+    assert evaluate(net, open_data([tmp_path / "b.txt"], gaps)[0]).bits_per_byte > 0
+
+
+def test_shards_of_an_earlier_reading_of_the_tokenizer_are_known(tmp_path, corpus, tokenizer):
+    """Shards and models keep the fingerprint of the file as it was read when they were made."""
+    tokenizer.save(tmp_path / "tok")
+    content = json.loads((tmp_path / "tok" / "tokenizer.json").read_text())
+    content["added_tokens"][0]["special"] = False
+    content["model"]["dropout"] = 0.1
+    (tmp_path / "tok" / "tokenizer.json").write_text(json.dumps(content))
+    then = tokenizers.Tokenizer.from_file(str(tmp_path / "tok" / "tokenizer.json"))
+    packed_with = hashlib.sha256(
+        json.dumps(json.loads(then.to_str()), sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
+    now = Tokenizer.load(tmp_path / "tok")
+    assert now.fingerprint == tokenizer.fingerprint != packed_with
+    assert now.has_fingerprint(packed_with) and now.has_fingerprint(now.fingerprint)
+    assert not now.has_fingerprint("0" * 64) and not tokenizer.has_fingerprint(packed_with)

@@ -4,14 +4,29 @@ Every command is a dataclass with a `run` method in a module of this package; it
 docstring is the help text. Modules are imported only when their command is called, so `--help` stays fast.
 """
 
+# ruff: noqa: E402  (what catches Ctrl-C during the imports comes before them)
+
+import sys
+
+
+def _interrupted_early(kind, error, traceback) -> None:
+    """Ctrl-C while the modules below are imported is no error to show."""
+    if issubclass(kind, KeyboardInterrupt):
+        sys.stderr.write("interrupted\n")
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = _interrupted_early
+
 import dataclasses
 import errno
 import functools
 import importlib
 import inspect
+import io
 import os
 import shutil
-import sys
 import textwrap
 import typing
 import warnings
@@ -24,7 +39,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import ant5m
-from ant5m.errors import UserError
+from ant5m.errors import DISK_FULL, UserError
 
 # command -> ("module:Class", what it does)
 COMMANDS = {
@@ -65,6 +80,7 @@ def main_train() -> None:
 
 def call(words: list[str], program: str | None = None) -> int:
     """Run one command line and return its exit code: 0 done, 2 bad input, 130 interrupted."""
+    _print_in_any_encoding()
     if words == ["--version"]:
         print(f"ant5m {ant5m.__version__}")
         return OK
@@ -88,15 +104,24 @@ def guarded(action: Callable[[], object]) -> int:
     except BrokenPipeError:  # whoever reads what we print has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left has somewhere to go
         return BROKEN_PIPE
+    except MemoryError:
+        return _fail("not enough memory: use less text, a smaller model or smaller batches")
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             what = error.filename or "a file"
             return _fail(f"no room left on the disk while writing {what}: free some and run again")
-        if error.filename is None:
+        if error.strerror is None:  # raised by a library, not by the system
             raise
         remedy = ": name another place, or make it writable" if error.errno in NOT_WRITABLE else ""
-        return _fail(f"{error.filename}: {error.strerror}{remedy}")
+        return _fail(f"{error.filename or 'a file or the network'}: {error.strerror}{remedy}")
     return OK
+
+
+def _print_in_any_encoding() -> None:
+    """Escape what a terminal or pipe cannot show (Latin-1, ASCII, file names that are not UTF-8)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _load(name: str, flags: list[str], program: str):
@@ -162,12 +187,18 @@ def _stderr() -> Console:
 
 
 def _warn(message, category, filename, lineno, file=None, line=None) -> None:
-    _stderr().print(f"[yellow]warning:[/yellow] {escape(str(message))}")
+    _stderr().print(f"[yellow]warning:[/yellow] {_one_line(str(message))}")
 
 
 def _fail(message: str) -> int:
-    _stderr().print(f"[bold red]error:[/bold red] {escape(message)}")
+    _stderr().print(f"[bold red]error:[/bold red] {_one_line(message)}")
     return BAD_INPUT
+
+
+def _one_line(message: str) -> str:
+    """With line breaks and control characters, as file names may have, escaped; and so is rich's markup."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    return escape(shown)
 
 
 __all__ = ["call", "guarded", "main", "main_train"]

@@ -3,7 +3,7 @@
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich import box
@@ -22,6 +22,8 @@ from rich.table import Table
 
 FEW_DOCUMENTS, FEW_TOKENS = 20, 20_000
 """fewer held out say little about the loss"""
+LARGE_SHARE = 0.1
+"""of the tokens held out, above which it is worth a warning"""
 
 
 @dataclass
@@ -57,17 +59,21 @@ class DataPack:
     """tokens in one shard file"""
     seed: int = 0
     """seed of the split into train and validation"""
+    on_error: Literal["stop", "skip"] = "stop"
+    """what to do with rows and files that cannot be read: stop there, or leave them out and count them"""
+    allow_loss: bool = False
+    """pack also where the tokenizer cannot spell all of the text; there will be no bits per byte"""
     filters: tuple[Literal["repeats", "boilerplate"], ...] = ()
     """repeats: remove lines that already occurred in the same document, and documents that mostly repeat
     themselves; boilerplate: remove URLs, e-mail addresses, and lines about cookies, policies and copyright"""
 
     def run(self) -> None:
-        from ant5m.data.corpus import Corpus
+        from ant5m.data.corpus import Corpus, describe_left_out
         from ant5m.data.packing import pack
         from ant5m.data.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.load(self.tokenizer)
-        corpus = Corpus.open(self.inputs, self.text_column)
+        corpus = Corpus.open(self.inputs, self.text_column, self.on_error)
         with _progress() as progress:
             meta = pack(
                 corpus,
@@ -78,10 +84,29 @@ class DataPack:
                 shard_tokens=self.shard_tokens,
                 progress=progress,
                 filters=self.filters,
+                allow_loss=self.allow_loss,
             )
         removed = _removed(meta.get("removed", {}))
         Console().print(_table(meta["splits"]), f"{removed}packed into {escape(str(self.out))}")
-        held_out = meta["splits"]["validation"]
+        if meta["left_out"]:
+            warnings.warn(describe_left_out(meta["left_out"]), stacklevel=2)
+        self._warn_about_loss(meta["splits"])
+        self._warn_about_validation(meta["splits"])
+
+    def _warn_about_loss(self, splits: dict[str, Any]) -> None:
+        lost, size = (sum(split[key] for split in splits.values()) for key in ("lost_bytes", "bytes"))
+        if lost:
+            warnings.warn(f"the tokenizer lost {lost:,} of {size:,} bytes ({lost / size:.2%})", stacklevel=2)
+
+    def _warn_about_validation(self, splits: dict[str, Any]) -> None:
+        held_out = splits["validation"]
+        share = held_out["tokens"] / sum(split["tokens"] for split in splits.values())
+        if share > max(LARGE_SHARE, 2 * self.validation_fraction):
+            warnings.warn(
+                f"{share:.0%} of the text is held out: whole documents are, and this text has few long ones. "
+                "Put <|endoftext|> between the parts of a .txt, or give more text",
+                stacklevel=2,
+            )
         if held_out["documents"] < FEW_DOCUMENTS or held_out["tokens"] < FEW_TOKENS:
             documents = f"{held_out['documents']:,} document{'s' * (held_out['documents'] != 1)}"
             size = f"{documents}, {held_out['tokens']:,} tokens"

@@ -50,6 +50,8 @@ class Evaluate:
     """folder of shards (its validation split is used), or texts as for `ant5m data pack`"""
     text_column: str = "text"
     """name of the text field in .jsonl, .parquet and hf: data"""
+    allow_loss: bool = False
+    """evaluate also where the tokenizer cannot spell all of the text; without bits per byte"""
     tasks: tuple[str, ...] = ()
     """names of tasks, or all: measure 0-shot scores instead of perplexity"""
     data_dir: Path | None = None
@@ -95,7 +97,7 @@ class Evaluate:
         if not self.data and run is None:
             raise UserError(f"{model} is not of a run: say with --data on what text to evaluate it")
         names = self.data or (str(perplexity.run_data(run)),) if run else self.data
-        shards, text = perplexity.open_data(names, tokenizer, self.text_column)
+        shards, text = perplexity.open_data(names, tokenizer, self.text_column, self.allow_loss)
         with _progress("tokens") as progress:
             evaluation = perplexity.evaluate(
                 net.to(device),
@@ -242,8 +244,8 @@ def _progress(unit: str) -> Progress:
 
 def _table(evaluation: "Evaluation", folder: Path) -> Table:
     table = Table(
-        title=f"{folder} on {evaluation.text}",
-        caption=f"{evaluation.tokens:,} tokens, {evaluation.words:,} words, {evaluation.bytes:,} bytes; "
+        title=escape(f"{folder} on {evaluation.text}"),
+        caption=f"{evaluation.tokens:,} tokens{_size(evaluation)}; "
         f"windows of {evaluation.window:,} tokens that do not overlap"
         + (", in which no document sees another" if evaluation.document_mask else ""),
         title_justify="left",
@@ -261,6 +263,12 @@ def _table(evaluation: "Evaluation", folder: Path) -> Table:
     return table
 
 
+def _size(evaluation: "Evaluation") -> str:
+    if evaluation.lost_bytes:
+        return f" ({evaluation.lost_bytes:,} bytes are lost in the tokenizer, so words and bytes say nothing)"
+    return f", {evaluation.words:,} words, {evaluation.bytes:,} bytes"
+
+
 def _number(value: float | None, digits: int) -> str:
     return "unknown" if value is None else f"{value:,.{digits}f}"
 
@@ -270,7 +278,7 @@ def _task_table(found: "list[TaskResult]", folder: Path) -> Table:
     from ant5m.eval.results import rows
 
     table = Table(
-        title=f"{folder}, 0-shot",
+        title=escape(f"{folder}, 0-shot"),
         caption="accuracies in percent ± standard error, over so many items; at: within two of "
         "these errors of chance; published: the original Ant-5M's",
         title_justify="left",

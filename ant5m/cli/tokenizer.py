@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -19,6 +19,7 @@ from ant5m.errors import UserError
 if TYPE_CHECKING:
     from ant5m.data.health import Health
 
+LARGEST_SAMPLE_MB = 100_000
 _STYLE = {"fit": "bold green", "fit with reservations": "bold yellow", "unfit": "bold red"}
 
 
@@ -50,6 +51,8 @@ class TokenizerTrain:
     """read at most this many documents: for a data set that is too large to read to its end"""
     text_column: str = "text"
     """name of the text field in .jsonl, .parquet and hf: data"""
+    on_error: Literal["stop", "skip"] = "stop"
+    """what to do with rows and files that cannot be read: stop there, or leave them out and count them"""
 
     def run(self) -> None:
         from ant5m.data.corpus import Corpus, tracked
@@ -58,7 +61,7 @@ class TokenizerTrain:
 
         check_vocab_size(self.vocab_size)
         _check_amounts(self.sample_mb, self.max_documents)
-        corpus = Corpus.open(self.inputs, self.text_column)
+        corpus = Corpus.open(self.inputs, self.text_column, self.on_error)
         with new_folder(self.out) as folder, _progress() as progress:
             texts = itertools.islice(tracked(corpus, progress), self.max_documents)
             train_tokenizer(texts, self.vocab_size, self.sample_mb * 1_000_000, progress).save(folder)
@@ -96,6 +99,8 @@ class TokenizerHealth:
     """read at most this many documents: for a data set that is too large to read to its end"""
     text_column: str = "text"
     """name of the text field in .jsonl, .parquet and hf: data"""
+    on_error: Literal["stop", "skip"] = "stop"
+    """what to do with rows and files that cannot be read: stop there, or leave them out and count them"""
     picture: Path = Path("tokenizer-health.png")
     """file for the picture"""
     json: bool = False
@@ -112,7 +117,7 @@ class TokenizerHealth:
         health.picture_kind(self.picture)
         table = functools.partial(count_table, load_config(self.preset))
         tokenizer = Tokenizer.load(self.tokenizer)
-        corpus = Corpus.open(self.inputs, self.text_column)
+        corpus = Corpus.open(self.inputs, self.text_column, self.on_error)
         with _progress() as progress:
             texts = itertools.islice(tracked(corpus, progress), self.max_documents)
             found = health.examine(
@@ -131,6 +136,8 @@ class TokenizerHealth:
 def _check_amounts(sample_mb: int, max_documents: int | None) -> None:
     if sample_mb < 1 or (max_documents is not None and max_documents < 1):
         raise UserError("--sample-mb and --max-documents must be at least 1")
+    if sample_mb > LARGEST_SAMPLE_MB or (max_documents or 0) > sys.maxsize:
+        raise UserError(f"--sample-mb must be at most {LARGEST_SAMPLE_MB:,}: the sample is held in memory")
 
 
 def _progress() -> Progress:
@@ -197,7 +204,8 @@ def _tokens(health: "Health", number: int = 10) -> Table:
 
 def _comparison(health: "Health") -> Table:
     table = Table(
-        title=f"Vocabulary sizes learned from this sample, in {health.model['name']}", title_justify="left"
+        title=f"Vocabulary sizes learned from this sample, in {escape(health.model['name'])}",
+        title_justify="left",
     )
     for heading in ("entries", "bytes per token", "tokens per word", "hardly used", "parameters", "table"):
         table.add_column(heading, justify="right")

@@ -28,7 +28,7 @@ from ant5m.data.builtin import load_builtin
 from ant5m.data.corpus import Corpus, Cursor, Position
 from ant5m.data.filters import FILTERS, FilterName, clean
 from ant5m.data.shards import COUNTS, FORMAT, META, PROGRESS, TOKEN
-from ant5m.data.spelling import describe_lost, lost_bytes, spells_everything
+from ant5m.data.spelling import check_no_end_of_text, describe_lost, lost_bytes, spells_everything
 from ant5m.data.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 from ant5m.errors import DISK_FULL, UserError
 from ant5m.files import (
@@ -468,11 +468,7 @@ def _encoder(tokenizer: Tokenizer, trusted: bool) -> Tokenizer:
 
 def _encode(batch: _Batch, tokenizer: Tokenizer, lossless: bool, allow_loss: bool) -> _Encoded:
     ids, lengths = tokenizer.encode_flat(batch.texts)
-    if (ids == tokenizer.eos_token_id).any():
-        raise UserError(
-            f"text of a document becomes the end-of-text token '{tokenizer.eos_token}': "
-            'mark it "special" among the added_tokens of tokenizer.json'
-        )
+    check_no_end_of_text(tokenizer, ids)
     lost = np.zeros_like(lengths)
     if not lossless:
         lost = lost_bytes(tokenizer, batch.texts, np.split(ids, np.cumsum(lengths)[:-1]))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import pre_tokenizers
 
 from ant5m.data.tokenizer import Tokenizer
+from ant5m.errors import UserError
 
 NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 EXAMPLE = 20
@@ -33,6 +34,15 @@ def spells_everything(tokenizer: Tokenizer) -> bool:
     if not _is_byte_level(content["pre_tokenizer"], ("Split", "Digits", "Punctuation")):
         return False
     return all(character in model["vocab"] for character in _alphabet())
+
+
+def check_no_end_of_text(tokenizer: Tokenizer, ids: NDArray[np.uint32]) -> None:
+    """Raise `UserError` when the ids of documents hold the end-of-text id, which ends each of them."""
+    if (ids == tokenizer.eos_token_id).any():
+        raise UserError(
+            f"text of a document becomes the end-of-text token '{tokenizer.eos_token}': "
+            'mark it "special" among the added_tokens of tokenizer.json'
+        )
 
 
 def _alphabet() -> list[str]:

@@ -83,6 +83,7 @@ class Tokenizer:
         self.end_ids: tuple[int, ...] = (eos_token_id,)
         """a generated text ends with any of them; a model's folder may name others than the tokenizer's"""
         self.settings = settings
+        self._as_given: str | None = None
         self.backend = backend
         """the `tokenizers.Tokenizer` beneath"""
 
@@ -99,6 +100,7 @@ class Tokenizer:
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         content = read_json(file, dict[str, Any])
+        as_given = json.dumps(content)
         settings = read_settings(file.parent)
         eos_token = settings.get("eos_token", END_OF_TEXT)
         _check_is_bpe(content, file)
@@ -108,9 +110,21 @@ class Tokenizer:
         except Exception as error:  # the library raises nothing narrower
             raise UserError(f"{file} is broken ({first_line(error)})") from None
         try:
-            return cls(backend, eos_token, settings.get("bos_token"), settings)
+            tokenizer = cls(backend, eos_token, settings.get("bos_token"), settings)
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
+        tokenizer._as_given = as_given
+        return tokenizer
+
+    def has_fingerprint(self, fingerprint: str) -> bool:
+        """Whether it is this tokenizer's, or that of its file as an earlier version read it, which kept a
+        post-processor, dropout and unmarked special tokens."""
+        if fingerprint == self.fingerprint or self._as_given is None:
+            return fingerprint == self.fingerprint
+        backend = tokenizers.Tokenizer.from_str(self._as_given)
+        backend.no_truncation()
+        backend.no_padding()
+        return fingerprint == _fingerprint(backend)
 
     def save(self, folder: str | Path, model_max_length: int = 1_024) -> None:
         """Write `tokenizer.json` and the two files with which `transformers.AutoTokenizer` opens the folder.
@@ -177,8 +191,7 @@ class Tokenizer:
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 (hex) of the content of `tokenizer.json`, however it is laid out on the disk."""
-        content = json.loads(self.backend.to_str())
-        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return _fingerprint(self.backend)
 
     @functools.cached_property
     def _gigatoken(self) -> Any:
@@ -215,6 +228,11 @@ class _Added:
 class _Content:
     model: _Model
     added_tokens: list[_Added] | None = None
+
+
+def _fingerprint(backend: tokenizers.Tokenizer) -> str:
+    content = json.loads(backend.to_str())
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _check_is_bpe(content: dict[str, Any], file: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from ant5m.data.corpus import Corpus
 from ant5m.data.loader import IGNORE, document_starts, sequences
 from ant5m.data.shards import COUNTS, META, TOKEN, Shards, Tokens
+from ant5m.data.spelling import check_no_end_of_text, describe_lost, lost_bytes, spells_everything
 from ant5m.data.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 from ant5m.errors import UserError
 from ant5m.files import read_json, write_json
@@ -47,6 +48,9 @@ class Evaluation:
     """tokens of one sequence; each begins without context"""
     document_mask: bool = False
     """whether documents in one window did not see each other"""
+    lost_bytes: int = 0
+    """of the text, that the tokenizer cannot spell: where there are any, `words` and `bytes` are None, since
+    the model is not asked for all of them"""
 
     @property
     def loss(self) -> float:
@@ -81,6 +85,7 @@ class Evaluation:
             "bytes": self.bytes,
             "window": self.window,
             "document_mask": self.document_mask,
+            "lost_bytes": self.lost_bytes,
         }
 
 
@@ -123,7 +128,7 @@ def evaluate(
             if progress and bar is not None:
                 progress.update(bar, completed=tokens)
     net.train(training)
-    whole = tokens == shards.num_tokens - 1
+    whole = tokens == shards.num_tokens - 1 and not shards.lost_bytes
     return Evaluation(
         text=text or f"{shards.split} split of {shards.folder}",
         nats=nats,
@@ -132,36 +137,39 @@ def evaluate(
         bytes=shards.counts["bytes"] if whole else None,
         window=window,
         document_mask=document_mask,
+        lost_bytes=shards.lost_bytes,
     )
 
 
 def open_data(
-    names: Sequence[str | Path], tokenizer: Tokenizer, text_column: str = "text"
+    names: Sequence[str | Path], tokenizer: Tokenizer, text_column: str = "text", allow_loss: bool = False
 ) -> tuple[Shards, str]:
     """What to evaluate on, and its name: the validation split of a folder of shards, or texts.
 
-    Raises `UserError` when the shards were packed with another tokenizer, or the texts cannot be read.
+    Raises `UserError` when the shards were packed with another tokenizer, the texts cannot be read, or the
+    tokenizer loses bytes of them (with `allow_loss` they are only counted).
     """
     packed = [Path(name) for name in names if (Path(name) / META).exists()]
     if not packed:
-        return encode_texts(Corpus.open(names, text_column), tokenizer), ", ".join(
+        return encode_texts(Corpus.open(names, text_column), tokenizer, allow_loss), ", ".join(
             str(name) for name in names
         )
     if len(names) > 1:
         raise UserError(f"{packed[0]} is a folder of shards: evaluate on it alone")
     shards = Shards.open(packed[0], "validation")
-    if shards.tokenizer_fingerprint != tokenizer.fingerprint:
+    if not tokenizer.has_fingerprint(shards.tokenizer_fingerprint):
         raise UserError(
             f"{packed[0]} was packed with another tokenizer than the model's: pack the text again"
         )
     return shards, f"validation split of {packed[0]}"
 
 
-def encode_texts(corpus: Corpus, tokenizer: Tokenizer) -> Shards:
+def encode_texts(corpus: Corpus, tokenizer: Tokenizer, allow_loss: bool = False) -> Shards:
     """The documents of a corpus as one split in memory (two bytes a token).
 
     As in packed data an end-of-text token stands behind every document; here one stands before the first too,
-    so that every token of the text is scored. Raises `UserError` when the vocabulary does not fit uint16.
+    so that every token of the text is scored. Raises `UserError` when the vocabulary does not fit uint16, or
+    when the tokenizer loses bytes of the text that `allow_loss` does not allow.
     """
     if tokenizer.vocab_size > MAX_VOCAB_SIZE:
         raise UserError(
@@ -170,9 +178,18 @@ def encode_texts(corpus: Corpus, tokenizer: Tokenizer) -> Shards:
     eos = tokenizer.eos_token_id
     parts = [np.array([eos], TOKEN)]
     counts = dict.fromkeys(COUNTS, 0)
+    lossless, total_lost = spells_everything(tokenizer), 0
     documents = corpus.documents()
     while batch := list(itertools.islice(documents, ENCODE_AT_ONCE)):
         ids, lengths = tokenizer.encode_flat(batch)
+        check_no_end_of_text(tokenizer, ids)
+        if not lossless:
+            lost = lost_bytes(tokenizer, batch, np.split(ids, np.cumsum(lengths)[:-1]))
+            if lost.any() and not allow_loss:
+                raise UserError(
+                    f"{describe_lost(tokenizer, batch, lost)}: evaluate without it (--allow-loss)"
+                )
+            total_lost += int(lost.sum())
         parts.append(np.insert(ids, np.cumsum(lengths), eos).astype(TOKEN))
         counts["documents"] += len(batch)
         counts["bytes"] += sum(len(document.encode()) for document in batch)
@@ -183,7 +200,7 @@ def encode_texts(corpus: Corpus, tokenizer: Tokenizer) -> Shards:
         "vocab_size": tokenizer.vocab_size,
         "eos_token_id": eos,
         "tokenizer_fingerprint": tokenizer.fingerprint,
-        "splits": {"validation": {**counts, "shards": []}},
+        "splits": {"validation": {**counts, "lost_bytes": total_lost, "shards": []}},
     }
     return Shards(Path("memory"), "validation", meta, Tokens([tokens]))
 

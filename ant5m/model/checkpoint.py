@@ -148,7 +148,8 @@ def _load_checkpoint(folder: Path, tokenizer_folder: Path) -> "tuple[Ant, Tokeni
     except UserError as error:
         raise UserError(f"{folder / STATE}: {error}") from None
     tokenizer = _load_tokenizer(tokenizer_folder, config)
-    if tokenizer is not None and state.get("tokenizer") not in (None, tokenizer.fingerprint):
+    trained_with = state.get("tokenizer")
+    if tokenizer and trained_with is not None and not tokenizer.has_fingerprint(trained_with):
         raise UserError(f"{tokenizer_folder} is not the tokenizer that {folder} was trained with")
     return load_model(config, folder), tokenizer
 

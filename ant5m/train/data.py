@@ -27,7 +27,7 @@ class TrainingData:
         given = run.config.tokenizer or run.shards / "tokenizer"
         folder = run.tokenizer if run.has_tokenizer else given
         tokenizer = Tokenizer.load(folder)
-        if tokenizer.fingerprint != train.tokenizer_fingerprint:
+        if not tokenizer.has_fingerprint(train.tokenizer_fingerprint):
             raise UserError(
                 f"{run.shards} was packed with another tokenizer than {folder}: pack the text again"
             )

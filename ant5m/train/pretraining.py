@@ -154,7 +154,7 @@ def _resume(run: Run, trainer: Trainer, tokenizer: Tokenizer) -> None:
             raise UserError(f"no checkpoint in {run.checkpoints} is good: start a new run")
         return
     state = load_checkpoint(folder, trainer.net, trainer.optimizer)
-    if state["tokenizer"] != tokenizer.fingerprint:
+    if not tokenizer.has_fingerprint(state["tokenizer"]):
         raise UserError(f"{folder} was trained with another tokenizer than {run.tokenizer}")
     trainer.load_state_dict(state)
 
