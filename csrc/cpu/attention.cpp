@@ -20,6 +20,9 @@ namespace {
 
 constexpr int64_t kForwardKeys = 128;  // keys a tile: 128 x 32 scores are 16 KiB
 constexpr int64_t kBackwardKeys = 64;
+constexpr int64_t kTasks = 64;  // of a backward pass, at least, where it is long enough: 4 for each of 16 cores
+constexpr int64_t kFewestPositions = 64;  // of a range of queries
+constexpr int64_t kKeysATask = 64;        // where little is done to each
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kInfinity = __builtin_inff();
@@ -54,13 +57,17 @@ class PackedKeys {
           size_((order == kKeysFirst ? shape.length : Format::count(shape.length)) * row_),
           memory_(Format::kVnni == 1 ? 0 : shape.batch * shape.kv_heads * size_) {
         if (Format::kVnni == 1) return;
-        parallel(threads, shape.batch * shape.kv_heads, [&](int64_t i) {
-            const Rows rows = rows_of(x, i / shape.kv_heads, i % shape.kv_heads);
-            float* to = memory_.data() + i * size_;
+        const int64_t chunks = divide_up(shape.length, kKeysATask);
+        parallel(threads, shape.batch * shape.kv_heads * chunks, [&](int64_t task) {
+            const int64_t head = task / chunks;
+            const int64_t first = task % chunks * kKeysATask;
+            const int64_t n = smaller(kKeysATask, shape.length - first);
+            const Rows rows = rows_of(x, head / shape.kv_heads, head % shape.kv_heads).from(first);
+            float* to = memory_.data() + head * size_;
             if (order == kKeysFirst)
-                Format::pack_columns(shape.length, shape.dim, rows.data, rows.row, to, row_);
+                Format::pack_columns(n, shape.dim, rows.data, rows.row, to + first * row_, row_);
             else
-                Format::pack_rows(shape.length, shape.dim, rows.data, rows.row, to, row_);
+                Format::pack_rows(n, shape.dim, rows.data, rows.row, to + first / Format::kVnni * row_, row_);
         });
     }
 
@@ -358,41 +365,73 @@ void backward_tile(const Operand& k, const Operand& v, const Operand& k_by_dimen
     multiply<Format, true>(n, width, kLanes, {grad_scores, kLanes, 1}, panel.query_row, width, grad_k, width);
 }
 
-// Everything of one key/value head of one sequence: panel by panel of the positions of its query heads, while K, V
-// and their gradients stay in L2.
+// The backward pass goes by ranges of the queries, whose gradients of K and V are summed apart and then together, in
+// their order. How many there are depends on the shape alone, so the results do not depend on the number of threads.
+struct Ranges {
+    int64_t count, positions, length;
+
+    explicit Ranges(const AttentionShape& shape) : length(shape.length) {
+        const int64_t heads = shape.batch * shape.kv_heads;
+        const int64_t most = divide_up(length, kFewestPositions);
+        count = smaller(divide_up(kTasks, heads < 1 ? 1 : heads), most < 1 ? 1 : most);
+        positions = divide_up(divide_up(length, count), kLanes) * kLanes;
+        count = divide_up(length, positions < 1 ? 1 : positions);
+    }
+    int64_t first(int64_t range) const { return range * positions; }
+    int64_t end(int64_t range) const { return smaller(length, first(range + 1)); }
+    // Rows of the ranges before: each has one for each key that it may see.
+    int64_t rows_before(int64_t range) const { return positions * range * (range + 1) / 2; }
+    int64_t rows() const { return count ? rows_before(count - 1) + length : 0; }
+};
+
+// What the queries of one range add to the gradients of one key/value head: sums [2, end of the range, width], of K and
+// of V. Panel by panel of the positions of its query heads, while K, V and the sums stay in L2.
 template <typename Format, int kDim>
-void backward_head(const AttentionShape& shape, const Heads& q, const BackwardKeys<Format>& keys, const Heads& out,
-                   const Heads& grad, const BlockMask& mask, const float* lse, int64_t batch, int64_t kv, float* grad_q,
-                   float* grad_k, float* grad_v) {
+void backward_range(const AttentionShape& shape, const Heads& q, const BackwardKeys<Format>& keys, const Heads& out,
+                    const Heads& grad, const BlockMask& mask, const float* lse, int64_t batch, int64_t kv,
+                    int64_t begin, int64_t end, float* grad_q, float* sums) {
     const int64_t dim = kDim ? kDim : shape.dim;
     const int64_t width = round_up(dim);
     const int64_t group = shape.heads / shape.kv_heads;
-    float* tiles = scratch(3 * kBackwardKeys * kLanes + Panel::size(dim) + 2 * shape.length * width);
+    float* tiles = scratch(3 * kBackwardKeys * kLanes + Panel::size(dim));
     const Panel panel(tiles + 3 * kBackwardKeys * kLanes, dim);
-    float* sum_k = tiles + 3 * kBackwardKeys * kLanes + Panel::size(dim);  // [length, width]
-    float* sum_v = sum_k + shape.length * width;                           // [length, width]
-    std::memset(sum_k, 0, sizeof(float) * 2 * shape.length * width);
-    for (int64_t first = 0; first < shape.length; first += kLanes)
+    float* sum_k = sums;
+    float* sum_v = sums + end * width;
+    std::memset(sums, 0, sizeof(float) * 2 * end * width);
+    for (int64_t first = begin; first < end; first += kLanes)
         for (int64_t head = kv * group; head < (kv + 1) * group; ++head) {
-            const int64_t lanes = shape.length - first < kLanes ? shape.length - first : kLanes;
+            const int64_t lanes = smaller(kLanes, end - first);
             load_panel<Format>(rows_of(q, batch, head).from(first), rows_of(out, batch, head).from(first),
-                             rows_of(grad, batch, head).from(first),
-                             lse + (batch * shape.heads + head) * shape.length + first, lanes, dim, panel);
+                               rows_of(grad, batch, head).from(first),
+                               lse + (batch * shape.heads + head) * shape.length + first, lanes, dim, panel);
             mask.for_tiles(first, lanes, kBackwardKeys, [&](int64_t start, int64_t n, const auto& tile_mask) {
                 backward_tile<Format, kDim>(keys.k.from(start, batch, kv), keys.v.from(start, batch, kv),
-                                          keys.k_by_dimension.from(start, batch, kv), n, dim, panel, tile_mask, tiles,
-                                          sum_k + start * width, sum_v + start * width);
+                                            keys.k_by_dimension.from(start, batch, kv), n, dim, panel, tile_mask,
+                                            tiles, sum_k + start * width, sum_v + start * width);
             });
             transpose(dim, lanes, panel.grad_q, kLanes,
                       grad_q + ((batch * shape.length + first) * shape.heads + head) * dim, shape.heads * dim,
                       1.0f / sqrtf(static_cast<float>(dim)));
         }
-    for (int64_t t = 0; t < shape.length; ++t)
-        for (int64_t d = 0; d < dim; ++d) {
-            const int64_t at = ((batch * shape.length + t) * shape.kv_heads + kv) * dim + d;
-            grad_k[at] = sum_k[t * width + d] * kLn2;  // the queries carried log2(e)
-            grad_v[at] = sum_v[t * width + d];
-        }
+}
+
+// grad_k and grad_v of the keys [begin, end) of one head: the sums [rows, width] of its ranges.
+void add_ranges(const AttentionShape& shape, const Ranges& ranges, const float* sums, int64_t batch, int64_t kv,
+                int64_t begin, int64_t end, float* grad_k, float* grad_v) {
+    const int64_t width = round_up(shape.dim);
+    for (int64_t t = begin; t < end; ++t) {
+        const int64_t at = ((batch * shape.length + t) * shape.kv_heads + kv) * shape.dim;
+        for_vectors(shape.dim, [&](int64_t d, auto, auto write) {
+            Vec sum_k = {}, sum_v = {};
+            for (int64_t range = t / ranges.positions; range < ranges.count; ++range) {
+                const float* part = sums + (2 * ranges.rows_before(range) + t) * width + d;
+                sum_k += load(part);
+                sum_v += load(part + ranges.end(range) * width);
+            }
+            write(grad_k + at + d, sum_k * kLn2);  // the queries carried log2(e)
+            write(grad_v + at + d, sum_v);
+        });
+    }
 }
 
 // The head dimensions of common models as constants, which lets the compiler unroll; 0 is any other.
@@ -429,12 +468,27 @@ void backward(const AttentionShape& shape, const Heads& q, const Heads& k, const
               int threads) {
     const BlockMasks masks(shape, ends);
     const BackwardKeys<Format> keys(shape, k, v, threads);
+    const Ranges ranges(shape);
+    const int64_t heads = shape.batch * shape.kv_heads;
+    const int64_t width = round_up(shape.dim);
+    const int64_t size = 2 * ranges.rows() * width;
+    const Memory sums(heads * size);
     with_dim(shape.dim, [&](auto dim) {
-        parallel(threads, shape.batch * shape.kv_heads, [&](int64_t task) {
-            const int64_t batch = task / shape.kv_heads;
-            backward_head<Format, dim.value>(shape, q, keys, out, grad, masks.of(batch), lse, batch,
-                                           task % shape.kv_heads, grad_q, grad_k, grad_v);
+        parallel(threads, heads * ranges.count, [&](int64_t task) {
+            const int64_t head = task % heads;
+            const int64_t batch = head / shape.kv_heads;
+            const int64_t range = ranges.count - 1 - task / heads;  // the longest first
+            backward_range<Format, dim.value>(shape, q, keys, out, grad, masks.of(batch), lse, batch,
+                                              head % shape.kv_heads, ranges.first(range), ranges.end(range), grad_q,
+                                              sums.data() + head * size + 2 * ranges.rows_before(range) * width);
         });
+    });
+    const int64_t chunks = divide_up(shape.length, kKeysATask);
+    parallel(threads, heads * chunks, [&](int64_t task) {
+        const int64_t head = task / chunks;
+        const int64_t begin = task % chunks * kKeysATask;
+        add_ranges(shape, ranges, sums.data() + head * size, head / shape.kv_heads, head % shape.kv_heads, begin,
+                   smaller(shape.length, begin + kKeysATask), grad_k, grad_v);
     });
 }
 
