@@ -3,7 +3,7 @@
 import torch
 import triton
 import triton.language as tl
-from stopwatch import seconds
+from devices import seconds
 
 ROUNDS = 4_096
 BLOCK = 1_024

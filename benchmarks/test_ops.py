@@ -17,10 +17,9 @@ import peers
 import pytest
 import torch
 from arm import training_precision
-from devices import Rates
+from devices import Rates, Stopwatch
 from rich.console import Console
 from rich.table import Table
-from stopwatch import Stopwatch
 
 from ant5m import kernels
 from ant5m.device import DTYPES

@@ -36,7 +36,7 @@ SURFACE = {
     "doctor": "MODEL device-memory json max-params",
     "compare": "study arms data out cache tokens seeds sequence-length batch-size optimizer learning-rate "
     "muon-learning-rate rate-factors validation-fraction workers device precision kernels",
-    "export": "MODEL OUT name",
+    "export": "MODEL OUT format type name license language",
 }
 
 TEXT = "the ant carries a leaf along the path and the other ants follow it to the nest by the old tree"

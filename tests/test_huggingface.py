@@ -2,6 +2,7 @@
 
 import json
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from ant5m.cli.generate import Generate
 from ant5m.data.tokenizer import Tokenizer, train_tokenizer
 from ant5m.errors import UserError
+from ant5m.eval.results import TaskResult
 from ant5m.export.card import ModelCard
 from ant5m.export.huggingface import export
 from ant5m.files import file_sha256
@@ -120,6 +122,30 @@ def test_card_says_what_is_known():
         "12,345",
     ):
         assert expected in text
+
+
+def test_the_hub_reads_the_card_whatever_its_name():
+    result = TaskResult("blimp", {"acc": (0.61, 0.01)}, 100, 0.5, {})
+    for name in ("ants: 'a' \"b\" # c", "---\nlicense: none\n---", "- [x]: {y}", "\N{ANT} \u2028", "  "):
+        samples = [("A", " ```\n# b\n````\n c")]
+        card = ModelCard(
+            name,
+            "text",
+            datasets=["owner/data"],
+            validation={"loss": 4.2},
+            samples=samples,
+            results=[result],
+            license="apache-2.0",
+            language="en",
+            repo="owner/ants",
+        )
+        text = card.text(SMALL, 1)
+        read = huggingface_hub.ModelCard(text).data
+        assert (read.license, read.language, read.datasets) == ("apache-2.0", "en", ["owner/data"])
+        values = {one.metric_type: (one.dataset_name, one.metric_value) for one in read.eval_results}
+        assert values == {"loss": ("validation split", 4.2), "acc": ("blimp", 0.61)}
+        assert 'from_pretrained("owner/ants")' in text and "\n`````text\nA ```\n# b\n````\n c\n`````" in text
+    assert huggingface_hub.ModelCard(ModelCard("x").text(SMALL, 1)).data.eval_results is None
 
 
 def test_export_refuses_an_existing_folder_and_a_foreign_tokenizer(tokenizer, tmp_path):

@@ -157,7 +157,9 @@ def _leave_out_nothing(command: type) -> None:
         if dataclasses.is_dataclass(hint):
             _leave_out_nothing(typing.cast(type, hint))
         elif field.default in (None, ()):
-            metavar = _metavar(hint) if field.default is None else None
+            marks = getattr(full[field.name], "__metadata__", ())
+            own = any(getattr(mark, "metavar", None) for mark in marks)
+            metavar = _metavar(hint) if field.default is None and not own else None
             shown = tyro.conf.arg(help_behavior_hint="", metavar=metavar)
             command.__annotations__[field.name] = typing.Annotated[full[field.name], shown]
 

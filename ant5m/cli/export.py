@@ -1,48 +1,91 @@
 """`ant5m export`."""
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
 
+from ant5m.errors import UserError
+
+TYPES = {"hf": ("f32",), "gguf": ("f16", "f32", "q8_0"), "html": ("int8", "f16", "f32")}
+"""of the numbers, by format; the first is the default"""
+
 
 @dataclass
 class Export:
-    """Write a Hugging Face folder from a run or a checkpoint.
+    """Write a trained model in the format of another program.
 
-    It opens offline with transformers' AutoModelForCausalLM and AutoTokenizer, and holds config.json,
-    model.safetensors, the tokenizer and a model card (README.md) made from what the run folder records.
+    hf: a Hugging Face folder, which opens offline with transformers' AutoModelForCausalLM and AutoTokenizer,
+    and holds config.json, model.safetensors, the tokenizer and a model card (README.md) that says what the
+    run folder knows. gguf: a folder with one file for llama.cpp and LM Studio, and a Modelfile for Ollama.
+    html: one page with the model inside, which writes text in any browser, without a network.
 
-    Examples:
+    For example:
 
         ant5m export runs/my-run my-model
+        ant5m export runs/my-run --format gguf --type q8_0
+        ant5m export runs/my-run page.html --format html
         ant5m export runs/my-run/checkpoints/step-00001000 my-model-1000 --name "My model after 1,000 steps"
     """
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """run folder, checkpoint or Hugging Face folder"""
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """folder to create"""
-    name: str | None = None
-    """name of the model in its card; default: the folder's name"""
+    out: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = None
+    """folder to make, for html the file; default: NAME-hf, NAME-gguf or NAME.html, here"""
+    format: Literal["hf", "gguf", "html"] = "hf"
+    """of what is written"""
+    type: Literal["f32", "f16", "q8_0", "int8"] | None = None
+    """of the numbers; gguf: f16 (default), f32 or q8_0; html: int8 (default), f16 or f32"""
+    name: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """of the model; default: hf: the name of OUT, else that of the run or folder"""
+
+    license: Annotated[str | None, tyro.conf.arg(metavar="ID")] = None
+    """of the model, for its card, as the Hugging Face hub names it: apache-2.0, cc-by-4.0"""
+    language: Annotated[str | None, tyro.conf.arg(metavar="CODE")] = None
+    """of the text, for the card: en"""
 
     def run(self) -> None:
-        from ant5m.eval.results import section_of
-        from ant5m.export.card import ModelCard, card_of_run
-        from ant5m.export.huggingface import export
         from ant5m.model.checkpoint import find_run, load_with_tokenizer, resolve
 
+        types = TYPES[self.format]
+        if self.type not in (None, *types):
+            raise UserError(f"--type {self.type} is not for --format {self.format}: use {', '.join(types)}")
         run, folder = find_run(self.model), resolve(self.model)
+        name = self.name or (run or self.model).resolve().name
+        ending = ".html" if self.format == "html" else f"-{self.format}"
+        out = self.out or Path(f"{file_name(name)}{ending}")
+        if out.exists():
+            raise UserError(f"{out} exists already: choose another name or remove it")
         net, tokenizer = load_with_tokenizer(folder)
-        name = self.name or self.out.name
-        card = card_of_run(name, run, folder) if run else ModelCard(name)
-        tasks = section_of(run, folder) if run else ""
-        export(net, tokenizer, self.out, dataclasses.replace(card, tasks=tasks))
-        console = Console(highlight=False, soft_wrap=True)
-        console.print(
-            f"wrote {self.out}: open it with AutoModelForCausalLM.from_pretrained({str(self.out)!r})",
-            markup=False,
-        )
+        if self.format == "gguf":
+            from ant5m.export.gguf import export_gguf
+
+            file = export_gguf(net, tokenizer, out, file_name(name), self.type or types[0])
+            _say(f"wrote {file}: open it with llama.cpp or LM Studio, or in Ollama by {out / 'Modelfile'}")
+        elif self.format == "html":
+            from ant5m.export.html import export_html
+
+            export_html(net, tokenizer, out, name, self.type or types[0])
+            _say(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB): open it in a browser")
+        else:
+            from ant5m.export.card import ModelCard, card_of_run
+            from ant5m.export.huggingface import export
+
+            title = self.name or out.name
+            card = card_of_run(title, run, folder) if run else ModelCard(title)
+            card = dataclasses.replace(card, license=self.license, language=self.language)
+            export(net, tokenizer, out, card)
+            _say(f"wrote {out}: open it with AutoModelForCausalLM.from_pretrained({str(out)!r})")
+
+
+def file_name(name: str) -> str:
+    """A name that can be part of a file's."""
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
+def _say(text: str) -> None:
+    Console(highlight=False, soft_wrap=True).print(text, markup=False)

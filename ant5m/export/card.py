@@ -1,11 +1,14 @@
 """The model card: what an exported model's README.md says about it."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ant5m.eval.results import TaskResult, recorded, section_of, weights_sha256
 from ant5m.files import read_json
 from ant5m.model.config import ModelConfig
+from ant5m.model.generation import REPETITION_PENALTY, TEMPERATURE
 
 
 @dataclass(frozen=True)
@@ -23,19 +26,66 @@ class ModelCard:
     """(prompt, continuation), unselected"""
     tasks: str = ""
     """section on 0-shot tasks in Markdown, ending with an empty line"""
+    results: list[TaskResult] = field(default_factory=list)
+    """what that section is about"""
+    datasets: list[str] = field(default_factory=list)
+    """OWNER/NAME on the Hugging Face hub of what it was trained on"""
+    license: str | None = None
+    """as the hub names it: apache-2.0"""
+    language: str | None = None
+    """ISO 639 code: en"""
+    repo: str | None = None
+    """OWNER/NAME on the hub"""
 
     def text(self, config: ModelConfig, num_parameters: int) -> str:
         """The card in Markdown, with the metadata block that the Hugging Face hub reads."""
         return _CARD.format(
-            name=self.name,
+            metadata=self._metadata(),
+            name=self._title,
             parameters=f"{num_parameters:,}",
-            shape=_shape(config),
+            shape=shape_of(config),
             training=self._training(),
             validation=self._validation(),
             tasks=self.tasks,
             samples=self._samples(),
             context=f"{config.max_position_embeddings:,}",
+            place=self.repo or "PATH/TO/THIS/FOLDER",
+            temperature=TEMPERATURE,
+            penalty=REPETITION_PENALTY,
         )
+
+    @property
+    def _title(self) -> str:
+        return " ".join(self.name.split()) or "A language model"
+
+    def _metadata(self) -> str:
+        from huggingface_hub import EvalResult, ModelCardData
+
+        loss_and_bits = ("loss", "bits_per_byte")
+        measured = [("validation split", metric, self.validation.get(metric)) for metric in loss_and_bits]
+        for result in self.results:
+            measured += [(result.task, metric, value) for metric, (value, _) in result.metrics.items()]
+        results = [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=data,
+                dataset_name=data,
+                metric_type=metric,
+                metric_value=value,
+            )
+            for data, metric, value in measured
+            if value is not None
+        ]
+        return ModelCardData(
+            library_name="transformers",
+            pipeline_tag="text-generation",
+            tags=["ant5m", "llama"],
+            license=self.license,
+            language=self.language,
+            datasets=self.datasets or None,
+            model_name=self._title if results else None,
+            eval_results=results or None,
+        ).to_yaml(line_break="\n")
 
     def _training(self) -> str:
         tokens = f"{self.tokens:,} tokens" if self.tokens else "an unrecorded number of tokens"
@@ -52,12 +102,18 @@ class ModelCard:
     def _samples(self) -> str:
         if not self.samples:
             return ""
-        quoted = "\n\n".join(f"```text\n{prompt}{text}\n```" for prompt, text in self.samples)
+        quoted = "\n\n".join(_fenced(f"{prompt}{text}") for prompt, text in self.samples)
         return f"## Samples\nAs they came, unselected; the prompt is the beginning of each.\n\n{quoted}\n\n"
 
 
+def _fenced(text: str) -> str:
+    """A block of code, whatever backticks the text has."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
+
+
 def card_of_run(name: str, run: Path, checkpoint: Path) -> ModelCard:
-    """What a run folder knows about one of its checkpoints: its data, its tokens, and its evaluation if any.
+    """What a run folder knows about one of its checkpoints: its data, tokens and evaluations.
 
     Raises `UserError` when a file of the run is missing or damaged.
     """
@@ -67,26 +123,36 @@ def card_of_run(name: str, run: Path, checkpoint: Path) -> ModelCard:
         one for one in evaluations if one.get("checkpoint") == checkpoint.name and one.get("held_out")
     ]
     data = config.get("train", {}).get("data")
+    sources = _sources(Path(data) if data else run / "data")
     return ModelCard(
         name=name,
-        data=_sources(Path(data) if data else run / "data"),
+        data=_phrase(sources),
+        datasets=[source.split(":")[1] for source in sources if source.startswith("hf:")],
         tokens=state.get("tokens"),
         validation={**measured[-1], "text": "the held-out part of the same text"} if measured else {},
+        tasks=section_of(run, checkpoint),
+        results=recorded(run / "eval.json", weights_sha256(checkpoint)),
     )
 
 
-def _sources(shards: Path) -> str | None:
-    """The names of the texts that were packed, without their folders; None when the shards are gone."""
+def _sources(shards: Path) -> list[str]:
+    """The texts that were packed, as they were named; none when the shards are gone."""
     if not (shards / "meta.json").exists():
-        return None
-    names = [source["name"] for source in read_json(shards / "meta.json").get("sources", [])]
-    if names == ["builtin"]:
+        return []
+    return [source["name"] for source in read_json(shards / "meta.json").get("sources", [])]
+
+
+def _phrase(sources: list[str]) -> str | None:
+    """Their names for people, without folders."""
+    if sources == ["builtin"]:
         return "docstrings and reference topics of the Python standard library and installed packages"
-    shown = [name if name.startswith("hf:") else Path(name).name for name in names[:5]]
-    return ", ".join(shown) + (f" and {len(names) - 5} more files" if len(names) > 5 else "")
+    shown = [name if name.startswith("hf:") else Path(name).name for name in sources[:5]]
+    more = f" and {len(sources) - 5} more files" if len(sources) > 5 else ""
+    return f"{', '.join(shown)}{more}" or None
 
 
-def _shape(config: ModelConfig) -> str:
+def shape_of(config: ModelConfig) -> str:
+    """The shape in one line, for people."""
     heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads"
     return (
         f"{config.num_hidden_layers} layers, width {config.hidden_size}, {heads} of {config.head_size} "
@@ -97,10 +163,9 @@ def _shape(config: ModelConfig) -> str:
 
 _CARD = """\
 ---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [ant5m, llama]
+{metadata}
 ---
+
 # {name}
 
 A language model of {parameters} parameters in the Llama architecture: {shape}.
@@ -115,16 +180,26 @@ A language model of {parameters} parameters in the Llama architecture: {shape}.
 - A model of this size writes locally plausible text. It does not know facts, follow instructions or reason.
 - It knows only the kind of text it was trained on, with that text's errors and biases; nothing was filtered
   for safety.
-- The context is {context} tokens. Greedy decoding falls into loops: sample, with a repetition penalty.
+- The context is {context} tokens. Greedy decoding falls into loops: the defaults sample at temperature
+  {temperature} with a repetition penalty of {penalty}.
 
 ## Use
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("PATH/TO/THIS/FOLDER")
-model = AutoModelForCausalLM.from_pretrained("PATH/TO/THIS/FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+model = AutoModelForCausalLM.from_pretrained("{place}")
 inputs = tokenizer("Once upon a time", return_tensors="pt")
-output = model.generate(**inputs, max_new_tokens=100, do_sample=True, temperature=0.8, repetition_penalty=1.1)
+output = model.generate(**inputs, max_new_tokens=100)
 print(tokenizer.decode(output[0]))
+```
+
+Batches are padded on the left with the end-of-text token, which needs no row of its own. Other engines:
+
+```sh
+ant5m generate "{place}" --prompt "Once upon a time"                # a local folder
+mlx_lm.generate --model "{place}" --prompt "Once upon a time" --ignore-chat-template
+vllm serve "{place}"
+ant5m export "{place}" --format gguf                                # a local folder, for llama.cpp and Ollama
 ```
 """
