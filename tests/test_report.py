@@ -103,7 +103,7 @@ def test_losses_over_different_text_are_not_joined():
 
 
 def test_a_text_read_in_part_is_not_read_no_times():
-    read = [report.times_over(tokens, 1_000) for tokens in (48, 999, 1_000, 12_345)]
+    read = [report.count_epochs(tokens, 1_000) for tokens in (48, 999, 1_000, 12_345)]
     assert read == ["0.05", "1.00", "1.0", "12.3"]
 
 

@@ -177,7 +177,7 @@ class Joined(TorchDispatchMode):
 def test_no_weight_is_joined_or_padded_in_a_layer():
     step = make(precision="bf16")
     ids, targets = (x[:2] for x in batches(1)[0])
-    copies = step._copies()
+    copies = step._half_precision_weights()
     with Joined() as joined:
         step._loss(copies, ids, targets).backward()
     assert joined.count == 0

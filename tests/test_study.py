@@ -26,7 +26,7 @@ from ant5m.study.bigram import bigram_bits_per_byte, bigram_nats
 from ant5m.study.config import CompareConfig
 from ant5m.study.materials import Materials
 from ant5m.study.statistics import CLAIMS_TESTED, SMALLEST_EFFECT, Interval, interval, judge, paired
-from ant5m.study.studies import CLAIMS, STUDIES, TOLERANCE, Arm, arms_of_study, fill
+from ant5m.study.studies import CLAIMS, STUDIES, TOLERANCE, Variant, fill, variants_of_study
 from ant5m.train.pretraining import Result
 
 CONTROLLED = [name for name, study in STUDIES.items() if study.parameters is not None]
@@ -61,40 +61,45 @@ WORDS = [
 
 @pytest.mark.parametrize("name", CONTROLLED)
 def test_a_study_varies_its_factor_and_holds_the_parameters(name):
-    arms = arms_of_study(name)
-    assert {arm.parameters for arm in arms} and STUDIES[name].baseline in {arm.name for arm in arms}
-    for arm in arms:
-        assert abs(arm.parameters / STUDIES[name].parameters - 1) <= TOLERANCE
-    shapes = [arm.model.to_dict() for arm in arms]
+    variants = variants_of_study(name)
+    assert {variant.parameters for variant in variants} and STUDIES[name].baseline in {
+        variant.name for variant in variants
+    }
+    for variant in variants:
+        assert abs(variant.parameters / STUDIES[name].parameters - 1) <= TOLERANCE
+    shapes = [variant.model.to_dict() for variant in variants]
     varied = {key for key in shapes[0] if len({shape[key] for shape in shapes}) > 1}
     assert varied - {"intermediate_size"} == FACTOR[name]
-    assert all(arm.train for arm in arms) == (name == "optimizer")
+    assert all(variant.train for variant in variants) == (name == "optimizer")
 
 
-def test_the_counter_is_right_about_an_arm():
-    arm = arms_of_study("head-dim")[0]
-    assert arm.parameters == sum(parameter.numel() for parameter in Ant(arm.model).parameters())
+def test_the_counter_is_right_about_an_variant():
+    variant = variants_of_study("head-dim")[0]
+    assert variant.parameters == sum(parameter.numel() for parameter in Ant(variant.model).parameters())
 
 
 def test_head_sizes_have_equal_flops_and_equal_width_of_keys():
-    models = [arm.model for arm in arms_of_study("head-dim")]
+    models = [variant.model for variant in variants_of_study("head-dim")]
     assert len({sum(count_flops(model, 256).values()) for model in models}) == 1
     assert {model.head_size * model.num_key_value_heads for model in models} == {64}
 
 
 def test_the_base_of_a_study_is_ant_5m():
     small = dataclasses.replace(PRESETS["ant-5m"], vocab_size=4_096)
-    assert STUDIES["kv-heads"].parameters == Arm("", small).parameters
-    assert STUDIES["vocab"].parameters == Arm("", PRESETS["ant-5m"]).parameters
-    assert next(arm for arm in arms_of_study("kv-heads") if arm.name == "2").model == small
-    assert next(arm for arm in arms_of_study("vocab") if arm.name == "16384").model == PRESETS["ant-5m"]
+    assert STUDIES["kv-heads"].parameters == Variant("", small).parameters
+    assert STUDIES["vocab"].parameters == Variant("", PRESETS["ant-5m"]).parameters
+    assert next(variant for variant in variants_of_study("kv-heads") if variant.name == "2").model == small
+    assert (
+        next(variant for variant in variants_of_study("vocab") if variant.name == "16384").model
+        == PRESETS["ant-5m"]
+    )
 
 
-def test_every_claim_names_arms_of_its_study():
+def test_every_claim_names_variants_of_its_study():
     claims = [(study, study.claim) for study in STUDIES.values() if study.claim]
     assert len(claims) == 4
     for study, claim in claims:
-        assert {claim.blamed, claim.against} <= set(study.arms)
+        assert {claim.blamed, claim.against} <= set(study.variants)
 
 
 def test_a_shape_that_cannot_be_filled_is_refused():
@@ -161,9 +166,9 @@ def test_the_bigram_counts_block_by_block(monkeypatch):
     assert bigram_nats(iter(batches), text, 9) == pytest.approx(whole, rel=1e-12)
 
 
-def result(arm, seed, bits, factor=1.0):
+def result(variant, seed, bits, factor=1.0):
     return {
-        "arm": arm,
+        "variant": variant,
         "seed": seed,
         "rate_factor": factor,
         "bits_per_byte": bits,
@@ -177,17 +182,19 @@ def result(arm, seed, bits, factor=1.0):
 def test_a_verdict_comes_from_the_claim_s_own_contrast():
     config = CompareConfig(study="head-dim", seeds=3)
     bits = {"8": 2.3, "16": 2.1, "32": 2.02, "64": 2.0}
-    results = [result(arm, seed, value + 0.1 * seed) for arm, value in bits.items() for seed in (1, 2, 3)]
-    rows = report.summarise(config, config.design(), results, dict.fromkeys(bits, 2.25))
+    results = [
+        result(variant, seed, value + 0.1 * seed) for variant, value in bits.items() for seed in (1, 2, 3)
+    ]
+    rows = report.summarize(config, config.design(), results, dict.fromkeys(bits, 2.25))
     verdicts = {one["claim"]: one for one in report.judge_claims("head-dim", rows)}
     tested = verdicts["16-dim heads break RoPE"]
     assert tested["verdict"] == "supported" and tested["interval"]["mean"] == pytest.approx(0.1)
     assert [one["tested"] for one in verdicts.values()].count(True) == 1
-    rows = report.summarise(config, config.design(), results, dict.fromkeys(bits, 2.15))
+    rows = report.summarize(config, config.design(), results, dict.fromkeys(bits, 2.15))
     tested = {one["claim"]: one for one in report.judge_claims("head-dim", rows)}["16-dim heads break RoPE"]
     assert tested["verdict"] == "not decided" and not tested["beats_bigram"]
     # The better of the two has to beat its own bigram.
-    rows = report.summarise(config, config.design(), results, bits | {"16": 2.31, "32": 2.2})
+    rows = report.summarize(config, config.design(), results, bits | {"16": 2.31, "32": 2.2})
     tested = {one["claim"]: one for one in report.judge_claims("head-dim", rows)}["16-dim heads break RoPE"]
     assert tested["verdict"] == "not decided" and not tested["beats_bigram"]
     assert rows[1].tokens_per_second == 50 and rows[1].loop_rate == 0.25
@@ -196,7 +203,7 @@ def test_a_verdict_comes_from_the_claim_s_own_contrast():
 def test_the_best_rate_is_taken_among_whole_rounds():
     config = CompareConfig(study="optimizer", rate_factors=(0.5, 1.0))
     results = [result("adamw", 1, 2.0, 0.5), result("adamw", 1, 2.1), result("adamw", 2, 2.1)]
-    row = report.summarise(config, config.design(), results, {"adamw": 3.0, "muon": 3.0})[0]
+    row = report.summarize(config, config.design(), results, {"adamw": 3.0, "muon": 3.0})[0]
     assert row.rate_factor == 1.0 and row.by_seed == {1: 2.1, 2: 2.1}
 
 
@@ -249,7 +256,7 @@ def test_an_experiment_stopped_after_one_arm_goes_on(config, monkeypatch):
     monkeypatch.setattr(experiment, "run_job", power_cut)
     with pytest.raises(KeyboardInterrupt):
         experiment.compare(config)
-    first = config.folder / "arms" / "one-seed1"
+    first = config.folder / "variants" / "one-seed1"
     untouched = (first / "result.json").stat().st_mtime_ns
     partial = json.loads((config.folder / "study.json").read_text())
     assert len(partial["runs"]) == 1 and "1 of 4 runs are done" in (config.folder / "study.md").read_text()
@@ -273,14 +280,14 @@ def test_an_experiment_stopped_after_one_arm_goes_on(config, monkeypatch):
 
 def test_an_interrupted_run_is_resumed_with_the_same_result(config, monkeypatch):
     config = dataclasses.replace(config, seeds=1, tokens=640)
-    arms = config.design()[:1]
+    variants = config.design()[:1]
     materials = Materials(config.cache, Corpus.open(config.data), config.validation_fraction)
     whole, halved = (
-        experiment.plan_jobs(dataclasses.replace(config, out=config.out / name), arms, materials)[0]
+        experiment.plan_jobs(dataclasses.replace(config, out=config.out / name), variants, materials)[0]
         for name in ("whole", "halved")
     )
-    write_json(config.out / "whole" / "models" / "one.json", arms[0].model.to_dict())
-    write_json(config.out / "halved" / "models" / "one.json", arms[0].model.to_dict())
+    write_json(config.out / "whole" / "models" / "one.json", variants[0].model.to_dict())
+    write_json(config.out / "halved" / "models" / "one.json", variants[0].model.to_dict())
     assert experiment.run_job(whole) is None
     monkeypatch.setattr("ant5m.train.trainer.Trainer._train_step", stopping_after(4))
     assert experiment.run_job(halved) == "interrupted" and not halved.result.exists()
@@ -331,7 +338,7 @@ def test_command_line(config, capsys, monkeypatch):
         (["ant-5m"], "needs two models or more"),
         (["ant-5m", "ant-6m"], "ant-6m"),
         (["ant-5m", "ant-5m"], "two models are called ant-5m"),
-        (["--study", "vocab", "--arms", "77"], "there is no arm '77'"),
+        (["--study", "vocab", "--arms", "77"], "there is no variant '77'"),
         (["--study", "vocab", "--seeds", "0"], "--seeds must be"),
         (["--study", "vocab", "--rate-factors", "0"], "--rate-factors"),
         (["--study", "vocab", "--data", "nowhere.txt"], "nowhere.txt"),
@@ -380,10 +387,12 @@ def test_sigterm_saves_every_worker_and_the_study_goes_on(material, tmp_path):
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while (
         process.poll() is None
-        and sum(path.stat().st_size > 0 for path in out.glob("arms/*/metrics.jsonl")) < 2
+        and sum(path.stat().st_size > 0 for path in out.glob("variants/*/metrics.jsonl")) < 2
     ):
         time.sleep(0.1)
     process.terminate()
     _, error = process.communicate(timeout=120)
     assert process.returncode == 143 and "Repeat the command" in error
-    assert len(list(out.glob("arms/*/checkpoints/*"))) == 2 and not list(out.glob("arms/*/result.json"))
+    assert len(list(out.glob("variants/*/checkpoints/*"))) == 2 and not list(
+        out.glob("variants/*/result.json")
+    )

@@ -51,14 +51,14 @@ class Compare:
 
 
 def _table(values: dict[str, Any]) -> Table:
-    table = Table(title=f"{values['study']}: {values['held']}", title_justify="left", box=box.SIMPLE)
+    table = Table(title=f"{values['study']}: {values['controlled']}", title_justify="left", box=box.SIMPLE)
     table.add_column(values["factor"])
     difference = f"minus {values['baseline']}"
     for heading in ("parameters", "MFLOP/token", "bits per byte", difference, "loops", "tokens/s"):
         table.add_column(heading, justify="right")
     for row in values["rows"]:
         table.add_row(
-            escape(row["arm"]),
+            escape(row["variant"]),
             f"{row['parameters']:,}",
             f"{row['flops_per_token'] / 1e6:.1f}",
             _interval(row["bits_per_byte"]),

@@ -37,11 +37,11 @@ class Sampling:
     """
 
     temperature: float = 0.8
-    """logits are divided by it; 0 takes the likeliest token"""
+    """logits are divided by it; 0: greedy, always the most likely token"""
     top_k: int = 0
-    """draw from so many of the likeliest tokens only; 0: no limit"""
+    """sample from the k most likely tokens; 0: from all"""
     top_p: float = 1.0
-    """draw from the smallest set of likeliest tokens that has at least this probability"""
+    """sample from the smallest set of most likely tokens with at least this probability"""
     repetition_penalty: float = 1.0
     """above 1: logits of tokens that are already in prompt or text are divided by it (multiplied if
     negative)"""
@@ -49,7 +49,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.temperature != 0 and not SMALLEST <= self.temperature < float("inf"):
             raise UserError(
-                f"the temperature must be 0 (no chance) or at least {SMALLEST}, not {self.temperature}"
+                f"the temperature must be 0 (greedy) or at least {SMALLEST}, not {self.temperature}"
             )
         if self.top_k < 0:
             raise UserError(f"top-k must be 0 (no limit) or above, not {self.top_k}")
@@ -77,8 +77,8 @@ def generate(
     """Continue each prompt; returns the continuations, without the prompts.
 
     A text ends with one of the tokenizer's `end_ids` (which is left out), after `max_new_tokens`, or where
-    the model's context is full: it never slides, because a model has not learnt positions beyond its context.
-    An empty prompt starts a new text. Row i draws from its own generator, seeded with `seed` + i, so a text
+    the model's context is full: it never slides, because a model has not learned positions beyond it. An
+    empty prompt starts a new text. Row i draws from its own generator, seeded with `seed` + i, so a text
     does not depend on its batch.
 
     Args:
@@ -127,7 +127,7 @@ def _generate(
 ) -> list[list[int]]:
     config, device, count = net.config, net.device, len(prompts)
     ends = [min(len(prompt) + max_new_tokens, config.max_position_embeddings) for prompt in prompts]
-    chances = _chances(count, config.max_position_embeddings, seed).to(device)
+    uniforms = _uniforms(count, config.max_position_embeddings, seed).to(device)
     seen = torch.zeros(count, config.vocab_size, dtype=torch.bool, device=device)
     for row, prompt in enumerate(prompts):
         seen[row, torch.tensor(prompt, device=device)] = True
@@ -138,7 +138,7 @@ def _generate(
     inputs = torch.tensor([prompt[:position] for prompt in prompts], device=device)
     while writing:
         logits = net(inputs, cache=cache)[:, -1].float()
-        drawn = draw(logits, seen, sampling, chances[:, position]).tolist()
+        drawn = draw(logits, seen, sampling, uniforms[:, position]).tolist()
         for row in sorted(writing):
             if position < len(prompts[row]):
                 continue
@@ -157,20 +157,20 @@ def _generate(
     return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
 
-def _chances(rows: int, length: int, seed: int) -> Tensor:
+def _uniforms(rows: int, length: int, seed: int) -> Tensor:
     """Numbers in [0, 1) for every row and position, drawn on the CPU: the same on every device."""
     generators = [torch.Generator().manual_seed(seed + row) for row in range(rows)]
     return torch.stack([torch.rand(length, generator=generator) for generator in generators])
 
 
-def draw(logits: Tensor, seen: Tensor, sampling: Sampling, chance: Tensor) -> Tensor:
-    """Next token ids [B] of logits [B, V]; `seen` (bool [B, V]): tokens so far; `chance` [B] in [0, 1)."""
+def draw(logits: Tensor, seen: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+    """Next token ids [B] of logits [B, V]; `seen` (bool [B, V]): tokens so far; `uniform` [B] in [0, 1)."""
     scores = process(logits, seen, sampling)
     if sampling.temperature == 0:
         return scores.argmax(-1)
     # Inverse of the cumulative distribution, in double precision; a token of probability 0 is never hit.
     cumulative = scores.double().softmax(-1).cumsum(-1)
-    target = chance.to(cumulative)[:, None] * cumulative[:, -1:]
+    target = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
 
 
@@ -187,7 +187,7 @@ def process(logits: Tensor, seen: Tensor, sampling: Sampling) -> Tensor:
         scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[:, -1:], -torch.inf)
     if sampling.top_p < 1:
         ascending, order = scores.sort()
-        # What lies below the smallest set that reaches top_p; the likeliest token always stays.
+        # What lies below the smallest set that reaches top_p; the most likely token always stays.
         below = ascending.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
         below[:, -1] = False
         scores = scores.masked_fill(torch.zeros_like(below).scatter(1, order, below), -torch.inf)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ant5m.errors import UserError
-from ant5m.study.studies import STUDIES, Arm, StudyName, arms_of_models, arms_of_study
+from ant5m.study.studies import STUDIES, StudyName, Variant, variants_of_models, variants_of_study
 
 TRAINING = ("sequence_length", "optimizer", "precision", "kernels")
 """flags that go into every run as they are"""
@@ -22,7 +22,7 @@ class CompareConfig:
     """presets or config files, the first being the baseline; or none, with --study"""
     study: StudyName | None = None
     """a built-in study"""
-    arms: tuple[str, ...] = ()
+    variants: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--arms",))] = ()
     """only these variants of the study, and its baseline; default: all"""
     data: tuple[str, ...] = ("builtin",)
     """texts as for `ant5m data pack`; one tokenizer per vocabulary size is trained on them"""
@@ -87,30 +87,32 @@ class CompareConfig:
 
     @property
     def baseline(self) -> str:
-        """The arm to which differences are taken."""
+        """The variant to which differences are taken."""
         return STUDIES[self.study].baseline if self.study else self.design()[0].name
 
-    def design(self) -> list[Arm]:
-        """The arms, in order, with the context they are trained on. Raises `UserError`."""
-        arms = arms_of_study(self.study) if self.study else arms_of_models(self.models)
-        unknown = [name for name in self.arms if name not in {arm.name for arm in arms}]
+    def design(self) -> list[Variant]:
+        """The variants, in order, with the context they are trained on. Raises `UserError`."""
+        variants = variants_of_study(self.study) if self.study else variants_of_models(self.models)
+        unknown = [name for name in self.variants if name not in {variant.name for variant in variants}]
         if unknown:
             raise UserError(
-                f"there is no arm '{unknown[0]}' (there are {', '.join(arm.name for arm in arms)})"
+                f"there is no variant '{unknown[0]}' (there are {', '.join(one.name for one in variants)})"
             )
-        if self.arms:
-            keep = {*self.arms, STUDIES[self.study].baseline if self.study else arms[0].name}
-            arms = [arm for arm in arms if arm.name in keep]
+        if self.variants:
+            keep = {*self.variants, STUDIES[self.study].baseline if self.study else variants[0].name}
+            variants = [variant for variant in variants if variant.name in keep]
         if self.sequence_length is None:
-            return arms
+            return variants
         length = self.sequence_length
         return [
-            dataclasses.replace(arm, model=dataclasses.replace(arm.model, max_position_embeddings=length))
-            for arm in arms
+            dataclasses.replace(
+                variant, model=dataclasses.replace(variant.model, max_position_embeddings=length)
+            )
+            for variant in variants
         ]
 
     def identity(self) -> dict[str, Any]:
-        """What decides the result besides the arms and the text, in plain values: only the same may be
+        """What decides the result besides the variants and the text, in plain values: only the same may be
         continued. Paths are not in it, so that a study may be moved."""
         free = ("models", "data", "out", "cache", "workers", "device")
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in free}

@@ -1,4 +1,4 @@
-"""Running an experiment: every arm with every seed, each an ordinary run folder, and stopping at any time."""
+"""Running an experiment: each variant with each seed, every one an ordinary run folder; it can be stopped."""
 
 import dataclasses
 import multiprocessing
@@ -28,7 +28,7 @@ from ant5m.study.config import TRAINING, CompareConfig
 from ant5m.study.materials import Materials
 from ant5m.study.report import write_report
 from ant5m.study.statistics import RULE
-from ant5m.study.studies import STUDIES, Arm
+from ant5m.study.studies import STUDIES, Variant
 from ant5m.train.config import TrainConfig
 from ant5m.train.metrics import read_metrics
 from ant5m.train.plan import batch_for_tokens
@@ -45,9 +45,9 @@ NEW_TOKENS = 128
 
 @dataclass(frozen=True)
 class Job:
-    """One run: an arm with a seed and a factor on the learning rates."""
+    """One run: a variant with a seed and a factor on the learning rates."""
 
-    arm: str
+    variant: str
     seed: int
     rate_factor: float
     run: TrainConfig
@@ -66,50 +66,53 @@ def compare(config: CompareConfig) -> str | None:
     `ant5m.train.stop.EXIT_CODES`); the same call goes on. Raises `UserError` when something asked for is
     impossible, or the folder holds another experiment.
     """
-    arms = config.design()
+    variants = config.design()
     corpus = Corpus.open(config.data)
     materials = Materials(config.cache or config.folder, corpus, config.validation_fraction)
-    _write_plan(config, arms, materials)
-    materials.prepare({arm.model.vocab_size for arm in arms})
-    jobs = plan_jobs(config, arms, materials)
+    _write_plan(config, variants, materials)
+    materials.prepare({variant.model.vocab_size for variant in variants})
+    jobs = plan_jobs(config, variants, materials)
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     waiting = [job for job in jobs if not job.result.exists()]
     console.print(f"{config.folder}: {len(jobs)} runs, {len(jobs) - len(waiting)} of them done")
-    bigrams = count_bigrams(config, arms, jobs)
-    report(config, arms, materials, jobs, bigrams)
+    bigrams = count_bigrams(config, variants, jobs)
+    report(config, variants, materials, jobs, bigrams)
     for stopped in _run_all(waiting, config):
         if stopped:
             return stopped
-        report(config, arms, materials, jobs, bigrams)
+        report(config, variants, materials, jobs, bigrams)
     return None
 
 
-def count_bigrams(config: CompareConfig, arms: list[Arm], jobs: list[Job]) -> dict[str, float]:
-    """Bits per byte of each arm's bigram, counted once and kept; arms with the same tokens share it."""
+def count_bigrams(config: CompareConfig, variants: list[Variant], jobs: list[Job]) -> dict[str, float]:
+    """Bits per byte of each variant's bigram, counted once and kept; the same tokens share it."""
     path = config.folder / BIGRAMS
     if path.exists():
         return dict(read_json(path))
-    first = {job.arm: job.run for job in reversed(jobs)}
-    text = {arm.name: (arm.model.vocab_size, arm.model.max_position_embeddings) for arm in arms}
+    first = {job.variant: job.run for job in reversed(jobs)}
+    text = {
+        variant.name: (variant.model.vocab_size, variant.model.max_position_embeddings)
+        for variant in variants
+    }
     found: dict[tuple[int, int], float] = {}
-    for arm in arms:
-        if text[arm.name] not in found:
-            found[text[arm.name]] = count_bigram(first[arm.name], arm)
-    bigrams = {arm.name: found[text[arm.name]] for arm in arms}
+    for variant in variants:
+        if text[variant.name] not in found:
+            found[text[variant.name]] = count_bigram(first[variant.name], variant)
+    bigrams = {variant.name: found[text[variant.name]] for variant in variants}
     write_json(path, bigrams)
     return bigrams
 
 
-def count_bigram(run: TrainConfig, arm: Arm) -> float:
+def count_bigram(run: TrainConfig, variant: Variant) -> float:
     """Bits per byte, on the validation split, of a bigram counted on the very sequences of a run."""
     assert run.data and run.steps and run.batch_size
     train, validation = (Shards.open(run.data, split, verify=False) for split in ("train", "validation"))
-    loader = Loader(train, run.batch_size, arm.model.max_position_embeddings, run.seed)
-    what = f"a bigram, {arm.model.vocab_size:,} entries"
+    loader = Loader(train, run.batch_size, variant.model.max_position_embeddings, run.seed)
+    what = f"a bigram, {variant.model.vocab_size:,} entries"
     steps = track(range(run.steps), what, console=Console(stderr=True))
     batches = (_whole(*loader.next()) for _ in steps)
     text = validation.tokens[: validation.num_tokens].astype(np.int64)
-    return bigram_bits_per_byte(batches, text, arm.model.vocab_size, validation.counts["bytes"])
+    return bigram_bits_per_byte(batches, text, variant.model.vocab_size, validation.counts["bytes"])
 
 
 def _whole(input_ids: torch.Tensor, targets: torch.Tensor) -> NDArray[np.int64]:
@@ -117,37 +120,47 @@ def _whole(input_ids: torch.Tensor, targets: torch.Tensor) -> NDArray[np.int64]:
     return torch.cat((input_ids, targets[:, -1:]), 1).numpy()
 
 
-def plan_jobs(config: CompareConfig, arms: list[Arm], materials: Materials) -> list[Job]:
+def plan_jobs(config: CompareConfig, variants: list[Variant], materials: Materials) -> list[Job]:
     """All runs, seed by seed, so that an experiment that is stopped early has whole rounds.
 
     Arms with the baseline's tokenizer take as many tokens, in the same order; the others as many bytes.
     """
-    baseline = next(arm for arm in arms if arm.name == config.baseline)
+    baseline = next(variant for variant in variants if variant.name == config.baseline)
     length = baseline.model.max_position_embeddings
     batch = config.batch_size or batch_for_tokens(config.tokens, length)
     text = config.tokens * materials.bytes_per_token(baseline.model.vocab_size)
     order = [(seed, factor) for seed in range(1, config.seeds + 1) for factor in config.rate_factors]
-    return [_job(config, arm, seed, factor, materials, batch, text) for seed, factor in order for arm in arms]
+    return [
+        _job(config, variant, seed, factor, materials, batch, text)
+        for seed, factor in order
+        for variant in variants
+    ]
 
 
 def _job(
-    config: CompareConfig, arm: Arm, seed: int, factor: float, materials: Materials, batch: int, text: float
+    config: CompareConfig,
+    variant: Variant,
+    seed: int,
+    factor: float,
+    materials: Materials,
+    batch: int,
+    text: float,
 ) -> Job:
     """`batch`: sequences a step; `text`: bytes to train on."""
-    size = arm.model.vocab_size
+    size = variant.model.vocab_size
     tokens = text / materials.bytes_per_token(size)
-    steps = max(1, round(tokens / (batch * arm.model.max_position_embeddings)))
-    name = f"{arm.name}-seed{seed}" + (f"-rate{factor:g}" if len(config.rate_factors) > 1 else "")
+    steps = max(1, round(tokens / (batch * variant.model.max_position_embeddings)))
+    name = f"{variant.name}-seed{seed}" + (f"-rate{factor:g}" if len(config.rate_factors) > 1 else "")
     settings: dict[str, Any] = {
         **{key: getattr(config, key) for key in TRAINING},
         "learning_rate": config.learning_rate * factor,
         "muon_learning_rate": config.muon_learning_rate * factor,
-        **arm.train,
+        **variant.train,
     }
     run = TrainConfig(
-        model=str(_model_file(config, arm)),
+        model=str(_model_file(config, variant)),
         data=materials.shards(size),
-        out=config.folder / "arms" / name,
+        out=config.folder / "variants" / name,
         steps=steps,
         batch_size=batch,
         seed=seed,
@@ -158,20 +171,22 @@ def _job(
         keep_last=1,
         **settings,
     )
-    return Job(arm.name, seed, factor, run)
+    return Job(variant.name, seed, factor, run)
 
 
-def _model_file(config: CompareConfig, arm: Arm) -> Path:
-    return config.folder / "models" / f"{arm.name}.json"
+def _model_file(config: CompareConfig, variant: Variant) -> Path:
+    return config.folder / "models" / f"{variant.name}.json"
 
 
-def _write_plan(config: CompareConfig, arms: list[Arm], materials: Materials) -> None:
+def _write_plan(config: CompareConfig, variants: list[Variant], materials: Materials) -> None:
     """What is to be compared and how it will be judged, on the disk before the first run."""
     plan = {
         "format": "ant5m-study-1",
         "settings": config.identity(),
         "text": materials.text,
-        "arms": {arm.name: {"model": arm.model.to_dict(), "train": arm.train} for arm in arms},
+        "variants": {
+            variant.name: {"model": variant.model.to_dict(), "train": variant.train} for variant in variants
+        },
         "baseline": config.baseline,
         "rule": RULE,
     }
@@ -186,8 +201,8 @@ def _write_plan(config: CompareConfig, arms: list[Arm], materials: Materials) ->
     if config.folder.exists() and (not config.folder.is_dir() or any(config.folder.iterdir())):
         raise UserError(f"{config.folder} exists with other content: choose another --out")
     write_json(path, plan)
-    for arm in arms:
-        write_json(_model_file(config, arm), arm.model.to_dict())
+    for variant in variants:
+        write_json(_model_file(config, variant), variant.model.to_dict())
 
 
 def _run_all(jobs: list[Job], config: CompareConfig) -> Iterator[str | None]:
@@ -253,7 +268,7 @@ def run_job(job: Job, threads: int = 0) -> str | None:
     write_json(
         job.result,
         {
-            "arm": job.arm,
+            "variant": job.variant,
             "seed": job.seed,
             "rate_factor": job.rate_factor,
             **{key: value for key, value in trained.evaluation.to_dict().items() if key != "text"},
@@ -278,19 +293,24 @@ def count_loops(run: Path) -> LoopStatistics:
 
 
 def report(
-    config: CompareConfig, arms: list[Arm], materials: Materials, jobs: list[Job], bigrams: dict[str, float]
+    config: CompareConfig,
+    variants: list[Variant],
+    materials: Materials,
+    jobs: list[Job],
+    bigrams: dict[str, float],
 ) -> None:
     """Write study.json, study.md and study.png from the results that are there."""
     results = [read_json(job.result) for job in jobs if job.result.exists()]
     for one in results:
         one["bytes_seen"] = round(
-            one["training_tokens"] * materials.bytes_per_token(_arm(arms, one["arm"]).model.vocab_size)
+            one["training_tokens"]
+            * materials.bytes_per_token(_variant(variants, one["variant"]).model.vocab_size)
         )
     study = STUDIES[config.study] if config.study else None
-    planned = {"runs": len(jobs), "steps": {job.arm: job.run.steps for job in jobs}}
+    planned = {"runs": len(jobs), "steps": {job.variant: job.run.steps for job in jobs}}
     origin = {"text": materials.text, "versions": versions()}
-    write_report(config, study, arms, results, bigrams, planned, origin)
+    write_report(config, study, variants, results, bigrams, planned, origin)
 
 
-def _arm(arms: list[Arm], name: str) -> Arm:
-    return next(arm for arm in arms if arm.name == name)
+def _variant(variants: list[Variant], name: str) -> Variant:
+    return next(variant for variant in variants if variant.name == name)

@@ -30,7 +30,7 @@ class Materials:
         """Make what is missing; a packing that was stopped goes on.
 
         BPE learns its entries one after the other, so the smaller vocabularies are the beginning of the
-        largest: one is learnt, the others are cut from it. Raises `UserError` when the folder was made from
+        largest: one is learned, the others are cut from it. Raises `UserError` when the folder was made from
         another text.
         """
         missing = {size for size in vocab_sizes if not self._packed(size)}

@@ -15,14 +15,14 @@ from ant5m.files import write_file, write_json
 from ant5m.model.costs import count_flops
 from ant5m.study.config import CompareConfig
 from ant5m.study.statistics import RULE, SMALLEST_EFFECT, Interval, interval, judge, paired
-from ant5m.study.studies import CLAIMS, STUDIES, Arm, Study
+from ant5m.study.studies import CLAIMS, STUDIES, Study, Variant
 
 
 @dataclass(frozen=True)
 class Row:
-    """One arm of the table. Numbers of its runs are None before the first of them is done."""
+    """One variant of the table. Numbers of its runs are None before the first of them is done."""
 
-    arm: str
+    variant: str
     parameters: int
     flops_per_token: int
     """forward and backward, mean over the context"""
@@ -62,7 +62,7 @@ class Row:
 def write_report(
     config: CompareConfig,
     study: Study | None,
-    arms: list[Arm],
+    variants: list[Variant],
     results: list[dict[str, Any]],
     bigrams: dict[str, float],
     planned: dict[str, Any],
@@ -72,17 +72,17 @@ def write_report(
 
     Args:
         results: the result.json of each run that is done, with `bytes_seen`.
-        bigrams: bits per byte of a bigram counted on what each arm trains on.
-        planned: `runs` and, for each arm, `steps`.
+        bigrams: bits per byte of a bigram counted on what each variant trains on.
+        planned: `runs` and, for each variant, `steps`.
         origin: `text` and `versions`.
     """
-    rows = summarise(config, arms, results, bigrams)
+    rows = summarize(config, variants, results, bigrams)
     verdicts = judge_claims(config.study, rows)
     factor = study.factor if study else "model"
     values = {
         "study": config.name,
         "factor": factor,
-        "held": held(study, rows),
+        "controlled": describe_controlled(study, rows),
         "baseline": config.baseline,
         "rule": RULE,
         "smallest_effect": SMALLEST_EFFECT,
@@ -99,26 +99,31 @@ def write_report(
     draw(rows, config.baseline, factor, title, config.folder / "study.png")
 
 
-def summarise(
-    config: CompareConfig, arms: list[Arm], results: list[dict[str, Any]], bigrams: dict[str, float]
+def summarize(
+    config: CompareConfig, variants: list[Variant], results: list[dict[str, Any]], bigrams: dict[str, float]
 ) -> list[Row]:
-    """One row an arm; of a grid of learning rates the factor with the lowest mean is taken."""
-    chosen = {arm.name: _best_factor([one for one in results if one["arm"] == arm.name]) for arm in arms}
-    taken = [one for one in results if one["rate_factor"] == chosen[one["arm"]]]
+    """One row a variant; of a grid of learning rates the factor with the lowest mean is taken."""
+    chosen = {
+        variant.name: _best_factor([one for one in results if one["variant"] == variant.name])
+        for variant in variants
+    }
+    taken = [one for one in results if one["rate_factor"] == chosen[one["variant"]]]
     scores = {
-        arm.name: {one["seed"]: one["bits_per_byte"] for one in taken if one["arm"] == arm.name}
-        for arm in arms
+        variant.name: {one["seed"]: one["bits_per_byte"] for one in taken if one["variant"] == variant.name}
+        for variant in variants
     }
     return [
         _row(
-            arm,
-            [one for one in taken if one["arm"] == arm.name],
-            scores[arm.name],
-            None if arm.name == config.baseline else paired(scores[arm.name], scores[config.baseline]),
-            chosen[arm.name],
-            bigrams[arm.name],
+            variant,
+            [one for one in taken if one["variant"] == variant.name],
+            scores[variant.name],
+            None
+            if variant.name == config.baseline
+            else paired(scores[variant.name], scores[config.baseline]),
+            chosen[variant.name],
+            bigrams[variant.name],
         )
-        for arm in arms
+        for variant in variants
     ]
 
 
@@ -133,7 +138,7 @@ def _best_factor(results: list[dict[str, Any]]) -> float | None:
 
 
 def _row(
-    arm: Arm,
+    variant: Variant,
     results: list[dict[str, Any]],
     by_seed: dict[int, float],
     difference: Interval | None,
@@ -145,11 +150,11 @@ def _row(
 
     done = bool(results)
     return Row(
-        arm=arm.name,
-        parameters=arm.parameters,
-        flops_per_token=3 * sum(count_flops(arm.model).values()),
-        vocab_size=arm.model.vocab_size,
-        intermediate_size=arm.model.intermediate_size,
+        variant=variant.name,
+        parameters=variant.parameters,
+        flops_per_token=3 * sum(count_flops(variant.model).values()),
+        vocab_size=variant.model.vocab_size,
+        intermediate_size=variant.model.intermediate_size,
         bits_per_byte=interval(list(by_seed.values())) if done else None,
         difference=difference,
         by_seed=by_seed,
@@ -165,14 +170,14 @@ def _row(
 
 def judge_claims(study: str | None, rows: list[Row]) -> list[dict[str, Any]]:
     """For each published claim its verdict and interval, or which study would test it."""
-    by_arm = {row.arm: row for row in rows}
+    by_variant = {row.variant: row for row in rows}
     verdicts = []
     for topic, tester in CLAIMS.items():
         claim = STUDIES[tester].claim
         assert claim
         difference, beats = None, False
-        if study == tester and claim.blamed in by_arm and claim.against in by_arm:
-            pair = by_arm[claim.blamed], by_arm[claim.against]
+        if study == tester and claim.blamed in by_variant and claim.against in by_variant:
+            pair = by_variant[claim.blamed], by_variant[claim.against]
             difference = paired(pair[0].by_seed, pair[1].by_seed)
             beats = min(pair, key=lambda row: row.mean).beats_bigram
         verdicts.append(
@@ -190,8 +195,8 @@ def judge_claims(study: str | None, rows: list[Row]) -> list[dict[str, Any]]:
     return verdicts
 
 
-def held(study: Study | None, rows: list[Row]) -> str:
-    """What the arms have in common, computed from them."""
+def describe_controlled(study: Study | None, rows: list[Row]) -> str:
+    """What the variants have in common, computed from them."""
     parameters = spread(row.parameters for row in rows)
     flops = spread(row.flops_per_token for row in rows)
     measured = f"parameters differ by up to {parameters:.1%}, FLOPs per token by up to {flops:.1%}"
@@ -218,9 +223,9 @@ def text(
     same = len({row.vocab_size for row in rows}) == 1
     amount = "the same tokens in the same order" if same else "the same bytes of text (not tokens)"
     grid = (
-        "One recipe for all arms: an arm that would like another learning rate is at a disadvantage."
+        "One recipe for all variants: a variant that would like another learning rate is at a disadvantage."
         if len(config.rate_factors) == 1
-        else f"Each arm at the best of the rate factors {', '.join(f'{f:g}' for f in config.rate_factors)}, "
+        else f"Each variant at the best of the factors {', '.join(f'{f:g}' for f in config.rate_factors)}, "
         "chosen on the validation split: its interval is a little too good."
     )
     done, devices = len(results), sorted({one["device"] for one in results if "device" in one})
@@ -230,7 +235,7 @@ def text(
         factor=study.factor if study else "the models",
         note=f"\n{study.note[0].upper()}{study.note[1:]}.\n" if study and study.note else "",
         unfinished=unfinished,
-        held=held(study, rows),
+        controlled=describe_controlled(study, rows),
         amount=amount,
         tokens=f"{config.tokens:,}",
         seeds=config.seeds,
@@ -250,12 +255,12 @@ def text(
 
 def _line(row: Row, baseline: str) -> str:
     cells = [
-        row.arm,
+        row.variant,
         f"{row.parameters:,}",
         f"{row.flops_per_token / 1e6:.1f}",
         f"{row.intermediate_size}",
         str(row.bits_per_byte or "-"),
-        "baseline" if row.arm == baseline else signed(row.difference),
+        "baseline" if row.variant == baseline else signed(row.difference),
         f"{row.bigram:.4f}",
         _loops(row),
         f"{row.training_tokens:,}" if row.training_tokens else "-",
@@ -318,7 +323,7 @@ def draw(rows: list[Row], baseline: str, factor: str, title: str, path: Path) ->
     differences.axvline(0, color="0.5", linewidth=0.8)
     differences.legend(loc="best", fontsize="small")
     scores.set(xlabel="bits per byte, held-out text (red: bigram)", ylabel=factor, yticks=places)
-    scores.set_yticklabels([row.arm for row in rows])
+    scores.set_yticklabels([row.variant for row in rows])
     scores.set_ylim(len(rows) - 0.5, -0.5)
     differences.set(xlabel=f"difference to {baseline} (left: better)")
     loops.set(xlabel="share of greedy texts that loop", xlim=(-0.05, 1.05))
@@ -335,7 +340,7 @@ def _whisker(axes: Any, value: Interval, place: int) -> None:
 
 
 _HEAD = (
-    "| arm | parameters | MFLOP/token | SwiGLU | bits per byte | minus {baseline} | bigram | loops "
+    "| variant | parameters | MFLOP/token | SwiGLU | bits per byte | minus {baseline} | bigram | loops "
     "| tokens | tokens/s | rate x | seeds |"
 )
 
@@ -343,8 +348,8 @@ _REPORT = """# Study: {name}
 
 Varied: {factor}.
 {note}{unfinished}
-Held: {held}; {amount}; the same evaluation: bits per byte over the whole validation split, documents that no
-run saw. Budget: {tokens} training tokens a run of `{baseline}`, {seeds} seeds, optimizer {optimizer} unless
+Controlled: {controlled}; {amount}; the same evaluation: bits per byte over the whole validation split,
+documents that no run saw. Budget: {tokens} training tokens a run of `{baseline}`, {seeds} seeds, optimizer {optimizer} unless
 the study varies it ({rates}). {grid}{devices}
 
 ![bits per byte, differences, loops](study.png)
@@ -354,10 +359,10 @@ the study varies it ({rates}). {grid}{devices}
 {table}
 
 Brackets: 95 % t-intervals over seeds; differences are paired by seed, which decides weights and order of the
-data. Loops: share of greedy continuations of {prompts} fixed prompts, over all runs of an arm, that fall into
-a loop; the interval is Wilson's and counts texts, not seeds. Tokens/s: as it ran, whatever else the machine
+data. Loops: share of greedy continuations of {prompts} fixed prompts, over all runs of a variant, that fall
+into a loop; the interval is Wilson's and counts texts, not seeds. Tokens/s: as it ran, whatever else the machine
 did. Bigram: what counting pairs on the training tokens of one run achieves on the same held-out text; a model
-above it has not learnt to use its context yet.
+above it has not learned to use its context yet.
 
 ## Verdicts
 {rule}

@@ -18,13 +18,13 @@ CLAIMS_TESTED = 4
 CORRECTED_LEVEL = 1 - 0.05 / CLAIMS_TESTED
 
 RULE = (
-    "Written down before the runs. Let d be the bits per byte of the arm that a claim blames minus "
-    "those of the arm it is held against, paired by seed, with a t-interval over the seeds. Four "
+    "Written down before the runs. Let d be the bits per byte of the variant that a claim blames minus "
+    "those of the variant it is compared with, paired by seed, with a t-interval over the seeds. Four "
     "published claims are tested, so the interval that decides has 98.75 % (Holm's correction, its "
     "first step, because a study does not know what the others found); beside it stands the one of 95 "
     f"%. Supported: the whole 98.75 % interval lies above {SMALLEST_EFFECT} bits per byte, the smallest "
     "effect of interest. Not supported: it lies below. Not decided at this budget: anything else; "
-    "always with one seed; and always when the better of the two arms does not beat a bigram counted on "
+    "always with one seed; and always when the better of the two variants does not beat a bigram counted on "
     "the same training tokens, because such a model makes no use of its attention yet. One comparison a "
     "claim, named in advance; repeated at another budget, it is another comparison, and more is asked "
     "of both."

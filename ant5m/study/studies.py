@@ -1,8 +1,8 @@
 """The built-in studies: a table in which each one varies a single factor, and what it has to say about a
 published claim.
 
-The arms of a study differ in the fields that are listed, and in the SwiGLU's width, which takes up what they
-free or cost: every arm has `Study.parameters`, within `TOLERANCE`. The exception is `published`, whose
+The variants of a study differ in the fields that are listed, and in the SwiGLU's width, which takes up what
+they free or cost: every variant has `Study.parameters`, within `TOLERANCE`. The exception is `published`, whose
 presets differ in everything.
 """
 
@@ -26,31 +26,31 @@ StudyName = Literal["published", "vocab", "head-dim", "kv-heads", "depth", "rope
 
 @dataclass(frozen=True)
 class Claim:
-    """A published explanation of why the model collapsed, as a difference between two arms."""
+    """A published explanation of why the model collapsed, as a difference between two variants."""
 
     topic: str
     blamed: str
-    """the arm that the claim says is worse"""
+    """the variant that the claim says is worse"""
     against: str
 
 
 @dataclass(frozen=True)
 class Study:
-    """One row of the table. `arms`: name -> changed fields of the model or of the training."""
+    """One row of the table. `variants`: name -> changed fields of the model or of the training."""
 
     factor: str
-    arms: dict[str, dict[str, Any]]
+    variants: dict[str, dict[str, Any]]
     baseline: str
     parameters: int | None
-    """of every arm; None: as they come"""
+    """of every variant; None: as they come"""
     base: dict[str, Any] = field(default_factory=dict)
-    """changes of `ant-5m` that all arms share"""
+    """changes of `ant-5m` that all variants share"""
     note: str = ""
     claim: Claim | None = None
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """One model, and what is special in its training."""
 
     name: str
@@ -101,7 +101,7 @@ STUDIES: dict[str, Study] = {
         baseline="64",
         parameters=ANT_5M_SMALL_TABLE,
         base=SMALL_TABLE,
-        note=f"{LAYERS}; two query heads to a KV head in every arm, so that K and V are equally wide",
+        note=f"{LAYERS}; two query heads to a KV head in every variant, so that K and V are equally wide",
         claim=Claim("16-dim heads break RoPE", "16", "64"),
     ),
     "kv-heads": Study(
@@ -164,34 +164,38 @@ CLAIMS = {study.claim.topic: name for name, study in STUDIES.items() if study.cl
 """published claim -> the study that tests it"""
 
 
-def arms_of_study(name: str) -> list[Arm]:
-    """The arms of a built-in study. Raises `UserError` on an unknown name."""
+def variants_of_study(name: str) -> list[Variant]:
+    """The variants of a built-in study. Raises `UserError` on an unknown name."""
     if name not in STUDIES:
         raise UserError(f"there is no study '{name}' (there are {', '.join(STUDIES)})")
     study = STUDIES[name]
     if study.parameters is None:
-        return [Arm(preset, PRESETS[preset]) for preset in study.arms]
+        return [Variant(preset, PRESETS[preset]) for preset in study.variants]
     start = {**PRESETS["ant-5m"].to_dict(), **study.base}
-    arms = []
-    for arm, changes in study.arms.items():
+    variants = []
+    for variant, changes in study.variants.items():
         shape = {key: value for key, value in changes.items() if key in start}
         train = {key: value for key, value in changes.items() if key not in start}
-        arms.append(Arm(arm, fill(ModelConfig.from_dict({**start, **shape}), study.parameters), train))
-    return arms
+        variants.append(
+            Variant(variant, fill(ModelConfig.from_dict({**start, **shape}), study.parameters), train)
+        )
+    return variants
 
 
-def arms_of_models(names: tuple[str, ...]) -> list[Arm]:
-    """One arm a preset or config file. Raises `UserError` when there are fewer than two, or two alike."""
-    arms = [
-        Arm(Path(name).stem if name.endswith(".json") else Path(name).name, load_config(name))
+def variants_of_models(names: tuple[str, ...]) -> list[Variant]:
+    """One variant a preset or config file. Raises `UserError` when there are fewer than two, or two alike."""
+    variants = [
+        Variant(Path(name).stem if name.endswith(".json") else Path(name).name, load_config(name))
         for name in names
     ]
-    twice = sorted({arm.name for arm in arms if [other.name for other in arms].count(arm.name) > 1})
+    twice = sorted(
+        {variant.name for variant in variants if [other.name for other in variants].count(variant.name) > 1}
+    )
     if twice:
         raise UserError(f"two models are called {twice[0]}: rename one of the files")
-    if len(arms) < 2:
+    if len(variants) < 2:
         raise UserError("a comparison needs two models or more, or --study with one of " + ", ".join(STUDIES))
-    return arms
+    return variants
 
 
 def fill(config: ModelConfig, parameters: int) -> ModelConfig:

@@ -130,8 +130,8 @@ class Optimizer:
 
         Args:
             factor: a number, or 0-dim fp32 on the parameters' device.
-            found_inf: 0-dim fp32; 1: the gradients are no numbers, and nothing may change; 0: an update as
-                usual. None: the caller knows that it is one.
+            found_inf: 0-dim fp32; 1: the gradients are NaN or infinite, and nothing may change; 0: an update
+                as usual. None: the caller knows that it is one.
         """
         for part, rate in zip(self.parts, self._rates, strict=True):
             for group in part.param_groups:

@@ -29,7 +29,7 @@ from ant5m.train.losses import AddLoopLoss
 from ant5m.train.metrics import MetricsFile, TensorBoard
 from ant5m.train.plan import keeps_tokens, measure_speed
 from ant5m.train.progress import TrainingProgress
-from ant5m.train.report import finish, times_over
+from ant5m.train.report import count_epochs, finish
 from ant5m.train.run import Run
 from ant5m.train.samples import WriteSamples
 from ant5m.train.settings import Settings, resolve
@@ -180,7 +180,7 @@ def _introduce(run: Run, settings: Settings, net: Ant) -> None:
     console.print(
         f"{run.folder}: {run.config.model}, {parameters:,} parameters, on {where} in {settings.precision}\n"
         f"{settings.steps:,} steps of {settings.batch_size} x {settings.sequence_length:,} tokens = "
-        f"{settings.tokens:,}, {times_over(settings.tokens, unique)} times over the {unique:,} of "
+        f"{settings.tokens:,}, {count_epochs(settings.tokens, unique)} epochs of the {unique:,} in "
         f"{run.shards}\n{run.ran['kernels']}",
         markup=False,
     )

@@ -73,8 +73,8 @@ def _by_text(lines: list[dict[str, Any]]) -> dict[int, list[tuple[int, float]]]:
     return points
 
 
-def times_over(tokens: int, unique: int) -> str:
-    """How often `unique` tokens are read: 4.3, and below one what can be seen, 0.05."""
+def count_epochs(tokens: int, unique: int) -> str:
+    """Epochs over `unique` tokens, for people: 4.3, and below one with two digits, 0.05."""
     return f"{tokens / unique:.{1 if tokens >= unique else 2}f}"
 
 
@@ -101,7 +101,7 @@ def report(
         unique=f"{data['train']['tokens']:,}",
         megabytes=f"{data['train']['bytes'] / 1e6:.1f}",
         tokens=f"{trainer.tokens:,}",
-        epochs=times_over(trainer.tokens, data["train"]["tokens"]),
+        epochs=count_epochs(trainer.tokens, data["train"]["tokens"]),
         steps=f"{trainer.step:,}",
         batch=f"{settings.batch_size} x {settings.sequence_length}",
         ended=f" (of {settings.steps:,}: ended after {trainer.ended})" if trainer.ended else "",

@@ -24,7 +24,7 @@ when."""
 BUILTIN_MINUTES = 10.0
 """of training when nothing else is said"""
 BUILTIN_EPOCHS = 8
-"""and at most this often over the built-in text: more is learnt by heart"""
+"""and at most this often over the built-in text: more is memorized"""
 TIME_FOR_TRAINING = 0.9
 """of a time limit; the rest is for validation, samples and checkpoints"""
 

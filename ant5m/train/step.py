@@ -4,8 +4,8 @@ All that a step decides, it decides on the device: whether an fp16 overflow skip
 the learning rate is. So nothing in it waits for the device, and on a GPU the whole step is one CUDA graph:
 a step of `ant-5m` is more than a thousand launches, which take a host longer than a GPU computes.
 
-In half precision the matrices of the layers are copied once a step (`copies`), and the products read the
-copies. A parameter then costs 6 bytes of traffic a step. Autocast joins q, k, v in fp32 and casts that, in
+In half precision the matrices of the layers are cast once a step (`half_precision_weights`), and the products
+read these. A parameter then costs 6 bytes of traffic a step. Autocast joins q, k, v in fp32 and casts that in
 each micro-batch: 8 + 6 bytes.
 """
 
@@ -18,7 +18,7 @@ import torch
 from ant5m.data.loader import document_starts
 from ant5m.device import DTYPES, autocast, casts
 from ant5m.model.ant import Ant
-from ant5m.train.copies import copy_matrices
+from ant5m.train.half_precision_weights import half_precision_weights
 from ant5m.train.loss_scaler import LossScaler
 from ant5m.train.losses import LoopLoss
 from ant5m.train.optimizer import Optimizer, clip
@@ -88,32 +88,32 @@ class Step:
         """
         size = self.micro_batch_size
         share = size / len(input_ids)
-        copies = self._copies()
+        weights = self._half_precision_weights()
         loss = torch.zeros((), device=self.net.device)
         for part, part_targets in zip(input_ids.split(size), targets.split(size), strict=True):
             if should_abort():
                 self.optimizer.zero_grad()
                 return None
-            part_loss = self._loss(copies, part, part_targets)
+            part_loss = self._loss(weights, part, part_targets)
             (part_loss * (share if self.scaler is None else self.scaler.scale * share)).backward()
             loss += part_loss.detach() * share
         return loss
 
-    def _copies(self) -> dict[str, torch.Tensor]:
+    def _half_precision_weights(self) -> dict[str, torch.Tensor]:
         """The matrices of the layers in the products' dtype; their gradients arrive in fp32."""
         if not casts(self.precision, self.net.device):
             return {}
-        return copy_matrices(self.net, DTYPES[self.precision])
+        return half_precision_weights(self.net, DTYPES[self.precision])
 
     def _loss(
-        self, copies: dict[str, torch.Tensor], input_ids: torch.Tensor, targets: torch.Tensor
+        self, weights: dict[str, torch.Tensor], input_ids: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
         """The mean loss over a micro-batch."""
 
         def forward(ids: torch.Tensor, **head: Any) -> torch.Tensor:
             if self.eos_token_id is not None:
                 head["starts"] = document_starts(ids, self.eos_token_id)
-            return torch.func.functional_call(self.net, copies, (ids,), head)
+            return torch.func.functional_call(self.net, weights, (ids,), head)
 
         with autocast(self.precision, self.net.device):
             if self.loop_loss is None:

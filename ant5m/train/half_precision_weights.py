@@ -17,14 +17,14 @@ _ALIGNED = 8
 """16-bit numbers in 16 bytes"""
 
 
-def copy_matrices(net: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """{name: copy} of the matrices of `net`'s layers, for `torch.func.functional_call`.
+def half_precision_weights(net: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """{name: weight in `dtype`} of the matrices of `net`'s layers, for `torch.func.functional_call`.
 
     The gradients of the parameters come in their own dtype.
     """
     matrices = {name: p for name, p in net.named_parameters() if is_hidden(name, p)}
     shapes = [_padded(name, *p.shape) for name, p in matrices.items()]
-    return dict(zip(matrices, _Copies.apply(dtype, shapes, *matrices.values()), strict=True))
+    return dict(zip(matrices, _Cast.apply(dtype, shapes, *matrices.values()), strict=True))
 
 
 def _padded(name: str, rows: int, columns: int) -> tuple[int, int]:
@@ -35,7 +35,7 @@ def _padded(name: str, rows: int, columns: int) -> tuple[int, int]:
     return rows, columns
 
 
-class _Copies(torch.autograd.Function):
+class _Cast(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dtype, shapes, *tensors):
         ctx.likes = [torch.empty_like(x, device="meta") for x in tensors]

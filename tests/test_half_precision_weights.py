@@ -6,7 +6,7 @@ import torch
 from ant5m.kernels.pieces import join
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
-from ant5m.train.copies import copy_matrices
+from ant5m.train.half_precision_weights import half_precision_weights
 from ant5m.train.optimizer import is_hidden
 
 
@@ -18,7 +18,7 @@ from ant5m.train.optimizer import is_hidden
 def test_copies_and_their_gradients(hidden, width, heads, together, dtype):
     torch.manual_seed(0)
     net = Ant(ModelConfig(50, hidden, width, 2, heads, 1, max_position_embeddings=8))
-    copies = copy_matrices(net, dtype)
+    copies = half_precision_weights(net, dtype)
     matrices = {name: p for name, p in net.named_parameters() if is_hidden(name, p)}
     assert copies.keys() == matrices.keys() and len(copies) == 14
     weights, loss = {}, 0
