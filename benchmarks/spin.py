@@ -3,7 +3,7 @@
 import torch
 import triton
 import triton.language as tl
-from devices import seconds
+from stopwatch import seconds
 
 ROUNDS = 4_096
 BLOCK = 1_024

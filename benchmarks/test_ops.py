@@ -17,9 +17,10 @@ import peers
 import pytest
 import torch
 from arm import training_precision
-from devices import Rates, Stopwatch
+from devices import Rates
 from rich.console import Console
 from rich.table import Table
+from stopwatch import Stopwatch
 
 from ant5m import kernels
 from ant5m.device import DTYPES

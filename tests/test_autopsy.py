@@ -332,7 +332,8 @@ def ring_model(tmp_path_factory) -> tuple[str, str]:
     return str(folder / "hf"), str(folder / "text.jsonl")
 
 
-def test_the_command_leaves_a_report(ring_model, tmp_path, capsys):
+def test_the_command_leaves_a_report(ring_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     model, text = ring_model
     out = tmp_path / "new" / "autopsy"
     assert (
@@ -340,6 +341,9 @@ def test_the_command_leaves_a_report(ring_model, tmp_path, capsys):
     )
     shown = capsys.readouterr().out
     assert all(title in shown for title in ("Token table", "Heads and RoPE", "Grouped queries", "Loops"))
+    summary = shown.partition("Token table")[0].splitlines()
+    assert len(summary) == 10 and "dimensions of the token table are used" in shown
+    assert max(map(len, shown.splitlines())) <= 80
     for name in ("embedding", "heads", "rope", "groups", "loops"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"({name}.png)" in (out / "autopsy.md").read_text()

@@ -17,7 +17,7 @@ import same_bits
 import test_ops as ops
 from arm import backends
 from bars import draw_file
-from devices import Stopwatch
+from stopwatch import Stopwatch
 from telemetry import QUERY, Telemetry
 
 from ant5m import kernels

@@ -127,12 +127,14 @@ def _progress() -> Progress:
 
 
 def _show(autopsy: "Autopsy", out: Path) -> None:
-    console = Console()
+    from ant5m.eval.autopsy.report import summary
+
+    console = Console(highlight=False)
     console.print(
-        f"[bold]{escape(autopsy.name)}[/bold] on {autopsy.tokens:,} tokens of the {escape(autopsy.text)}: "
-        f"loss {autopsy.loss.mean:.3f} ± {autopsy.loss.half:.3f} nats per token",
-        highlight=False,
+        f"[bold]{escape(autopsy.name)}[/bold] on {autopsy.tokens:,} tokens of the {escape(autopsy.text)}:"
     )
+    for line in summary(autopsy):
+        console.print(f"- {line}", markup=False)
     for organ in autopsy.organs:
         console.print(_table(organ))
     console.print(
@@ -143,7 +145,7 @@ def _show(autopsy: "Autopsy", out: Path) -> None:
 def _table(organ: "Organ") -> Table:
     from ant5m.eval.autopsy.report import TITLES
 
-    table = Table(title=TITLES[organ.name], title_justify="left", show_lines=True)
+    table = Table(title=TITLES[organ.name], title_justify="left", show_lines=True, expand=True)
     table.add_column("finding", style="bold", ratio=2)
     table.add_column("number and what it means", ratio=5)
     table.add_column("beside", ratio=3)

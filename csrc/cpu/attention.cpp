@@ -20,10 +20,13 @@ namespace {
 
 constexpr int64_t kForwardKeys = 128;  // keys a tile: 128 x 32 scores are 16 KiB
 constexpr int64_t kBackwardKeys = 64;
+constexpr int64_t kTasks = 64;  // of a backward pass, at least, where it is long enough: 4 for each of 16 cores
+constexpr int64_t kFewestPositions = 64;  // of a range of queries
+constexpr int64_t kKeysATask = 64;        // where little is done to each
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kInfinity = __builtin_inff();
-constexpr float kLowest = -3.4e38f;  // of a softmax that has seen nothing: not -inf, whose difference to itself is NaN
+constexpr float kLowest = -3.4e38f;  // m before the first key: not -inf, whose difference to itself is NaN
 
 int64_t panels_of(int64_t length) { return divide_up(length, kLanes); }
 int64_t round_up(int64_t n) { return divide_up(n, kWidth) * kWidth; }
@@ -42,11 +45,11 @@ Rows rows_of(const Heads& x, int64_t batch, int64_t head) {
 // K or V as products read it, keys first or dimensions first: for fp32 where it lies, else packed along the other of
 // the two, of every head [batch, kv_heads, ..].
 template <typename Format>
-class Keys {
+class PackedKeys {
   public:
     enum Order { kKeysFirst, kDimensionsFirst };
 
-    Keys(const AttentionShape& shape, const Heads& x, Order order, int threads)
+    PackedKeys(const AttentionShape& shape, const Heads& x, Order order, int threads)
         : shape_(shape),
           x_(x),
           order_(order),
@@ -54,13 +57,17 @@ class Keys {
           size_((order == kKeysFirst ? shape.length : Format::count(shape.length)) * row_),
           memory_(Format::kVnni == 1 ? 0 : shape.batch * shape.kv_heads * size_) {
         if (Format::kVnni == 1) return;
-        parallel(threads, shape.batch * shape.kv_heads, [&](int64_t i) {
-            const Rows rows = rows_of(x, i / shape.kv_heads, i % shape.kv_heads);
-            float* to = memory_.data() + i * size_;
+        const int64_t chunks = divide_up(shape.length, kKeysATask);
+        parallel(threads, shape.batch * shape.kv_heads * chunks, [&](int64_t task) {
+            const int64_t head = task / chunks;
+            const int64_t first = task % chunks * kKeysATask;
+            const int64_t n = smaller(kKeysATask, shape.length - first);
+            const Rows rows = rows_of(x, head / shape.kv_heads, head % shape.kv_heads).from(first);
+            float* to = memory_.data() + head * size_;
             if (order == kKeysFirst)
-                Format::pack_columns(shape.length, shape.dim, rows.data, rows.row, to, row_);
+                Format::pack_columns(n, shape.dim, rows.data, rows.row, to + first * row_, row_);
             else
-                Format::pack_rows(shape.length, shape.dim, rows.data, rows.row, to, row_);
+                Format::pack_rows(n, shape.dim, rows.data, rows.row, to + first / Format::kVnni * row_, row_);
         });
     }
 
@@ -86,8 +93,8 @@ void load_lanes(const Rows& rows, int64_t lanes, int64_t dim, float scale, float
     transpose(lanes, dim, rows.data, rows.row, to, kLanes, scale);
 }
 
-// Keys behind a lane's position are out of sight: row i is key `offset` + i, lane 0 position 0.
-struct Mask {
+// Keys behind a lane's position are masked: row i is key `offset` + i, lane 0 position 0.
+struct CausalMask {
     int32_t offset;
     Vec operator()(Vec score, int64_t i, int j) const {
         return iota() + j * kWidth >= static_cast<int32_t>(i) + offset ? score : broadcast(-kInfinity);
@@ -95,7 +102,7 @@ struct Mask {
 };
 
 // So are those that end before it: lane 0 is position `first`, and ends[i] belongs to row i.
-struct EndsMask {
+struct TreeMask {
     int32_t offset, first;
     const int32_t* ends;
     Vec operator()(Vec score, int64_t i, int j) const {
@@ -105,12 +112,12 @@ struct EndsMask {
     }
 };
 
-struct Unmasked {
+struct NoMask {
     Vec operator()(Vec score, int64_t, int) const { return score; }
 };
 
 // What the positions of one sequence see: all keys up to their own, or with `ends` those of them that reach that far.
-struct Sight {
+struct BlockMask {
     const int32_t* ends;
     const int32_t* latest;    // the largest end of each kLanes keys
     const int32_t* earliest;  // the smallest
@@ -133,19 +140,19 @@ struct Sight {
             const int64_t n = (stop < behind ? stop : behind) - start;
             const auto offset = static_cast<int32_t>(start - first);
             if (!all(start, start + n, behind))
-                add(start, n, EndsMask{offset, static_cast<int32_t>(first), ends + start});
+                add(start, n, TreeMask{offset, static_cast<int32_t>(first), ends + start});
             else if (start + n - 1 > first)
-                add(start, n, Mask{offset});
+                add(start, n, CausalMask{offset});
             else
-                add(start, n, Unmasked{});
+                add(start, n, NoMask{});
         }
     }
 };
 
-// The `Sight` of every sequence.
-class Sights {
+// The `BlockMask` of every sequence.
+class BlockMasks {
   public:
-    Sights(const AttentionShape& shape, const int32_t* ends)
+    BlockMasks(const AttentionShape& shape, const int32_t* ends)
         : ends_(ends), length_(shape.length), blocks_(panels_of(length_)), memory_(2 * shape.batch * blocks_ * !!ends) {
         if (!ends) return;
         for (int64_t i = 0; i < shape.batch * blocks_; ++i) {
@@ -160,7 +167,7 @@ class Sights {
             of_blocks()[(2 * (i / blocks_) + 1) * blocks_ + i % blocks_] = earliest;
         }
     }
-    Sight of(int64_t batch) const {
+    BlockMask of(int64_t batch) const {
         if (!ends_) return {};
         const int32_t* latest = of_blocks() + 2 * batch * blocks_;
         return {ends_ + batch * length_, latest, latest + blocks_};
@@ -177,46 +184,46 @@ class Sights {
 // The online softmax of one head's panel of positions, and its output so far.
 template <typename Format>
 struct Online {
-    Vec highest[kVecs];
-    Vec total[kVecs];
+    Vec m[kVecs];  // the largest score so far
+    Vec l[kVecs];  // the sum of the exponentials so far, relative to it
     float* queries;  // [dim, kLanes] packed along dim
     float* output;   // [dim, kLanes]
 
     // One tile of n keys: k with the keys first, v with the dimensions first.
-    template <int kDim, typename Visible>
-    void add(const Operand& k, const Operand& v, int64_t n, int64_t any_dim, const Visible& visible, float* tile) {
+    template <int kDim, typename Mask>
+    void add(const Operand& k, const Operand& v, int64_t n, int64_t any_dim, const Mask& mask, float* tile) {
         const int64_t dim = kDim ? kDim : any_dim;
-        Vec now[kVecs];
-        ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) now[j] = highest[j];
+        Vec m_new[kVecs];
+        ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) m_new[j] = m[j];
         multiply_panel<Format, kVecs, false>(n, dim, k, queries, kLanes, tile, kLanes,
                                            [&](Vec score, int64_t i, int j) {
-                                               score = visible(score, i, j);
-                                               now[j] = max(now[j], score);
+                                               score = mask(score, i, j);
+                                               m_new[j] = max(m_new[j], score);
                                                return score;
                                            });
         Vec sum[kVecs];
-        Vec shrink[kVecs];
+        Vec alpha[kVecs];
         ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {
-            shrink[j] = exp2(highest[j] - now[j]);
-            sum[j] = total[j] * shrink[j];
-            highest[j] = now[j];
+            alpha[j] = exp2(m[j] - m_new[j]);
+            sum[j] = l[j] * alpha[j];
+            m[j] = m_new[j];
         }
         for (int64_t i = n; i % Format::kVnni; ++i)
             ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) store(tile + i * kLanes + j * kWidth, broadcast(-kInfinity));
         for (int64_t i = 0; i < n; i += Format::kVnni)
             ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {
                 Vec p[Format::kVnni];
-                ANT5M_UNROLL for (int m = 0; m < Format::kVnni; ++m) {
-                    p[m] = exp2(load(tile + (i + m) * kLanes + j * kWidth) - now[j]);
-                    sum[j] += p[m];
+                ANT5M_UNROLL for (int u = 0; u < Format::kVnni; ++u) {
+                    p[u] = exp2(load(tile + (i + u) * kLanes + j * kWidth) - m_new[j]);
+                    sum[j] += p[u];
                 }
                 store(tile + i / Format::kVnni * kLanes + j * kWidth, Format::of(p));
             }
-        ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) total[j] = sum[j];
+        ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) l[j] = sum[j];
         for (int64_t d = 0; d < dim; ++d)
             ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {
                 float* at = output + d * kLanes + j * kWidth;
-                store(at, load(at) * shrink[j]);
+                store(at, load(at) * alpha[j]);
             }
         multiply_panel<Format, kVecs, true>(dim, n, v, tile, kLanes, output, kLanes);
     }
@@ -224,8 +231,9 @@ struct Online {
 
 // All heads of key/value head `kv`, for the panel of positions from `first` on.
 template <typename Format, int kDim>
-void forward_panel(const AttentionShape& shape, const Heads& q, const Keys<Format>& k, const Keys<Format>& v,
-                   const Sight& sight, int64_t batch, int64_t kv, int64_t first, float* out, float* lse) {
+void forward_panel(const AttentionShape& shape, const Heads& q, const PackedKeys<Format>& k,
+                   const PackedKeys<Format>& v, const BlockMask& mask, int64_t batch, int64_t kv, int64_t first,
+                   float* out, float* lse) {
     const int64_t dim = kDim ? kDim : shape.dim;
     const int64_t group = shape.heads / shape.kv_heads;
     const int64_t lanes = shape.length - first < kLanes ? shape.length - first : kLanes;
@@ -236,8 +244,8 @@ void forward_panel(const AttentionShape& shape, const Heads& q, const Keys<Forma
         const int64_t head = kv * group + g;
         Online<Format> online;
         ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {
-            online.highest[j] = broadcast(kLowest);
-            online.total[j] = Vec{};
+            online.m[j] = broadcast(kLowest);
+            online.l[j] = Vec{};
         }
         online.queries = state;
         online.output = state + dim * kLanes;
@@ -245,13 +253,13 @@ void forward_panel(const AttentionShape& shape, const Heads& q, const Keys<Forma
                    online.queries);
         Format::pack_rows(dim, kLanes, online.queries, kLanes, online.queries, kLanes);
         std::memset(online.output, 0, sizeof(float) * dim * kLanes);
-        sight.for_tiles(first, lanes, kForwardKeys, [&](int64_t start, int64_t n, const auto& visible) {
-            online.template add<kDim>(k.from(start, batch, kv), v.from(start, batch, kv), n, dim, visible, tile);
+        mask.for_tiles(first, lanes, kForwardKeys, [&](int64_t start, int64_t n, const auto& tile_mask) {
+            online.template add<kDim>(k.from(start, batch, kv), v.from(start, batch, kv), n, dim, tile_mask, tile);
         });
         ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {
-            store(last + j * kWidth, online.highest[j]);
-            store(last + kLanes + j * kWidth, online.total[j]);
-            const Vec factor = 1.0f / online.total[j];
+            store(last + j * kWidth, online.m[j]);
+            store(last + kLanes + j * kWidth, online.l[j]);
+            const Vec factor = 1.0f / online.l[j];
             for (int64_t d = 0; d < dim; ++d) {
                 float* at = online.output + d * kLanes + j * kWidth;
                 store(at, load(at) * factor);
@@ -321,7 +329,7 @@ void load_panel(const Rows& q, const Rows& out, const Rows& grad, const float* l
 // K and V for the backward pass.
 template <typename Format>
 struct BackwardKeys {
-    Keys<Format> k, v, k_by_dimension;
+    PackedKeys<Format> k, v, k_by_dimension;
     BackwardKeys(const AttentionShape& shape, const Heads& k_, const Heads& v_, int threads)
         : k(shape, k_, k.kKeysFirst, threads),
           v(shape, v_, v.kKeysFirst, threads),
@@ -330,9 +338,9 @@ struct BackwardKeys {
 
 // One tile of n keys by one panel: adds to the panel's grad_q and to grad_k, grad_v [n, width]. k and v with the keys
 // first, k_by_dimension with the dimensions first.
-template <typename Format, int kDim, typename Visible>
+template <typename Format, int kDim, typename Mask>
 void backward_tile(const Operand& k, const Operand& v, const Operand& k_by_dimension, int64_t n, int64_t any_dim,
-                   const Panel& panel, const Visible& visible, float* probabilities, float* grad_k, float* grad_v) {
+                   const Panel& panel, const Mask& mask, float* probabilities, float* grad_k, float* grad_v) {
     const int64_t dim = kDim ? kDim : any_dim;
     const int64_t width = round_up(dim);
     float* grad_scores = probabilities + kBackwardKeys * kLanes;
@@ -345,7 +353,7 @@ void backward_tile(const Operand& k, const Operand& v, const Operand& k_by_dimen
     }
     multiply_panel<Format, kVecs, false>(
         n, dim, k, panel.queries, kLanes, probabilities, kLanes,
-        [&](Vec score, int64_t i, int j) { return exp2(visible(score - lse[j], i, j)); });
+        [&](Vec score, int64_t i, int j) { return exp2(mask(score - lse[j], i, j)); });
     multiply_panel<Format, kVecs, false>(n, dim, v, panel.grad, kLanes, grad_scores, kLanes,
                                        [&](Vec grad, int64_t i, int j) {
                                            return (grad - delta[j]) * load(probabilities + i * kLanes + j * kWidth);
@@ -357,41 +365,73 @@ void backward_tile(const Operand& k, const Operand& v, const Operand& k_by_dimen
     multiply<Format, true>(n, width, kLanes, {grad_scores, kLanes, 1}, panel.query_row, width, grad_k, width);
 }
 
-// Everything of one key/value head of one sequence: panel by panel of the positions of its query heads, while K, V
-// and their gradients stay in L2.
+// The backward pass goes by ranges of the queries, whose gradients of K and V are summed apart and then together, in
+// their order. How many there are depends on the shape alone, so the results do not depend on the number of threads.
+struct Ranges {
+    int64_t count, positions, length;
+
+    explicit Ranges(const AttentionShape& shape) : length(shape.length) {
+        const int64_t heads = shape.batch * shape.kv_heads;
+        const int64_t most = divide_up(length, kFewestPositions);
+        count = smaller(divide_up(kTasks, heads < 1 ? 1 : heads), most < 1 ? 1 : most);
+        positions = divide_up(divide_up(length, count), kLanes) * kLanes;
+        count = divide_up(length, positions < 1 ? 1 : positions);
+    }
+    int64_t first(int64_t range) const { return range * positions; }
+    int64_t end(int64_t range) const { return smaller(length, first(range + 1)); }
+    // Rows of the ranges before: each has one for each key that it may see.
+    int64_t rows_before(int64_t range) const { return positions * range * (range + 1) / 2; }
+    int64_t rows() const { return count ? rows_before(count - 1) + length : 0; }
+};
+
+// What the queries of one range add to the gradients of one key/value head: sums [2, end of the range, width], of K and
+// of V. Panel by panel of the positions of its query heads, while K, V and the sums stay in L2.
 template <typename Format, int kDim>
-void backward_head(const AttentionShape& shape, const Heads& q, const BackwardKeys<Format>& keys, const Heads& out,
-                   const Heads& grad, const Sight& sight, const float* lse, int64_t batch, int64_t kv, float* grad_q,
-                   float* grad_k, float* grad_v) {
+void backward_range(const AttentionShape& shape, const Heads& q, const BackwardKeys<Format>& keys, const Heads& out,
+                    const Heads& grad, const BlockMask& mask, const float* lse, int64_t batch, int64_t kv,
+                    int64_t begin, int64_t end, float* grad_q, float* sums) {
     const int64_t dim = kDim ? kDim : shape.dim;
     const int64_t width = round_up(dim);
     const int64_t group = shape.heads / shape.kv_heads;
-    float* tiles = scratch(3 * kBackwardKeys * kLanes + Panel::size(dim) + 2 * shape.length * width);
+    float* tiles = scratch(3 * kBackwardKeys * kLanes + Panel::size(dim));
     const Panel panel(tiles + 3 * kBackwardKeys * kLanes, dim);
-    float* sum_k = tiles + 3 * kBackwardKeys * kLanes + Panel::size(dim);  // [length, width]
-    float* sum_v = sum_k + shape.length * width;                           // [length, width]
-    std::memset(sum_k, 0, sizeof(float) * 2 * shape.length * width);
-    for (int64_t first = 0; first < shape.length; first += kLanes)
+    float* sum_k = sums;
+    float* sum_v = sums + end * width;
+    std::memset(sums, 0, sizeof(float) * 2 * end * width);
+    for (int64_t first = begin; first < end; first += kLanes)
         for (int64_t head = kv * group; head < (kv + 1) * group; ++head) {
-            const int64_t lanes = shape.length - first < kLanes ? shape.length - first : kLanes;
+            const int64_t lanes = smaller(kLanes, end - first);
             load_panel<Format>(rows_of(q, batch, head).from(first), rows_of(out, batch, head).from(first),
-                             rows_of(grad, batch, head).from(first),
-                             lse + (batch * shape.heads + head) * shape.length + first, lanes, dim, panel);
-            sight.for_tiles(first, lanes, kBackwardKeys, [&](int64_t start, int64_t n, const auto& visible) {
+                               rows_of(grad, batch, head).from(first),
+                               lse + (batch * shape.heads + head) * shape.length + first, lanes, dim, panel);
+            mask.for_tiles(first, lanes, kBackwardKeys, [&](int64_t start, int64_t n, const auto& tile_mask) {
                 backward_tile<Format, kDim>(keys.k.from(start, batch, kv), keys.v.from(start, batch, kv),
-                                          keys.k_by_dimension.from(start, batch, kv), n, dim, panel, visible, tiles,
-                                          sum_k + start * width, sum_v + start * width);
+                                            keys.k_by_dimension.from(start, batch, kv), n, dim, panel, tile_mask,
+                                            tiles, sum_k + start * width, sum_v + start * width);
             });
             transpose(dim, lanes, panel.grad_q, kLanes,
                       grad_q + ((batch * shape.length + first) * shape.heads + head) * dim, shape.heads * dim,
                       1.0f / sqrtf(static_cast<float>(dim)));
         }
-    for (int64_t t = 0; t < shape.length; ++t)
-        for (int64_t d = 0; d < dim; ++d) {
-            const int64_t at = ((batch * shape.length + t) * shape.kv_heads + kv) * dim + d;
-            grad_k[at] = sum_k[t * width + d] * kLn2;  // the queries carried log2(e)
-            grad_v[at] = sum_v[t * width + d];
-        }
+}
+
+// grad_k and grad_v of the keys [begin, end) of one head: the sums [rows, width] of its ranges.
+void add_ranges(const AttentionShape& shape, const Ranges& ranges, const float* sums, int64_t batch, int64_t kv,
+                int64_t begin, int64_t end, float* grad_k, float* grad_v) {
+    const int64_t width = round_up(shape.dim);
+    for (int64_t t = begin; t < end; ++t) {
+        const int64_t at = ((batch * shape.length + t) * shape.kv_heads + kv) * shape.dim;
+        for_vectors(shape.dim, [&](int64_t d, auto, auto write) {
+            Vec sum_k = {}, sum_v = {};
+            for (int64_t range = t / ranges.positions; range < ranges.count; ++range) {
+                const float* part = sums + (2 * ranges.rows_before(range) + t) * width + d;
+                sum_k += load(part);
+                sum_v += load(part + ranges.end(range) * width);
+            }
+            write(grad_k + at + d, sum_k * kLn2);  // the queries carried log2(e)
+            write(grad_v + at + d, sum_v);
+        });
+    }
 }
 
 // The head dimensions of common models as constants, which lets the compiler unroll; 0 is any other.
@@ -408,15 +448,15 @@ template <typename Format>
 void forward(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, const int32_t* ends,
              float* out, float* lse, int threads) {
     const int64_t panels = panels_of(shape.length);
-    const Sights sights(shape, ends);
-    const Keys<Format> keys(shape, k, keys.kKeysFirst, threads);
-    const Keys<Format> values(shape, v, keys.kDimensionsFirst, threads);
+    const BlockMasks masks(shape, ends);
+    const PackedKeys<Format> keys(shape, k, keys.kKeysFirst, threads);
+    const PackedKeys<Format> values(shape, v, keys.kDimensionsFirst, threads);
     with_dim(shape.dim, [&](auto dim) {
         parallel(threads, shape.batch * shape.kv_heads * panels, [&](int64_t task) {
             const int64_t batch = task / panels / shape.kv_heads;
             const int64_t head = task / panels % shape.kv_heads;
             const int64_t panel = panels - 1 - task % panels;  // the longest first
-            forward_panel<Format, dim.value>(shape, q, keys, values, sights.of(batch), batch, head, panel * kLanes, out,
+            forward_panel<Format, dim.value>(shape, q, keys, values, masks.of(batch), batch, head, panel * kLanes, out,
                                            lse);
         });
     });
@@ -426,14 +466,29 @@ template <typename Format>
 void backward(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, const Heads& out,
               const Heads& grad, const int32_t* ends, const float* lse, float* grad_q, float* grad_k, float* grad_v,
               int threads) {
-    const Sights sights(shape, ends);
+    const BlockMasks masks(shape, ends);
     const BackwardKeys<Format> keys(shape, k, v, threads);
+    const Ranges ranges(shape);
+    const int64_t heads = shape.batch * shape.kv_heads;
+    const int64_t width = round_up(shape.dim);
+    const int64_t size = 2 * ranges.rows() * width;
+    const Memory sums(heads * size);
     with_dim(shape.dim, [&](auto dim) {
-        parallel(threads, shape.batch * shape.kv_heads, [&](int64_t task) {
-            const int64_t batch = task / shape.kv_heads;
-            backward_head<Format, dim.value>(shape, q, keys, out, grad, sights.of(batch), lse, batch,
-                                           task % shape.kv_heads, grad_q, grad_k, grad_v);
+        parallel(threads, heads * ranges.count, [&](int64_t task) {
+            const int64_t head = task % heads;
+            const int64_t batch = head / shape.kv_heads;
+            const int64_t range = ranges.count - 1 - task / heads;  // the longest first
+            backward_range<Format, dim.value>(shape, q, keys, out, grad, masks.of(batch), lse, batch,
+                                              head % shape.kv_heads, ranges.first(range), ranges.end(range), grad_q,
+                                              sums.data() + head * size + 2 * ranges.rows_before(range) * width);
         });
+    });
+    const int64_t chunks = divide_up(shape.length, kKeysATask);
+    parallel(threads, heads * chunks, [&](int64_t task) {
+        const int64_t head = task / chunks;
+        const int64_t begin = task % chunks * kKeysATask;
+        add_ranges(shape, ranges, sums.data() + head * size, head / shape.kv_heads, head % shape.kv_heads, begin,
+                   smaller(shape.length, begin + kKeysATask), grad_k, grad_v);
     });
 }
 

@@ -36,7 +36,7 @@ void multiply_lanes(const Block& block, int64_t rows, int64_t depth, const float
 }
 
 // to [tokens, dim] = RMSNorm of the tokens x [tokens, x_row].
-void norm_few(int64_t tokens, const float* x, int64_t x_row, int64_t dim, float eps, const float* weight, float* to) {
+void norm_rows(int64_t tokens, const float* x, int64_t x_row, int64_t dim, float eps, const float* weight, float* to) {
     for (int64_t t = 0; t < tokens; ++t, x += x_row, to += dim) {
         Vec squares = {};
         for_vectors(dim, [&](int64_t d, auto read, auto) {
@@ -48,21 +48,21 @@ void norm_few(int64_t tokens, const float* x, int64_t x_row, int64_t dim, float 
     }
 }
 
-void fused_post_attention_few(const MlpShape& shape, int64_t inner, const float* attn_out, int64_t attn_out_row,
-                              const float* residual, int64_t residual_row, const float* weight, float eps,
-                              const float* norm, const float* gate, const float* up, const float* down, float* out,
-                              int threads) {
+void skinny_post_attention(const MlpShape& shape, int64_t inner, const float* attn_out, int64_t attn_out_row,
+                           const float* residual, int64_t residual_row, const float* weight, float eps,
+                           const float* norm, const float* gate, const float* up, const float* down, float* out,
+                           int threads) {
     const auto [tokens, dim, width] = shape;
     float* x = scratch(tokens * (dim + 2 * width));
     float* gates = x + tokens * dim;
     float* ups = gates + tokens * width;
     for (int64_t t = 0; t < tokens; ++t)
         std::memcpy(out + t * dim, residual + t * residual_row, sizeof(float) * dim);
-    multiply_few<true>(tokens, dim, inner, weight, attn_out, attn_out_row, out, dim, threads);
-    norm_few(tokens, out, dim, dim, eps, norm, x);
+    skinny_gemm<true>(tokens, dim, inner, weight, attn_out, attn_out_row, out, dim, threads);
+    norm_rows(tokens, out, dim, dim, eps, norm, x);
     for_rows(threads, width, dim, [&](int64_t first, int64_t count) {
-        multiply_rows_few<false>(tokens, count, dim, gate + first * dim, x, dim, gates + first, width);
-        multiply_rows_few<false>(tokens, count, dim, up + first * dim, x, dim, ups + first, width);
+        skinny_gemm_rows<false>(tokens, count, dim, gate + first * dim, x, dim, gates + first, width);
+        skinny_gemm_rows<false>(tokens, count, dim, up + first * dim, x, dim, ups + first, width);
         for (int64_t t = 0; t < tokens; ++t) {
             float *g = gates + t * width + first, *u = ups + t * width + first;
             for_vectors(count, [&](int64_t i, auto read, auto write) {
@@ -71,17 +71,17 @@ void fused_post_attention_few(const MlpShape& shape, int64_t inner, const float*
             });
         }
     });
-    multiply_few<true>(tokens, dim, width, down, gates, width, out, dim, threads);
+    skinny_gemm<true>(tokens, dim, width, down, gates, width, out, dim, threads);
 }
 
 }  // namespace
 
 void rms_norm_linear(int64_t tokens, int64_t dim, int64_t rows, const float* x, int64_t x_row, float eps,
                      const float* norm, const float* weight, float* out, int64_t out_row, int threads) {
-    if (tokens < kFew) {
+    if (tokens < kSkinnyTokens) {
         float* normed = scratch(tokens * dim);
-        norm_few(tokens, x, x_row, dim, eps, norm, normed);
-        return multiply_few<false>(tokens, rows, dim, weight, normed, dim, out, out_row, threads);
+        norm_rows(tokens, x, x_row, dim, eps, norm, normed);
+        return skinny_gemm<false>(tokens, rows, dim, weight, normed, dim, out, out_row, threads);
     }
     parallel(threads, divide_up(tokens, kTokens), [&](int64_t index) {
         const Block block(tokens, index);
@@ -98,9 +98,9 @@ void fused_post_attention(const MlpShape& shape, int64_t inner, const float* att
                           const float* residual, int64_t residual_row, const float* weight, float eps,
                           const float* norm, const float* gate, const float* up, const float* down, float* out,
                           int threads) {
-    if (shape.tokens < kFew)
-        return fused_post_attention_few(shape, inner, attn_out, attn_out_row, residual, residual_row, weight, eps, norm,
-                                        gate, up, down, out, threads);
+    if (shape.tokens < kSkinnyTokens)
+        return skinny_post_attention(shape, inner, attn_out, attn_out_row, residual, residual_row, weight, eps, norm,
+                                     gate, up, down, out, threads);
     parallel(threads, divide_up(shape.tokens, kTokens), [&](int64_t index) {
         const Block block(shape.tokens, index);
         float* memory = scratch(kMlpScratch + kTokens * (2 * shape.dim + inner));

@@ -96,8 +96,8 @@ void multiply_over_tokens(int64_t tokens, int64_t rows, int64_t columns, const f
 
 void product(int64_t tokens, int64_t depth, int64_t rows, const float* x, int64_t x_row, const float* weight,
              bool transposed, float* out, bool bf16, int threads) {
-    if (tokens < kFew && !transposed && !bf16)
-        return multiply_few<false>(tokens, rows, depth, weight, x, x_row, out, rows, threads);
+    if (tokens < kSkinnyTokens && !transposed && !bf16)
+        return skinny_gemm<false>(tokens, rows, depth, weight, x, x_row, out, rows, threads);
     with_format(bf16, [&](auto format) {
         multiply_rows<decltype(format)>(tokens, depth, rows, x, x_row, weight, transposed, out, threads);
     });

@@ -9,7 +9,7 @@
 namespace ant5m::ANT5M_ISA {
 namespace {
 
-constexpr int64_t kRowsATask = 128;  // part of the result: the gradient of weight is summed by tasks
+constexpr int64_t kRowsATask = 64;  // part of the result: the gradient of weight is summed by tasks
 
 }  // namespace
 

@@ -7,9 +7,9 @@
 namespace ant5m::ANT5M_ISA {
 namespace {
 
-// Below kFew tokens most lanes would be empty: so a vector holds consecutive channels of one token, and weights, which
-// come from memory, are read once for kGroup tokens. What a token becomes does not depend on the others.
-constexpr int64_t kFew = 16;
+// Below kSkinnyTokens tokens most lanes would be empty: so a vector holds consecutive channels of one token, and weights,
+// which come from memory, are read once for kGroup tokens. What a token becomes does not depend on the others.
+constexpr int64_t kSkinnyTokens = 16;
 constexpr int kGroup = 4, kDots = kWidth == 16 ? 4 : 2;
 
 // y [kT, y_row] (+)= x [kT, x_row] times kR rows of `depth` weights.
@@ -44,7 +44,7 @@ void multiply_group(int64_t rows, int64_t depth, const float* weight, const floa
 
 // y [tokens, y_row] (+)= x [tokens, x_row] times the transpose of weight [rows, depth].
 template <bool kAdd>
-void multiply_rows_few(int64_t tokens, int64_t rows, int64_t depth, const float* weight, const float* x, int64_t x_row,
+void skinny_gemm_rows(int64_t tokens, int64_t rows, int64_t depth, const float* weight, const float* x, int64_t x_row,
                        float* y, int64_t y_row) {
     for (; tokens >= kGroup; tokens -= kGroup, x += kGroup * x_row, y += kGroup * y_row)
         multiply_group<kGroup, kAdd>(rows, depth, weight, x, x_row, y, y_row);
@@ -65,10 +65,10 @@ void for_rows(int threads, int64_t rows, int64_t depth, const Body& body) {
 
 // The same by parts of the rows.
 template <bool kAdd>
-void multiply_few(int64_t tokens, int64_t rows, int64_t depth, const float* weight, const float* x, int64_t x_row,
+void skinny_gemm(int64_t tokens, int64_t rows, int64_t depth, const float* weight, const float* x, int64_t x_row,
                   float* y, int64_t y_row, int threads) {
     for_rows(threads, rows, depth, [&](int64_t first, int64_t count) {
-        multiply_rows_few<kAdd>(tokens, count, depth, weight + first * depth, x, x_row, y + first, y_row);
+        skinny_gemm_rows<kAdd>(tokens, count, depth, weight + first * depth, x, x_row, y + first, y_row);
     });
 }
 

@@ -85,6 +85,7 @@ def _rank(table: Tensor, spectrum: Tensor, null: Tensor) -> Finding:
         "Tokens are told apart along about so many directions. Far below the random table: the width is not "
         "used; a large first direction is what all rows share, usually how rare a token is.",
         "A trained table is never as even as a random one; how low is harmful was not established.",
+        f"{rank:.1f} of {min(table.shape)} dimensions of the token table are used (random: {chance:.1f})",
     )
 
 
@@ -199,6 +200,10 @@ def _masses(net: Ant, mass: dict[int, dict[str, Estimate]], where: str) -> list[
             _mass_meaning(one["difference"]),
             f"The k are those of {where}. A calibrated model that knows nothing but frequencies also has the "
             "text's share; that the likeliest token is a frequent one is normal.",
+            f"probability of the {k} most frequent tokens: {one['model'].mean:.1%} (text: "
+            f"{one['text'].mean:.1%})"
+            if k == min(mass)
+            else "",
         )
         for k, one in mass.items()
     ]

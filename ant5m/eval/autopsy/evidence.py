@@ -34,6 +34,8 @@ class Finding:
     meaning: str
     limits: str
     """what it does not show"""
+    summary: str = ""
+    """a few words for the summary at the beginning; only of the main findings"""
 
 
 @dataclass(frozen=True)

@@ -265,6 +265,7 @@ def _losses(costs: dict[str, Estimate]) -> Finding:
         if used
         else "No cost beyond the uncertainty: this model has not learnt to use the rotation.",
         "The weights were trained with RoPE and could not adapt: a model trained without it would lose less.",
+        f"loss without the rotation: {off} nats per token",
     )
 
 
@@ -285,6 +286,7 @@ def _pairs(net: Ant, looks: Looks, costs: list[Estimate]) -> Finding:
         "the variance lies in slow pairs, heads look for content more than for place.",
         "Pairs are taken away one at a time in all heads; others may do the same work, and then none seems "
         "to matter.",
+        f"{len(matter)} of {count} rotation pairs cost loss when they are removed",
     )
 
 
@@ -306,6 +308,7 @@ def _context(far: Estimate, length: int) -> Finding:
         f"Tokens more than {length // 4:,} to {length // 2:,} positions back {verdict}",
         "The same tokens with and without the far past, so difficulty cancels; it mixes what the text offers "
         "with what the model can use.",
+        f"loss without the far past: {far} nats per token",
     )
 
 

@@ -83,6 +83,9 @@ def _finding(one: LoopStatistics, people: LoopStatistics | None) -> Finding:
         _meaning(one, people) + longest,
         f"{one.texts} short prompts, texts of at most {one.max_new_tokens} tokens; a text that ends early "
         "has had less time to loop.",
+        f"{one.loop_rate:.0%} of {one.texts} texts loop ({one.decoding})"
+        if one.decoding in ("greedy", "sampled at 0.8")
+        else "",
     )
 
 

@@ -32,9 +32,16 @@ def markdown(autopsy: Autopsy) -> str:
         tokens=f"{autopsy.tokens:,}",
         windows=autopsy.tokens // autopsy.window,
         window=f"{autopsy.window:,}",
-        loss=f"{autopsy.loss.mean:.3f} ± {autopsy.loss.half:.3f}",
+        summary="\n".join(f"- {line}" for line in summary(autopsy)),
         organs="\n\n".join(_organ(organ) for organ in autopsy.organs),
     )
+
+
+def summary(autopsy: Autopsy) -> list[str]:
+    """The main findings, a line each, beginning with the loss."""
+    loss = f"loss {autopsy.loss.mean:.3f} ± {autopsy.loss.half:.3f} nats per token"
+    findings = (finding for organ in autopsy.organs for finding in organ.findings)
+    return [loss, *(finding.summary for finding in findings if finding.summary)]
 
 
 def _organ(organ: Organ) -> str:
@@ -71,11 +78,15 @@ TITLES = {
 _REPORT = """\
 # Autopsy of {name}
 
-Evidence, not verdicts: every number stands beside a null, and says what it does not show. Whether another
+Evidence, not verdicts: every number has a baseline beside it and says what it does not show. Whether another
 architecture would do better takes a controlled run of both.
 
-Looked at {tokens} tokens ({windows} windows of {window}) of the {text}; loss {loss} nats per token. "±" and
-intervals are 95 %, from these windows, so they hold for this text, not for another training seed.
+Looked at {tokens} tokens ({windows} windows of {window}) of the {text}. "±" and intervals are 95 %, from
+these windows, so they hold for this text, not for another training seed.
+
+## Summary
+
+{summary}
 
 {organs}
 """

@@ -1,0 +1,101 @@
+"""Many cores: enough tasks for 16 of them, and the same bits on any number of threads."""
+
+import contextlib
+import ctypes
+
+import pytest
+import torch
+
+from ant5m import _cpu
+from ant5m.kernels import cpu
+from ant5m.kernels.cpu.threads import share_threads
+
+CORES, TASKS_A_CORE = 16, 4
+TOKENS = 4096
+
+_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_GOMP_PARALLEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+
+
+def draw(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator).requires_grad_()
+
+
+def angles(length, half):
+    angle = torch.arange(length)[:, None] * torch.logspace(0, -3, half)
+    return angle.cos(), angle.sin()
+
+
+def attention(batch, heads=8, kv_heads=2, dim=16):
+    length = TOKENS // batch
+    return [draw(batch, length, n, dim, seed=i) for i, n in enumerate((heads, kv_heads, kv_heads))]
+
+
+def documents(batch):
+    """`attention` inside documents of 300 positions."""
+    starts = torch.arange(TOKENS // batch) // 300 * 300
+    return [*attention(batch), starts.expand(batch, -1)]
+
+
+# At 4,096 tokens, of the shapes of ant-5m, in one sequence and in four.
+CASES = {
+    "rms_norm": (cpu.rms_norm, lambda: [draw(TOKENS, 128), draw(128), 1e-5, draw(TOKENS, 128, seed=1)]),
+    "rope": (cpu.rope, lambda: [draw(4, 1024, 8, 16), draw(4, 1024, 2, 16), *angles(1024, 8)]),
+    "attention, 1 sequence": (cpu.attention, lambda: attention(1)),
+    "attention, 4 sequences": (cpu.attention, lambda: attention(4)),
+    "attention, 1 key/value head": (cpu.attention, lambda: attention(1, 2, 1, 24)),
+    "attention inside documents": (cpu.attention, lambda: documents(4)),
+    "swiglu": (cpu.swiglu, lambda: [draw(TOKENS, 516), draw(TOKENS, 516, seed=1)]),
+}
+
+
+def run(op, inputs):
+    """The outputs of `op`, and the gradients of what requires one."""
+    out = op(*inputs)
+    outs = out if isinstance(out, tuple) else (out,)
+    ramps = [torch.linspace(-1, 1 + i, o.numel()).view(o.shape) for i, o in enumerate(outs)]
+    wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    return [*outs, *torch.autograd.grad(outs, wanted, ramps)]
+
+
+@pytest.fixture
+def task_counts(monkeypatch):
+    """Of every call of C++'s `parallel` from now on that has more than one task: how many it has."""
+    counts = []
+
+    @_GOMP_PARALLEL
+    def pool(body, data, threads, _):
+        counts.append(threads)  # as many as are wanted, but no more than there are tasks
+        _BODY(body)(data)  # which takes one task after another until none is left
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1 << 20)
+    _cpu.use_openmp(ctypes.cast(pool, ctypes.c_void_p).value)
+    yield counts
+    share_threads()
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("products", [contextlib.nullcontext, cpu.bf16_products])
+def test_tasks_for_every_core(name, products, task_counts):
+    op, inputs = CASES[name]
+    with products():
+        run(op, inputs())
+    # Forward, backward, and what is reduced at its end.
+    assert len(task_counts) >= 2
+    assert min(task_counts) >= CORES * TASKS_A_CORE, task_counts
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_bits_on_4_to_32_threads(name):
+    op, inputs = CASES[name]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = run(op, inputs())
+        for threads in (4, 16, 32):
+            torch.set_num_threads(threads)
+            for one, many in zip(alone, run(op, inputs()), strict=True):
+                assert torch.equal(one, many)
+    finally:
+        torch.set_num_threads(before)
