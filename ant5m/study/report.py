@@ -349,8 +349,8 @@ _REPORT = """# Study: {name}
 Varied: {factor}.
 {note}{unfinished}
 Controlled: {controlled}; {amount}; the same evaluation: bits per byte over the whole validation split,
-documents that no run saw. Budget: {tokens} training tokens a run of `{baseline}`, {seeds} seeds, optimizer {optimizer} unless
-the study varies it ({rates}). {grid}{devices}
+documents that no run saw. Budget: {tokens} training tokens a run of `{baseline}`, {seeds} seeds,
+optimizer {optimizer} unless the study varies it ({rates}). {grid}{devices}
 
 ![bits per byte, differences, loops](study.png)
 
@@ -358,11 +358,11 @@ the study varies it ({rates}). {grid}{devices}
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {table}
 
-Brackets: 95 % t-intervals over seeds; differences are paired by seed, which decides weights and order of the
-data. Loops: share of greedy continuations of {prompts} fixed prompts, over all runs of a variant, that fall
-into a loop; the interval is Wilson's and counts texts, not seeds. Tokens/s: as it ran, whatever else the machine
-did. Bigram: what counting pairs on the training tokens of one run achieves on the same held-out text; a model
-above it has not learned to use its context yet.
+Brackets: 95 % t-intervals over seeds; differences are paired by seed, which decides weights and order of
+the data. Loops: share of greedy continuations of {prompts} fixed prompts, over all runs of a variant,
+that fall into a loop; the interval is Wilson's and counts texts, not seeds. Tokens/s: as it ran, whatever
+else the machine did. Bigram: what counting pairs on the training tokens of one run achieves on the same
+held-out text; a model above it has not learned to use its context yet.
 
 ## Verdicts
 {rule}

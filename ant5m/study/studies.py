@@ -2,8 +2,8 @@
 published claim.
 
 The variants of a study differ in the fields that are listed, and in the SwiGLU's width, which takes up what
-they free or cost: every variant has `Study.parameters`, within `TOLERANCE`. The exception is `published`, whose
-presets differ in everything.
+they free or cost: every variant has `Study.parameters`, within `TOLERANCE`. The exception is `published`,
+whose presets differ in everything.
 """
 
 import dataclasses
