@@ -67,7 +67,12 @@ def detect_memory() -> tuple[str, int]:
     if torch.cuda.is_available():
         device = torch.cuda.get_device_properties(0)
         return device.name, device.total_memory
-    return "CPU", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return "CPU", installed_memory()
+
+
+def installed_memory() -> int:
+    """Bytes of main memory in this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def describe_device(device: torch.device, precision: str) -> str:

@@ -45,6 +45,6 @@ def check_file(folder: Path, name: str, sha256: str) -> None:
     """Raise `UserError` unless a file of the folder is there and has that hash."""
     path = folder / name
     if not path.is_file():
-        raise UserError(f"{path} is missing, which {MANIFEST} lists")
+        raise UserError(f"{path} is missing")
     if file_sha256(path) != sha256:
-        raise UserError(f"{path} does not have the sha256 in {MANIFEST}: it was edited or damaged")
+        raise UserError(f"{path} is not what was saved (its hash differs): it was edited or damaged")

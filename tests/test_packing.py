@@ -622,7 +622,7 @@ def test_an_edited_file_is_noticed(tmp_path, corpus, tokenizer, file, change):
     before = path.read_text()
     path.write_text(before.replace(*change, 1))
     assert path.read_text() != before
-    with pytest.raises(UserError, match=r"does not have the sha256 in manifest\.json"):
+    with pytest.raises(UserError, match=r"is not what was saved \(its hash differs\)"):
         Shards.open(tmp_path / "out", verify=False)
     path.write_text(before)
     Shards.open(tmp_path / "out")

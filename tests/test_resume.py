@@ -14,6 +14,7 @@ from test_train import config, material  # noqa: F401  (fixtures)
 from ant5m import kernels
 from ant5m.cli import call
 from ant5m.errors import UserError
+from ant5m.files import lock
 from ant5m.kernels import check
 from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import latest_checkpoint
@@ -300,3 +301,81 @@ def test_ctrl_c_while_the_text_is_prepared_says_how_to_go_on(config, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         pretrain(dataclasses.replace(config, data=None))
     assert f"ant5m train --resume {config.out}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change", [('"tokens": ', '"tokens": 1'), ('"position": ', '"position": 1'), ('"step": ', '"step": 1')]
+)
+def test_an_edited_state_is_never_resumed_from(config, change):  # noqa: F811
+    pretrain(dataclasses.replace(config, steps=8, checkpoint_every=4))
+    state = config.out / "checkpoints" / "step-00000008" / "state.json"
+    text = state.read_text()
+    state.write_text(text.replace(*change, 1))
+    assert state.read_text() != text
+    with pytest.warns(UserWarning, match=r"state\.json is not what was saved"):
+        assert latest_checkpoint(config.out).name == "step-00000004"
+    manifest = state.with_name("manifest.json")
+    state.write_text(text)
+    assert latest_checkpoint(config.out).name == "step-00000008"
+    manifest.unlink()
+    with pytest.warns(UserWarning, match=r"manifest\.json does not exist"):
+        assert latest_checkpoint(config.out).name == "step-00000004"
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_manifest(config):  # noqa: F811
+    pretrain(dataclasses.replace(config, steps=8, checkpoint_every=4))
+    folder = config.out / "checkpoints" / "step-00000008"
+    (folder / "manifest.json").unlink()
+    state = json.loads((folder / "state.json").read_text())
+    del state["manifest"]
+    (folder / "state.json").write_text(json.dumps(state))
+    assert latest_checkpoint(config.out) == folder
+    state["loader"] = 5
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.warns(UserWarning, match=r"state\.json: loader: expected object, got int"):
+        assert latest_checkpoint(config.out).name == "step-00000004"
+
+
+def test_damaged_lines_of_metrics_are_kept_aside_and_told(config, interrupt):  # noqa: F811
+    interrupt(signal.SIGTERM, STOP_AT)
+    pretrain(dataclasses.replace(config, steps=8))
+    path = config.out / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    steps = [line["step"] for line in read_metrics(path)]
+    bad = [b'{"kind": "train", "step": 2, "lo', b'{"kind": "train", "step": "2"}', b"\xff", b"[" * 99_999]
+    path.write_bytes(
+        lines[0] + b"".join(line + b"\n" for line in bad) + b"".join(lines[1:]) + b'{"kind": "tr'
+    )
+    assert [line["step"] for line in read_metrics(path)] == steps
+    with pytest.warns(UserWarning, match=r"4 damaged lines of metrics\.jsonl were moved to"):
+        pretrain(TrainConfig(resume=config.out))
+    assert (config.out / "metrics-damaged.jsonl").read_bytes() == b"\n".join(bad) + b"\n"
+    assert {line["step"] for line in read_metrics(path) if line["kind"] == "train"} == set(range(1, 9))
+
+
+def test_a_run_has_one_process(config):  # noqa: F811
+    pretrain(config)
+    with lock(config.out), pytest.raises(UserError, match="another process is writing into"):
+        pretrain(TrainConfig(resume=config.out))
+    pretrain(TrainConfig(resume=config.out))
+
+
+def test_what_killed_processes_left_does_not_block_and_goes(config):  # noqa: F811
+    config.out.mkdir()
+    (config.out / ".lock").touch()
+    (config.out / ".config.json.abcdefgh.aside").write_text("{")
+    pretrain(dataclasses.replace(config, steps=4, checkpoint_every=4))
+    folder = config.out / "checkpoints"
+    for name in (".step-00000002.abcdefgh", ".step-00000002.abcdefgh.aside", ".step-00000001.removed"):
+        (folder / name).mkdir()
+    (config.out / "tokenizer" / "tokenizer_config.json").unlink()
+    pretrain(TrainConfig(resume=config.out))
+    assert [path.name for path in folder.iterdir()] == ["step-00000004"]
+    assert (config.out / "tokenizer" / "tokenizer_config.json").exists()
+    assert {path.name for path in config.out.glob(".*")} == {".lock"}
+
+
+def test_the_first_ctrl_c_says_at_once_what_happens(config, interrupt, capfd):  # noqa: F811
+    interrupt(signal.SIGINT, STOP_AT)
+    assert pretrain(dataclasses.replace(config, steps=8)).stopped == "interrupted"
+    assert "saving; Ctrl-C again stops without saving" in capfd.readouterr().err

@@ -6,6 +6,7 @@ import math
 import random
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -299,6 +300,10 @@ def test_measuring_the_speed_leaves_the_model_alone():
         ({"optimizer": "sgd"}, "--optimizer must be one of adamw, muon"),
         ({"max_minutes": 0}, "--max-minutes must be above 0"),
         ({"keep_last": 0}, "--keep-last"),
+        ({"seed": 2**64}, "--seed must fit 63 bits"),
+        ({"steps": 10**9}, "1,000,000,000 steps are too many: at most 20,000,000"),
+        ({"data": 5}, "--data must be a path"),
+        ({"model": ["a"]}, "--model must be a name"),
         ({"loop_loss": "dito"}, "--loop-loss must be one of none, unlikelihood, ditto"),
         ({"loop_loss_weight": -1.0}, "--loop-loss-weight must be at least 0"),
         ({"loop_loss_share": 1.5}, "--loop-loss-share must be from 0 to 1"),
@@ -307,6 +312,27 @@ def test_measuring_the_speed_leaves_the_model_alone():
 def test_impossible_settings(changes, message):
     with pytest.raises(UserError, match=message):
         TrainConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "model", "words"),
+    [
+        ({"batch_size": 10**12}, {}, "for a batch"),
+        ({}, {"max_position_embeddings": 10**7, "hidden_size": 10**5, "num_hidden_layers": 10**6}, "GB"),
+    ],
+)
+def test_what_no_memory_could_hold_is_refused_at_once(config, tmp_path, changes, model, words):
+    shape = json.loads(Path(config.model).read_text()) | model
+    (tmp_path / "huge.json").write_text(json.dumps(shape))
+    changed = dataclasses.replace(config, model=str(tmp_path / "huge.json"), **changes)
+    with pytest.raises(UserError, match=f"needs more than .* GB of memory.*{words}"):
+        pretrain(changed)
+    assert not config.out.exists()
+
+
+def test_steps_that_follow_from_tokens_have_the_same_limit(config):
+    with pytest.raises(UserError, match="steps are too many"):
+        pretrain(dataclasses.replace(config, steps=None, tokens=10**15, batch_size=4))
 
 
 def test_paths_may_be_strings(config):

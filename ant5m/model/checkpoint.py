@@ -5,16 +5,21 @@ A checkpoint is a folder with `model.safetensors` and a `state.json`, which is w
     {"format": "ant5m-checkpoint", "version": 1, "step": 1000, "model": {a ModelConfig},
      "tokenizer": sha256 of the tokenizer (may be left out), "files": {name: sha256 of every other file}, ...}
 
-so a checkpoint is good if and only if its `state.json` is there and the files have those hashes.
+so a checkpoint is good if and only if its `state.json` is there and the files have those hashes. Since ant5m
+0.2 a `manifest.json` has the hash of `state.json` too.
 """
 
 import re
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
 
 from ant5m.errors import UserError
-from ant5m.files import file_sha256, read_json
+from ant5m.files import check_json, read_json
+from ant5m.manifest import MANIFEST, check_file, read_manifest
 from ant5m.model.config import ModelConfig
 from ant5m.model.config_file import load_config
 from ant5m.model.huggingface import end_ids
@@ -107,26 +112,43 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
     """
     if not (folder / STATE).exists():
         raise UserError(f"{folder} has no {STATE}: it is not a checkpoint, or was not written to the end")
-    state = read_json(folder / STATE)
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    state = read_json(folder / STATE, dict[str, Any])
+    if state.get("format") != FORMAT:
         raise UserError(f"{folder} is not a checkpoint of ant5m")
     if state.get("version") != VERSION:
         raise UserError(
             f"{folder} has checkpoint version {state.get('version')!r}, this ant5m reads {VERSION}: "
             "use the ant5m that wrote it"
         )
-    files = state.get("files")
-    if not isinstance(files, dict) or WEIGHTS not in files or not isinstance(state.get("model"), dict):
-        raise UserError(
-            f"{folder / STATE} lacks the model or the hashes of the files: the checkpoint is damaged"
-        )
-    for name, expected in files.items():
-        file = folder / name
-        if Path(name).name != name or not file.is_file():
-            raise UserError(f"{file} is missing: the checkpoint is damaged")
-        if file_sha256(file) != expected:
-            raise UserError(f"{file} is not what was saved (its hash differs): the checkpoint is damaged")
+    try:
+        files = check_json(state, str(folder / STATE), _State).files
+        if (folder / MANIFEST).exists() or "manifest" in state:
+            files = files | read_manifest(folder)
+        if WEIGHTS not in files:
+            raise UserError(f"{folder} has no hash of {WEIGHTS}")
+        for name, expected in files.items():
+            if Path(name).name != name:
+                raise UserError(f"{folder / STATE} names {name}, which is no file of the folder")
+            check_file(folder, name, expected)
+    except UserError as error:
+        raise UserError(f"{error}: the checkpoint is damaged") from None
     return state
+
+
+@dataclass
+class _State:
+    """What is checked of a `state.json`; `ant5m.train.trainer` says what else is there."""
+
+    step: Annotated[int, msgspec.Meta(ge=0)]
+    model: dict[str, Any]
+    files: dict[str, str]
+    tokenizer: str | None = None
+    tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
+    skipped: Annotated[int, msgspec.Meta(ge=0)] = 0
+    seconds: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    random: dict[str, str] = field(default_factory=dict)
+    scaler: dict[str, float] | None = None
+    loader: dict[str, Any] = field(default_factory=dict)
 
 
 def check_tokenizer(tokenizer: "Tokenizer", config: ModelConfig) -> None:

@@ -42,6 +42,9 @@ class ModelConfig:
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name in _REQUIRED:
+            if getattr(self, name) > _LARGEST:
+                raise UserError(f"{name} must be at most {_LARGEST:,}, not {getattr(self, name):,}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_key_value_heads ({self.num_key_value_heads}) must divide "
@@ -92,6 +95,8 @@ _REQUIRED = (
     "num_key_value_heads",
     "max_position_embeddings",
 )
+_LARGEST = 10_000_000
+"""of any size: beyond, building the model fails only after minutes"""
 _POSITIVE = (*_REQUIRED, "rms_norm_eps", "rope_theta", "initializer_range")
 
 

@@ -1,13 +1,13 @@
 """Writing checkpoints, and taking up a run from one. `ant5m.model.checkpoint` says which one is good.
 
-A checkpoint is a folder `step-00001000` with `model.safetensors`, `optimizer.safetensors` and `state.json`,
-which holds the sha256 of the two and every other thing that a resumed run needs. Nothing in it executes when
-it is read.
+A checkpoint is a folder `step-00001000` with `model.safetensors`, `optimizer.safetensors`, `state.json`,
+which holds every other thing that a resumed run needs, and `manifest.json` with the sha256 of the three.
+Nothing in it executes when it is read.
 """
 
 import base64
 import hashlib
-import json
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,8 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as to_safetensors
 
 from ant5m.errors import UserError
-from ant5m.files import new_folder, read_json
+from ant5m.files import new_folder, read_json, to_json
+from ant5m.manifest import MANIFEST, write_manifest
 from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import FORMAT, STATE, VERSION, checkpoints, verify_checkpoint
 from ant5m.train.callback import Periodic
@@ -36,6 +37,9 @@ class SaveCheckpoints(Periodic):
         super().__init__(settings.checkpoint_every)
         self._run, self._keep = run, settings.keep_last
         self._tokenizer = tokenizer_fingerprint
+
+    def on_start(self, trainer: "Trainer") -> None:
+        remove_remains(self._run.checkpoints)
 
     def run(self, trainer: "Trainer") -> None:
         state = {"tokenizer": self._tokenizer, **trainer.state_dict()}
@@ -67,12 +71,14 @@ def save_checkpoint(folder: Path, step: int, net: Ant, optimizer: Optimizer, sta
         "step": step,
         "model": net.config.to_dict(),
         "files": hashes,
+        "manifest": MANIFEST,
         **state,
     }
+    files[STATE] = to_json(described)
     with new_folder(path) as aside:
         for name, data in files.items():
             (aside / name).write_bytes(data)
-        (aside / STATE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        write_manifest(aside, {**hashes, STATE: hashlib.sha256(files[STATE]).hexdigest()})
     return path
 
 
@@ -90,6 +96,13 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
     """Remove all but the `keep` last checkpoints."""
     for old in checkpoints(folder)[:-keep]:
         _remove(old)
+
+
+def remove_remains(folder: Path) -> None:
+    """Remove what killed processes left of saves and removals; no other process may be writing here."""
+    for entry in folder.glob(".step-*"):
+        if re.fullmatch(r"\.step-\d+\.(removed|\w{8}(\.aside)?)", entry.name):
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def random_state(device: torch.device) -> dict[str, str]:

@@ -100,8 +100,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in _PATHS:
-            if (path := getattr(self, name)) is not None:
+            path = getattr(self, name)
+            if not isinstance(path, str | Path | None):
+                raise UserError(f"{_flag(name)} must be a path, not {path!r}")
+            if path is not None:
                 object.__setattr__(self, name, Path(path))
+        for name in ("model", "device", "kernels"):
+            if not isinstance(getattr(self, name), str) and (name != "kernels" or self.kernels is not None):
+                raise UserError(f"{_flag(name)} must be a name, not {getattr(self, name)!r}")
         for name in ("steps", "tokens", "batch_size", "micro_batch_size", "sequence_length", "eval_every"):
             _check_count(self, name, 1)
         for name in ("eval_tokens", "checkpoint_every", "keep_last"):
@@ -124,6 +130,9 @@ class TrainConfig:
             value = getattr(self, field.name)
             if choices and isinstance(choices[0], str) and value not in choices:
                 raise UserError(f"{_flag(field.name)} must be one of {', '.join(choices)}, not {value!r}")
+        if self.seed >= 2**63:
+            raise UserError(f"--seed must fit 63 bits, which {self.seed} does not")
+        check_steps(self.steps or 0)
         if self.steps and self.tokens:
             raise UserError("--steps and --tokens say the same thing twice: give one of them")
         if self.batch_size and self.micro_batch_size and self.batch_size % self.micro_batch_size:
@@ -143,8 +152,18 @@ class TrainConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise UserError(f"unknown in a training config: {', '.join(unknown)}")
-        betas = {"betas": tuple(values["betas"])} if "betas" in values else {}
+        betas = {"betas": tuple(values["betas"])} if isinstance(values.get("betas"), list) else {}
         return cls(**{**values, **betas})
+
+
+MAX_STEPS = 20_000_000
+"""the learning rate of each is held in memory"""
+
+
+def check_steps(steps: int) -> None:
+    """Raise `UserError` for more steps than a run can have."""
+    if steps > MAX_STEPS:
+        raise UserError(f"{steps:,} steps are too many: at most {MAX_STEPS:,}, take a larger --batch-size")
 
 
 _PATHS = ("data", "tokenizer", "out", "resume")

@@ -1,15 +1,25 @@
 """What a run writes about itself while it trains: metrics.jsonl, and files for TensorBoard."""
 
+import contextlib
 import json
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
-from ant5m.files import write_file
+from msgspec import Meta, Struct
+
+from ant5m.errors import UserError
+from ant5m.files import check_json, parse_json, write_file
 from ant5m.train.callback import Callback
 from ant5m.train.run import Run
 
 if TYPE_CHECKING:
     from ant5m.train.trainer import Trainer
+
+
+DAMAGED = "metrics-damaged.jsonl"
+"""beside metrics.jsonl: lines that could not be read when the run was resumed"""
 
 
 class MetricsFile(Callback):
@@ -25,7 +35,10 @@ class MetricsFile(Callback):
 
     def on_start(self, trainer: "Trainer") -> None:
         path = self._run.folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(path) if line["step"] <= trainer.step]
+        lines, damaged = split_metrics(path)
+        if damaged:
+            _keep_aside(damaged, path.with_name(DAMAGED))
+        kept = [line for line in lines if line["step"] <= trainer.step]
         write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
@@ -52,27 +65,78 @@ class TensorBoard(Callback):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return
-        self._board = SummaryWriter(str(self._run.folder / "tensorboard"), purge_step=trainer.step + 1)
+        with self._given_up_on_errors():
+            self._board = SummaryWriter(str(self._run.folder / "tensorboard"), purge_step=trainer.step + 1)
 
     def on_log(self, trainer: "Trainer", kind: str, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            if self._board is not None and isinstance(value, int | float):
-                self._board.add_scalar(f"{kind}/{name}", value, trainer.step)
+        with self._given_up_on_errors():
+            for name, value in values.items():
+                if self._board is not None and isinstance(value, int | float):
+                    self._board.add_scalar(f"{kind}/{name}", value, trainer.step)
 
     def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
+        with self._given_up_on_errors():
+            if self._board is not None:
+                self._board.close()
+
+    @contextlib.contextmanager
+    def _given_up_on_errors(self) -> Iterator[None]:
+        """A full disk ends these files, which repeat what metrics.jsonl has, but not the training."""
+        try:
+            yield
+        except OSError as error:
+            self._board = None
+            warnings.warn(f"no more files for TensorBoard: {error.strerror or error}", stacklevel=3)
+
+
+class _Line(Struct):
+    """What every reader of a line relies on."""
+
+    step: Annotated[int, Meta(ge=0)]
+
+
+class _Train(_Line, tag_field="kind", tag="train"):
+    loss: float
+    tokens: int
+    seconds: float = 0.0
+
+
+class _Validation(_Line, tag_field="kind", tag="validation"):
+    loss: float
+    tokens: int
+
+
+class _Text(Struct):
+    prompt: str
+    text: str
+
+
+class _Sample(_Line, tag_field="kind", tag="sample"):
+    samples: list[_Text]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, in order; a last line that was cut short by a crash is left out."""
+    """The lines of a metrics.jsonl that are whole, in order."""
+    return split_metrics(path)[0]
+
+
+def split_metrics(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """The lines of a metrics.jsonl, and those that are damaged; a last one that a crash cut short is in
+    neither."""
     if not path.exists():
-        return []
-    lines = []
-    # Not splitlines(): a sample may hold other characters that it takes for the end of a line.
-    for text in path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n"):
+        return [], []
+    lines, damaged = [], []
+    for raw in path.read_bytes().split(b"\n")[:-1]:
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+            line = parse_json(raw, str(path), dict[str, Any])
+            check_json(line, str(path), _Train | _Validation | _Sample)
+            lines.append(line)
+        except UserError:
+            damaged.append(raw)
+    return lines, damaged
+
+
+def _keep_aside(damaged: list[bytes], path: Path) -> None:
+    before = path.read_bytes() if path.exists() else b""
+    write_file(path, before + b"\n".join(damaged) + b"\n")
+    warnings.warn(f"{len(damaged):,} damaged lines of metrics.jsonl were moved to {path}", stacklevel=3)

@@ -7,9 +7,11 @@ import time
 import torch
 
 from ant5m.data.resident import fits
+from ant5m.device import installed_memory
+from ant5m.errors import UserError
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
-from ant5m.model.costs import fitting_tokens
+from ant5m.model.costs import count_parameters, fitting_tokens
 from ant5m.train.config import TrainConfig
 from ant5m.train.loss_scaler import LossScaler
 from ant5m.train.optimizer import Optimizer
@@ -43,6 +45,23 @@ def batch_for_steps(steps: int, length: int) -> int:
 def keeps_tokens(num_tokens: int, device: torch.device) -> bool:
     """Whether the training split is kept in the device's memory: on a GPU, when it takes little of it."""
     return device.type == "cuda" and fits(num_tokens, _memory(device))
+
+
+def check_memory(model: ModelConfig, batch: int, device: torch.device) -> None:
+    """Raise `UserError` at once where a run needs more than all of the device's memory whatever is done: for
+    fp32 weights, gradients and AdamW's moments, the RoPE table, and the token ids of a batch and its targets.
+    """
+    state = 16 * sum(count_parameters(model).values())
+    table = 8 * model.max_position_embeddings * model.head_size
+    ids = 16 * batch * model.max_position_embeddings
+    needed = state + table + ids
+    there = _memory(device) if device.type == "cuda" else installed_memory()
+    if needed > there:
+        raise UserError(
+            f"this run needs more than {needed / 1e9:,.0f} GB of memory, the device has {there / 1e9:,.1f}: "
+            f"{state / 1e9:,.0f} GB for the model and its optimizer, {table / 1e9:,.0f} for the context, "
+            f"{ids / 1e9:,.0f} for a batch"
+        )
 
 
 def measure_speed(net: Ant, config: TrainConfig, precision: str) -> float:

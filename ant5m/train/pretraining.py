@@ -14,10 +14,10 @@ from ant5m import kernels
 from ant5m.data.loader import Loader
 from ant5m.data.tokenizer import Tokenizer
 from ant5m.device import choose_device, choose_precision, describe_device, peak_flops
-from ant5m.errors import UserError
+from ant5m.errors import UserError, first_line
 from ant5m.eval.perplexity import Evaluation
 from ant5m.model.ant import Ant
-from ant5m.model.checkpoint import check_tokenizer, checkpoints, latest_checkpoint
+from ant5m.model.checkpoint import STATE, check_tokenizer, checkpoints, latest_checkpoint
 from ant5m.model.costs import count_flops
 from ant5m.train.callback import Callback
 from ant5m.train.checkpoint import SaveCheckpoints, load_checkpoint
@@ -27,7 +27,7 @@ from ant5m.train.default_text import pack_default_text
 from ant5m.train.early_stop import EarlyStop
 from ant5m.train.losses import AddLoopLoss
 from ant5m.train.metrics import MetricsFile, TensorBoard
-from ant5m.train.plan import keeps_tokens, measure_speed
+from ant5m.train.plan import check_memory, keeps_tokens, measure_speed
 from ant5m.train.progress import TrainingProgress
 from ant5m.train.report import count_epochs, finish
 from ant5m.train.run import Run
@@ -62,12 +62,15 @@ def pretrain(config: TrainConfig) -> Result:
     """
     started = time.monotonic()
     run = Run.open(config.resume, config) if config.resume else Run.create(config)
-    device = choose_device(run.config.device)
-    if device.type == "cuda" and device.index is not None:
-        # Whatever asks the current device, as the check of the kernels does, means this one.
-        torch.cuda.set_device(device)
-    with _selected(run.config.kernels):
-        return _pretrain(run, device, started)
+    try:
+        device = choose_device(run.config.device)
+        if device.type == "cuda" and device.index is not None:
+            # Whatever asks the current device, as the check of the kernels does, means this one.
+            torch.cuda.set_device(device)
+        with _selected(run.config.kernels):
+            return _pretrain(run, device, started)
+    finally:
+        run.release()
 
 
 @contextlib.contextmanager
@@ -85,6 +88,7 @@ def _pretrain(run: Run, device: torch.device, started: float) -> Result:
     limit = run.config.max_minutes
     deadline = started + 60 * limit if limit else None
     precision = choose_precision(run.config.precision, device)
+    check_memory(run.model, run.config.batch_size or 1, device)
     data = _prepare_data(run)
     torch.manual_seed(run.config.seed)
     net = Ant(run.model).to(device)
@@ -156,7 +160,10 @@ def _resume(run: Run, trainer: Trainer, tokenizer: Tokenizer) -> None:
     state = load_checkpoint(folder, trainer.net, trainer.optimizer)
     if not tokenizer.has_fingerprint(state["tokenizer"]):
         raise UserError(f"{folder} was trained with another tokenizer than {run.tokenizer}")
-    trainer.load_state_dict(state)
+    try:
+        trainer.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # of a state.json without a manifest
+        raise UserError(f"{folder / STATE} is damaged ({first_line(error)})") from None
 
 
 def _write_run(run: Run, settings: Settings, data: TrainingData) -> None:

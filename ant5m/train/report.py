@@ -151,6 +151,8 @@ def _export(
     run: Run, net: Ant, tokenizer: Tokenizer, checkpoint: Path, samples: list[Sample], tasks: str
 ) -> None:
     folder = run.folder / "hf"
+    if folder.is_symlink():  # somebody moved it to another disk: the export goes there
+        folder = folder.resolve()
     if folder.exists():
         shutil.rmtree(folder)  # of this same run, finished before
     card = card_of_run(run.folder.name, run.folder, checkpoint)

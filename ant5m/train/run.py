@@ -1,5 +1,6 @@
 """The run folder: where everything of one training run lies, and its config.json."""
 
+import contextlib
 import dataclasses
 import itertools
 import platform
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ant5m.errors import UserError
-from ant5m.files import read_json, write_json
+from ant5m.files import is_unused, lock, read_json, remove_asides, write_json
 from ant5m.model.config import ModelConfig
 from ant5m.model.config_file import load_config
 from ant5m.train.config import TrainConfig
@@ -28,8 +29,8 @@ class Run:
     """what is known of the training data, once it is there"""
     ran: dict[str, str] = dataclasses.field(default_factory=dict)
     """the device with its precision, the kernels, and what a stopwatch chose among them; of the last call"""
-    claimed: bool = False
-    """whether the folder is this run's"""
+    _held: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack, repr=False)
+    _claimed: bool = False
 
     @classmethod
     def create(cls, config: TrainConfig) -> "Run":
@@ -47,30 +48,46 @@ class Run:
         """The run in `folder`, with what `flags` override."""
         if not folder.is_dir():
             raise UserError(f"{folder} is not a run folder: it does not exist")
-        values = read_json(folder / "config.json")
-        if not isinstance(values, dict) or not isinstance(values.get("train"), dict) or "model" not in values:
-            raise UserError(
-                f"{folder / 'config.json'} is not of a run: --resume takes a folder made by ant5m train"
-            )
-        config = override(TrainConfig.from_dict(values["train"]), flags)
-        model = ModelConfig.from_dict(values["model"])
-        return cls(folder, _absolute(config), model, values.get("data", {}), claimed=True)
+        file = folder / "config.json"
+        try:
+            values = read_json(file, _RunFile)
+        except UserError as error:
+            raise UserError(f"{error}: --resume takes a folder made by ant5m train") from None
+        try:
+            config = override(TrainConfig.from_dict(values.train), flags)
+            model = ModelConfig.from_dict(values.model)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
+        run = cls(folder, _absolute(config), model, values.data)
+        run._hold()
+        return run
 
     def claim(self) -> None:
-        """Make the folder, before the first thing is written to it.
+        """Make the folder, before the first thing is written to it, and keep other processes out of it until
+        `release`.
 
-        Where another run has made it meanwhile the next number is taken, or `UserError` is raised if it was
-        named.
+        Where another run has taken it meanwhile the next number is taken, or `UserError` is raised if it was
+        named. A folder in which a killed process left nothing whole is taken over.
         """
-        while not self.claimed:
+        while not self._claimed:
             try:
-                self.folder.mkdir(parents=True)
-            except FileExistsError:
-                if self.config.out is None:
-                    self.folder = _next_folder(self.config.model)
-                    continue
+                self._hold()
                 _refuse_content(self.folder)
-            self.claimed = True
+            except UserError:
+                self.release()
+                if self.config.out is not None:
+                    raise
+                self.folder = _next_folder(self.config.model)
+
+    def _hold(self) -> None:
+        self._held.enter_context(lock(self.folder))
+        self._claimed = True
+        remove_asides(self.folder)
+
+    def release(self) -> None:
+        """Let other processes have the folder."""
+        self._held.close()
+        self._claimed = False
 
     @property
     def checkpoints(self) -> Path:
@@ -82,8 +99,8 @@ class Run:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Also after a full disk, which leaves an empty folder."""
-        return (self.tokenizer / "tokenizer.json").exists()
+        """Whether all of it is there: after a kill or a full disk it may be a part."""
+        return (self.tokenizer / "tokenizer_config.json").exists()
 
     @property
     def shards(self) -> Path:
@@ -100,6 +117,15 @@ class Run:
             "versions": versions(),
         }
         write_json(self.folder / "config.json", values)
+
+
+@dataclass
+class _RunFile:
+    """The parts of a run's config.json that a resumed run needs."""
+
+    model: dict[str, Any]
+    train: dict[str, Any]
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def versions() -> dict[str, str]:
@@ -134,7 +160,7 @@ def _next_folder(model: str) -> Path:
 
 
 def _refuse_content(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not is_unused(folder):
         raise UserError(
             f"{folder} exists already: continue it with --resume {folder}, or choose another --out"
         )

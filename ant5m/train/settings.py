@@ -14,7 +14,7 @@ import torch
 
 from ant5m.errors import UserError
 from ant5m.model.config import ModelConfig
-from ant5m.train.config import TrainConfig
+from ant5m.train.config import TrainConfig, check_steps
 from ant5m.train.plan import batch_for_steps, batch_for_tokens, default_learning_rate, micro_batch
 
 OVERRIDABLE = ("device", "precision", "kernels", "micro_batch_size", "data", "max_minutes")
@@ -141,6 +141,7 @@ def resolve(
         tokens = config.tokens or _tokens(config, num_tokens, seconds_per_token, deadline)
         batch = batch or _multiple(batch_for_tokens(tokens, length), config.micro_batch_size)
         steps = max(1, round(tokens / (batch * length)))
+    check_steps(steps)
     batch = batch or _multiple(batch_for_steps(steps, length), config.micro_batch_size)
     rows = config.micro_batch_size
     rows = rows or micro_batch(model, batch, length, device, precision, num_tokens, config.loop_loss)

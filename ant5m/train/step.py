@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ant5m.data.loader import document_starts
@@ -68,8 +69,8 @@ class Step:
         self.eos_token_id, self.loop_loss, self.on_update = eos_token_id, loop_loss, on_update
         self._parameters = list(net.parameters())
         # A table, because only the device knows which step this is.
-        factors = [schedule(step) for step in range(schedule.steps)]
-        self._factors = torch.tensor(factors, dtype=torch.float32, device=net.device)
+        factors = np.fromiter(map(schedule, range(schedule.steps)), np.float32, schedule.steps)
+        self._factors = torch.tensor(factors, device=net.device)
         self._done = torch.tensor([done], device=net.device)
 
     def __call__(

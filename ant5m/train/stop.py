@@ -1,10 +1,12 @@
 """When a run must end before its last step: Ctrl-C, SIGTERM, or the time limit."""
 
+import os
 import signal
 import threading
 import time
 from types import FrameType
 
+NOTICE = b"\nsaving; Ctrl-C again stops without saving\n"
 EXIT_CODES = {"interrupted": 130, "terminated": 143, "time limit": 0}
 
 
@@ -43,4 +45,6 @@ class Stop:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal == "interrupted":
             raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            os.write(2, NOTICE)  # not print, which the signal may have interrupted
         self._signal = "interrupted" if number == signal.SIGINT else "terminated"
