@@ -67,15 +67,15 @@ def pytest_terminal_summary(terminalreporter, config):
     if not hasattr(config, "_ant5m_report"):
         return
     path, rows = config._ant5m_report
-    names = (Column(name, no_wrap=True) for name in ("preset", "arm"))
+    names = (Column(name, no_wrap=True) for name in ("preset", "variant"))
     table = Table(
         *names, "tokens/s", "x transformers", "peak MB", "x transformers", "hours for 655.36M tokens"
     )
     for row in rows:
-        for arm, figures in row["info"].get("arms", {}).items():
+        for variant, figures in row["info"].get("variants", {}).items():
             table.add_row(
                 row["info"]["preset"],
-                arm,
+                variant,
                 f"{figures['tokens_per_second']:,}",
                 f"{figures['speed_over_transformers']:.2f}",
                 f"{figures['peak_bytes'] / 1e6:,.0f}",

@@ -31,7 +31,7 @@ from ant5m.model.config_file import load_config
 from ant5m.model.costs import count_flops
 
 RUN_TOKENS = 655_360_000  # the published run
-ARMS = {"transformers": "transformers, eager", "ours": "ant5m"}
+VARIANTS = {"transformers": "transformers, eager", "ours": "ant5m"}
 PICTURE = Path(__file__).parents[1] / "docs" / "roofline.png"
 _HUES = ("#8c8c8c", "#9ecae1", "#08519c", "#6baed6", "#d94801", "#74c476", "#54278f", "#bdbdbd")
 COLOURS = dict(zip(OPS, _HUES, strict=True))
@@ -41,7 +41,7 @@ COLOURS = dict(zip(OPS, _HUES, strict=True))
 class Prediction:
     """The time of a step and where it goes."""
 
-    arm: str
+    variant: str
     rates: Rates
     step: Step
     seconds: dict[tuple[str, str], float]
@@ -66,23 +66,23 @@ class Prediction:
         return sum(seconds for (name, _), seconds in self.seconds.items() if name == op)
 
 
-def predict(arm: str, step: Step, rates: Rates) -> Prediction:
-    """`arm`: transformers, a backend of ours, or ours: the one that `auto` takes on the device."""
-    return _predict(arm, step, rates, count(rates.backend if arm == "ours" else arm, step))
+def predict(variant: str, step: Step, rates: Rates) -> Prediction:
+    """`variant`: transformers, a backend of ours, or ours: the one that `auto` takes on the device."""
+    return _predict(variant, step, rates, count(rates.backend if variant == "ours" else variant, step))
 
 
-def count(arm: str, step: Step) -> list[Kernel]:
-    """The kernels of a step of `arm`: transformers, or a backend of ours."""
-    return traced(arm, step) if arm in ("transformers", "reference") else ours(step, arm)
+def count(variant: str, step: Step) -> list[Kernel]:
+    """The kernels of a step of `variant`: transformers, or a backend of ours."""
+    return traced(variant, step) if variant in ("transformers", "reference") else ours(step, variant)
 
 
-def _predict(arm: str, step: Step, rates: Rates, kernels: list[Kernel]) -> Prediction:
+def _predict(variant: str, step: Step, rates: Rates, kernels: list[Kernel]) -> Prediction:
     spent: dict[tuple[str, str], collections.Counter] = collections.defaultdict(collections.Counter)
     for kernel in kernels:
         seconds, bound = time_of(kernel, rates)
         spent[kernel.op, kernel.direction][bound] += seconds
     return Prediction(
-        arm,
+        variant,
         rates,
         step,
         {key: sum(by_bound.values()) for key, by_bound in spent.items()},
@@ -116,7 +116,7 @@ def checks(folder: Path = RESULTS) -> list[dict[str, Any]]:
         if rates is None:
             continue
         for row in values["benchmarks"]:
-            if "arms" in row["info"]:
+            if "variants" in row["info"]:
                 found += _check(where, Rates(**rates), row["info"])
     return found
 
@@ -124,11 +124,11 @@ def checks(folder: Path = RESULTS) -> list[dict[str, Any]]:
 def _check(where: dict[str, Any], rates: Rates, info: dict[str, Any]) -> list[dict[str, Any]]:
     step = Step(load_config(info["preset"]), *info["batch"], half=info["dtype"] != "float32")
     rows = []
-    for arm, figures in info["arms"].items():
-        if arm in ("transformers-compiled", "transformers-liger"):
+    for variant, figures in info["variants"].items():
+        if variant in ("transformers-compiled", "transformers-liger"):
             continue  # what others fuse is not counted
         taken = dataclasses.replace(step, optimizer=figures.get("optimizer", "adamw"))
-        predicted = predict("ours" if arm == "trainer" else arm, taken, rates)
+        predicted = predict("ours" if variant == "trainer" else variant, taken, rates)
         measured = figures["tokens_per_second"]
         rows.append(
             {
@@ -136,7 +136,7 @@ def _check(where: dict[str, Any], rates: Rates, info: dict[str, Any]) -> list[di
                 "commit": where["commit"][:9],
                 "preset": info["preset"],
                 "batch": info["batch"],
-                "arm": arm,
+                "variant": variant,
                 "measured_tokens_per_second": measured,
                 "predicted_tokens_per_second": round(predicted.tokens_per_second),
                 "measured_over_predicted": round(measured / predicted.tokens_per_second, 3),
@@ -156,11 +156,13 @@ def main() -> None:
     length = arguments.sequence_length or config.max_position_embeddings
     step = Step(config, arguments.batch_size, length, half=True, optimizer="muon")
     devices = [DEVICES[arguments.device]] if arguments.device else list(DEVICES.values())
-    counted = {arm: count(arm, step) for arm in ("transformers", *{rates.backend for rates in devices})}
+    counted = {
+        variant: count(variant, step) for variant in ("transformers", *{rates.backend for rates in devices})
+    }
     predictions = [
-        _predict(arm, step, rates, counted[rates.backend if arm == "ours" else arm])
+        _predict(variant, step, rates, counted[rates.backend if variant == "ours" else variant])
         for rates in devices
-        for arm in ARMS
+        for variant in VARIANTS
     ]
     console = Console(width=120)
     console.print(_work_table(step, counted["transformers"], counted[devices[0].backend]))
@@ -201,7 +203,7 @@ def _op_table(predictions: list[Prediction], model: str) -> Table:
     rates = predictions[0].rates
     table = Table("op", "direction", title=f"PREDICTED milliseconds of a step of {model} on {rates.name}")
     for prediction in predictions:
-        table.add_column(ARMS[prediction.arm])
+        table.add_column(VARIANTS[prediction.variant])
         table.add_column("bound by")
     keys = sorted(
         {key for p in predictions for key in p.seconds},
@@ -223,14 +225,14 @@ def _op_table(predictions: list[Prediction], model: str) -> Table:
 
 def _summary(predictions: list[Prediction]) -> Table:
     table = Table(
-        "device", "arm", "ms a step", "tokens/s", "minutes for 655.36M tokens", "TFLOP/s of the model",
+        "device", "variant", "ms a step", "tokens/s", "minutes for 655.36M tokens", "TFLOP/s of the model",
         title="PREDICTED from counts and data sheets, not measured",
     )  # fmt: skip
     for prediction in predictions:
         speed = prediction.tokens_per_second
         table.add_row(
             prediction.rates.name,
-            ARMS[prediction.arm],
+            VARIANTS[prediction.variant],
             f"{prediction.total * 1e3:,.1f}",
             f"{speed:,.0f}",
             f"{prediction.minutes:,.1f}",
@@ -245,12 +247,12 @@ def _model_flops(step: Step) -> int:
 
 def _check_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(
-        "device", "preset", "batch", "arm", "measured tokens/s", "predicted", "measured / predicted",
+        "device", "preset", "batch", "variant", "measured tokens/s", "predicted", "measured / predicted",
         title="the same model on what has been measured",
     )  # fmt: skip
     for row in rows:
         table.add_row(
-            *(row["device"], row["preset"], "x".join(map(str, row["batch"])), row["arm"]),
+            *(row["device"], row["preset"], "x".join(map(str, row["batch"])), row["variant"]),
             *(f"{row[f'{kind}_tokens_per_second']:,}" for kind in ("measured", "predicted")),
             f"{row['measured_over_predicted']:.2f}",
         )
@@ -278,7 +280,7 @@ def draw(predictions: list[Prediction]) -> Figure:
                 left += milliseconds
             text = f" {left:,.0f} ms, {prediction.tokens_per_second / 1e3:,.0f}k tokens/s"
             axes.text(left, place, text, va="center", fontsize=8)
-        axes.set_yticks(range(len(shown)), [ARMS[p.arm] for p in shown], fontsize=8)
+        axes.set_yticks(range(len(shown)), [VARIANTS[p.variant] for p in shown], fontsize=8)
         axes.set_xlim(0, 1.28 * max(p.total for p in shown) * 1e3)
         axes.set_title(name, loc="left", fontsize=9, fontweight="bold", pad=2)
         axes.tick_params(axis="x", labelsize=7)
@@ -301,7 +303,7 @@ def _to_dict(step: Step, predictions: list[Prediction], checked: list[dict[str, 
         "predictions": [
             {
                 "device": p.rates.to_dict(),
-                "arm": p.arm,
+                "variant": p.variant,
                 "milliseconds": round(p.total * 1e3, 3),
                 "tokens_per_second": round(p.tokens_per_second),
                 "minutes_for_655M_tokens": round(p.minutes, 2),

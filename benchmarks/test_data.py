@@ -1,6 +1,6 @@
 """The data path beside its peers, in one run: batches against numpy, packing against `tokenizers`.
 
-Every round lets each arm run once in turn; ratios are medians of the rounds' own ratios.
+Variants are interleaved: every round runs each once. Ratios are medians of the rounds' own ratios.
 """
 
 import shutil
@@ -52,7 +52,7 @@ def test_batches(benchmark, capsys, batch_size, length=1_024, rounds=200):
 def test_packing(benchmark, capsys, tmp_path, copies=8, rounds=5):
     """A text file to shards, beside `tokenizers` doing no more than encode a part of the same documents.
 
-    The text is the built-in corpus `copies` times over, so that what happens once does not count for much.
+    The text is the built-in corpus, repeated `copies` times, so that one-time costs do not count for much.
     """
     documents = [text.replace("\0", "") for text in load_builtin().documents]
     tokenizer = train_tokenizer(documents, vocab_size=16_384)
@@ -81,7 +81,7 @@ def _megabytes(texts):
 
 
 def _in_turn(benchmark, ours, peers, prepare, rounds):
-    """Seconds of every round by arm; `prepare` comes before every arm's turn and is not timed."""
+    """Seconds of every round by variant; `prepare` comes before every variant and is not timed."""
     seconds = {name: [] for name in ("ant5m", *peers)}
 
     def timed(name, action):
@@ -100,7 +100,7 @@ def _in_turn(benchmark, ours, peers, prepare, rounds):
 
 
 def _report(benchmark, capsys, title, seconds, megabytes):
-    """MB/s of each arm, and how many times its speed ours is: into the results, and on the terminal."""
+    """MB/s of each variant, and how many times its speed ours is: into the results, and on the terminal."""
     rates = {name: [megabytes[name] / value for value in values] for name, values in seconds.items()}
     with capsys.disabled():
         print(f"\n{title}")

@@ -1,7 +1,7 @@
 """How time and peak memory of a training step of `ant-5m` grow with batch, context and vocabulary.
 
-Every arm is a process of its own, and the arms of one size take turns. Figures are medians over few rounds:
-the shape of a curve is what counts here, `test_training.py` compares the arms.
+Every variant is a process of its own; those of one size are interleaved. Figures are medians over few rounds:
+the shape of a curve is what counts here, `test_training.py` compares the variants.
 """
 
 import dataclasses
@@ -9,15 +9,15 @@ import json
 import statistics
 
 import pytest
-from arm import Arm, backends
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 from rich.console import Console
 from rich.table import Table
+from variant import Variant, backends
 
 from ant5m.model.config_file import load_config
 
-ARMS = ("transformers", *backends())
+VARIANTS = ("transformers", *backends())
 # axis: what the sizes count, and for each size [batch, context, vocabulary]
 AXES = {
     "batch": {n: (n, 1_024, 16_384) for n in (1, 2, 4, 8, 16)},
@@ -36,11 +36,11 @@ def test_growth(benchmark, capsys, tmp_path, results, axis, rounds=3):
     benchmark.extra_info |= {"axis": axis, "rows": rows}
     _draw(axis, rows, results / f"growth-by-{axis}.png")
     table = Table(
-        axis, "arm", "s a step", "tokens/s", "peak MB", title=f"a training step of ant-5m by {axis}"
+        axis, "variant", "s a step", "tokens/s", "peak MB", title=f"a training step of ant-5m by {axis}"
     )
     for row in rows:
         seconds, megabytes = f"{row['seconds']:.3f}", f"{row['peak_bytes'] / 1e6:,.0f}"
-        table.add_row(f"{row[axis]:,}", row["arm"], seconds, f"{row['tokens_per_second']:,}", megabytes)
+        table.add_row(f"{row[axis]:,}", row["variant"], seconds, f"{row['tokens_per_second']:,}", megabytes)
     with capsys.disabled():
         Console().print(table)
 
@@ -50,22 +50,22 @@ def _measure(path, batch_size, context, vocabulary, rounds):
         load_config("ant-5m"), max_position_embeddings=context, vocab_size=vocabulary
     )
     path.write_text(json.dumps(config.to_dict()))
-    arms = [Arm(name, str(path), batch_size, context) for name in ARMS]
+    variants = [Variant(name, str(path), batch_size, context) for name in VARIANTS]
     for round_ in range(-1, rounds):
-        for arm in arms:
-            arm.step()
+        for variant in variants:
+            variant.step()
             if round_ < 0:
-                arm.seconds.clear()
-    for arm in arms:
-        arm.close()
+                variant.seconds.clear()
+    for variant in variants:
+        variant.close()
     return [
         {
-            "arm": arm.name,
-            "seconds": round(statistics.median(arm.seconds), 4),
-            "tokens_per_second": round(arm.tokens / statistics.median(arm.seconds)),
-            "peak_bytes": arm.peak_bytes,
+            "variant": variant.name,
+            "seconds": round(statistics.median(variant.seconds), 4),
+            "tokens_per_second": round(variant.tokens / statistics.median(variant.seconds)),
+            "peak_bytes": variant.peak_bytes,
         }
-        for arm in arms
+        for variant in variants
     ]
 
 
@@ -75,9 +75,9 @@ def _draw(axis, rows, path):
         (("seconds", 1, "s a step"), ("peak_bytes", 1e-6, "peak MB")), 1
     ):
         axes = figure.add_subplot(1, 2, place)
-        for arm in ARMS:
-            points = [(row[axis], row[key] * scale) for row in rows if row["arm"] == arm]
-            axes.plot(*zip(*points, strict=True), marker="o", label=arm)
+        for variant in VARIANTS:
+            points = [(row[axis], row[key] * scale) for row in rows if row["variant"] == variant]
+            axes.plot(*zip(*points, strict=True), marker="o", label=variant)
         axes.set(xscale="log", yscale="log", xlabel=axis, ylabel=label)
         axes.set_xticks([x for x, _ in points], [f"{x:,}" for x, _ in points])
         axes.minorticks_off()

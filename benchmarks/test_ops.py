@@ -1,8 +1,8 @@
 """Each op of a training step beside its peers: PyTorch's own, the same compiled, Liger-Kernel's.
 
-Runs on the first GPU in its training precision, else on the CPU in fp32. Every round lets each arm run once,
+Runs on the first GPU in its training precision, else on the CPU in fp32. Every round runs each variant once,
 forward and backward, on inputs that rotate through more memory than a cache holds; ratios are medians of the
-rounds' own ratios. An arm is compared with the reference before it is timed. GFLOP/s count what
+rounds' own ratios. A variant is compared with the reference before it is timed. GFLOP/s count what
 causality asks for; GB/s count each input read once and each output written once.
 """
 
@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import peers
 import pytest
 import torch
-from arm import training_precision
 from devices import Rates
 from rich.console import Console
 from rich.table import Table
 from stopwatch import Stopwatch
+from variant import training_precision
 
 from ant5m import kernels
 from ant5m.device import DTYPES
@@ -113,12 +113,12 @@ def _cases(preset: str) -> dict[str, Case]:
 CASES = _cases("ant-5m") | _cases("ant-5m-fit")
 
 
-def _arms(op: str) -> dict[str, Callable]:
+def _variants(op: str) -> dict[str, Callable]:
     plain = getattr(peers, op)
-    arms = {"pytorch": plain, "compiled": torch.compile(plain, dynamic=False)}
+    variants = {"pytorch": plain, "compiled": torch.compile(plain, dynamic=False)}
     if LIGER and op in peers.LIGER:
-        arms["liger"] = peers.LIGER[op]
-    return arms | {name: _ours(op, name) for name in OURS}
+        variants["liger"] = peers.LIGER[op]
+    return variants | {name: _ours(op, name) for name in OURS}
 
 
 def _ours(op: str, backend: str) -> Callable:
@@ -139,27 +139,27 @@ def test_op(benchmark, capsys, device, rates, name):
     sets = [case.make(device, dtype)]
     copies = math.ceil(CACHE / _bytes(sets[0]))
     sets += [case.make(device, dtype) for _ in range(min(16, max(2, copies)) - 1)]
-    arms, failed = {}, {}
-    for arm, call in _arms(case.op).items():
+    variants, failed = {}, {}
+    for variant, call in _variants(case.op).items():
         reason = _why_wrong(call, case.op, sets[0])
         if reason is None:
-            arms[arm] = Timed(call, sets, device)
-        elif arm in OURS and reason.startswith("is off"):
-            pytest.fail(f"{arm} {reason}: no timing of wrong results")
+            variants[variant] = Timed(call, sets, device)
+        elif variant in OURS and reason.startswith("is off"):
+            pytest.fail(f"{variant} {reason}: no timing of wrong results")
         else:
-            failed[arm] = reason
-    plain, (*others, last) = arms.get("pytorch"), arms.values()
+            failed[variant] = reason
+    plain, (*others, last) = variants.get("pytorch"), variants.values()
     benchmark.group = "ops"  # is read when the timing begins
-    benchmark.pedantic(last.run, setup=lambda: [arm.run() for arm in others] and None, rounds=ROUNDS)
+    benchmark.pedantic(last.run, setup=lambda: [variant.run() for variant in others] and None, rounds=ROUNDS)
     benchmark.extra_info |= {"op": case.op, "batch": [BATCH, LENGTH], "dtype": str(dtype).split(".")[1]}
-    figures = {arm: _figures(timed, plain, case, dtype, rates) for arm, timed in arms.items()}
+    figures = {variant: _figures(timed, plain, case, dtype, rates) for variant, timed in variants.items()}
     benchmark.extra_info |= {"peers": figures, "failed": failed}
     with capsys.disabled():
         Console(width=130).print(_table(f"{name} {benchmark.extra_info['dtype']}", figures, failed))
 
 
 class Timed:
-    """An arm with its seconds in each direction and the most memory that it took beyond its inputs."""
+    """A variant with its seconds in each direction and the most memory that it took beyond its inputs."""
 
     def __init__(self, call: Callable, sets: list[list], device: torch.device):
         self.seconds: dict[str, list[float]] = {"forward": [], "backward": [], "both": []}
@@ -196,7 +196,7 @@ class Timed:
 
 
 def _why_wrong(call: Callable, op: str, inputs: list) -> str | None:
-    """None, or in what the outputs or gradients are off, or why the arm cannot run at all."""
+    """None, or in what the outputs or gradients are off, or why the variant cannot run at all."""
     try:
         truth = _all_of(getattr(reference, op, peers.mlp), [_wide(x) for x in inputs])
         made = _all_of(call, inputs)
@@ -242,7 +242,7 @@ def _bytes(inputs: list) -> int:
 
 
 def _figures(timed: Timed, plain: Timed | None, case: Case, dtype: torch.dtype, rates: Rates) -> dict:
-    """What is kept of an arm; `share_of_device`: of what the device was measured to copy or multiply."""
+    """What is kept of a variant; `share_of_device`: of what the device was measured to copy or multiply."""
     found: dict = {"peak_bytes": timed.peak_bytes}
     for direction, seconds in timed.seconds.items():
         ratio = None if plain is None else statistics.median(map(_ratio, plain.seconds[direction], seconds))
@@ -268,17 +268,19 @@ def _ratio(a: float, b: float) -> float:
 
 
 def _table(title: str, figures: dict, failed: dict) -> Table:
-    table = Table("arm", "direction", "q10 ms", "median", "q90", "x pytorch", "rate", "of device", "peak MB")
+    table = Table(
+        "variant", "direction", "q10 ms", "median", "q90", "x pytorch", "rate", "of device", "peak MB"
+    )
     table.title = title
     for column in table.columns[2:]:
         column.justify = "right"
-    for arm, values in figures.items():
+    for variant, values in figures.items():
         peak = "" if values["peak_bytes"] is None else f"{values['peak_bytes'] / 1e6:,.0f}"
         for direction in ("forward", "backward", "both"):
             row = values[direction]
             unit = next((key for key in row if key.endswith("/s")), None)
             table.add_row(
-                arm if direction == "forward" else "",
+                variant if direction == "forward" else "",
                 direction,
                 *(f"{row['seconds'][key] * 1e3:.3f}" for key in ("q10", "median", "q90")),
                 "" if row["speed_over_pytorch"] is None else f"{row['speed_over_pytorch']:.2f}",
@@ -286,6 +288,6 @@ def _table(title: str, figures: dict, failed: dict) -> Table:
                 f"{row['share_of_device']:.0%}" if unit else "",
                 peak if direction == "both" else "",
             )
-    for arm, reason in failed.items():
-        table.add_row(arm, reason)
+    for variant, reason in failed.items():
+        table.add_row(variant, reason)
     return table

@@ -1,7 +1,7 @@
 """A whole training step (forward, backward, clipping, optimizer) beside transformers' Llama, in one run.
 
-Every round lets each arm take one step in turn; the figures are medians over rounds, the ratios medians of
-the rounds' own ratios. Peak memory is that of the arm's whole process on a CPU, of its tensors on a GPU.
+Every round lets each variant take one step; the figures are medians over rounds, the ratios medians of
+the rounds' own ratios. Peak memory is that of the variant's whole process on a CPU, of its tensors on a GPU.
 """
 
 import importlib.util
@@ -9,7 +9,7 @@ import statistics
 
 import pytest
 import torch
-from arm import Arm, backends, training_precision
+from variant import Variant, backends, training_precision
 
 from ant5m import kernels
 from ant5m.device import peak_flops
@@ -30,48 +30,52 @@ def test_training_step(benchmark, pytestconfig, device, rates, preset, sequence_
     batch_size, rounds = pytestconfig.getoption("--batch-size"), 20 if GPU else 5
     bf16 = ("transformers-bf16", "trainer-bf16") if ALSO_BF16 else ()
     names = (*PEERS, *backends(), *bf16, "trainer")
-    arms = [Arm(name, preset, batch_size, sequence_length) for name in names]
-    arms = [arm for arm in arms if _warm_up(arm)]
-    failed = sorted(set(names) - {arm.name for arm in arms})
+    variants = [Variant(name, preset, batch_size, sequence_length) for name in names]
+    variants = [variant for variant in variants if _warm_up(variant)]
+    failed = sorted(set(names) - {variant.name for variant in variants})
     assert not {"transformers", "trainer"} & set(failed), f"no comparison without {failed}"
-    *others, ours = arms  # the timed one is the trainer's step; the others take their turns beside it
+    *others, ours = variants  # the timed one is the trainer's step; the others are interleaved with it
     benchmark.group = "training step"  # is read when the timing begins
-    benchmark.pedantic(ours.step, setup=lambda: [arm.step() for arm in others] and None, rounds=rounds)
-    for arm in arms:
-        arm.close()
+    benchmark.pedantic(
+        ours.step, setup=lambda: [variant.step() for variant in others] and None, rounds=rounds
+    )
+    for variant in variants:
+        variant.close()
     precision = training_precision(device)
     benchmark.extra_info |= {"preset": preset, "batch": [batch_size, sequence_length], "failed": failed}
     benchmark.extra_info["dtype"] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
     peak = peak_flops(device, precision) or rates.flops
     flops = 3 * sum(count_flops(PRESETS[preset], sequence_length).values())
-    benchmark.extra_info["arms"] = {arm.name: _figures(arm, arms[0], flops, peak) for arm in arms}
+    benchmark.extra_info["variants"] = {
+        variant.name: _figures(variant, variants[0], flops, peak) for variant in variants
+    }
 
 
-def _warm_up(arm: Arm) -> bool:
+def _warm_up(variant: Variant) -> bool:
     """Whether it can take steps at all; why not, it says on stderr."""
     try:
         for _ in range(WARM_UP):
-            arm.step()
+            variant.step()
     except RuntimeError:
-        arm.close()
+        variant.close()
         return False
-    arm.seconds.clear()
+    variant.seconds.clear()
     return True
 
 
-def _figures(arm: Arm, peer: Arm, flops: int, peak: float) -> dict[str, float | str]:
+def _figures(variant: Variant, peer: Variant, flops: int, peak: float) -> dict[str, float | str]:
     """`flops`: of the model, per token; `peak`: the data sheet's on a known GPU, else the measured rate."""
-    seconds = statistics.median(arm.seconds)
+    seconds = statistics.median(variant.seconds)
     return {
-        "tokens_per_second": round(arm.tokens / seconds),
-        "seconds": statistics.quantiles(arm.seconds, n=10),
-        "speed_over_transformers": round(statistics.median(map(_ratio, peer.seconds, arm.seconds)), 3),
-        "model_flops_utilization": round(arm.tokens / seconds * flops / peak, 4),
-        "peak_bytes": arm.peak_bytes,
-        "memory_over_transformers": round(arm.peak_bytes / peer.peak_bytes, 3),
-        "micro_batch_size": arm.micro_batch_size,
-        "optimizer": "muon" if arm.name.startswith("trainer") else "adamw",
-        "hours_for_655M_tokens": round(RUN_TOKENS * seconds / arm.tokens / 3_600, 2),
+        "tokens_per_second": round(variant.tokens / seconds),
+        "seconds": statistics.quantiles(variant.seconds, n=10),
+        "speed_over_transformers": round(statistics.median(map(_ratio, peer.seconds, variant.seconds)), 3),
+        "model_flops_utilization": round(variant.tokens / seconds * flops / peak, 4),
+        "peak_bytes": variant.peak_bytes,
+        "memory_over_transformers": round(variant.peak_bytes / peer.peak_bytes, 3),
+        "micro_batch_size": variant.micro_batch_size,
+        "optimizer": "muon" if variant.name.startswith("trainer") else "adamw",
+        "hours_for_655M_tokens": round(RUN_TOKENS * seconds / variant.tokens / 3_600, 2),
     }
 
 

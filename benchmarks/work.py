@@ -291,8 +291,8 @@ def _muon(step: Step) -> list[Kernel]:
     return found
 
 
-def traced(arm: str, step: Step) -> list[Kernel]:
-    """The kernels of a step of `arm`, "transformers" or "reference", one for each PyTorch operation."""
+def traced(variant: str, step: Step) -> list[Kernel]:
+    """The kernels of a step of `variant`, "transformers" or "reference", one for each PyTorch operation."""
     # All layers but the first are alike.
     config = dataclasses.replace(step.config, num_hidden_layers=min(2, step.config.num_hidden_layers))
     shape = step.batch_size, step.sequence_length
@@ -304,7 +304,7 @@ def traced(arm: str, step: Step) -> list[Kernel]:
         # Our model looks where tensors lie, and one without memory lies at 0.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         tokens = torch.zeros(shape, dtype=torch.int64)
-        loss_of = _loss_of(arm, config)
+        loss_of = _loss_of(variant, config)
         with trace.modules, torch.autocast("cpu", torch.bfloat16, enabled=step.half):
             trace.direction = "forward"
             loss = loss_of(tokens, tokens)
@@ -313,8 +313,8 @@ def traced(arm: str, step: Step) -> list[Kernel]:
     return [*trace.kernels, *update(step)]
 
 
-def _loss_of(arm: str, config: ModelConfig) -> Callable:
-    if arm == "reference":
+def _loss_of(variant: str, config: ModelConfig) -> Callable:
+    if variant == "reference":
         net, chosen = Ant(config), kernels.selected()
 
         def loss(tokens, targets):

@@ -15,10 +15,10 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import peers
 import same_bits
 import test_ops as ops
-from arm import backends
 from bars import draw_file
 from stopwatch import Stopwatch
 from telemetry import QUERY, Telemetry
+from variant import backends
 
 from ant5m import kernels
 from ant5m.files import write_json
@@ -97,7 +97,8 @@ def test_arms_of_this_machine(cases):
         case = cases[name]
         inputs = case.make(torch.device("cpu"), torch.float32)
         found = {
-            arm: ops._why_wrong(ops._ours(case.op, arm), case.op, inputs) for arm in ("reference", "cpu")
+            variant: ops._why_wrong(ops._ours(case.op, variant), case.op, inputs)
+            for variant in ("reference", "cpu")
         }
         assert found == {"reference": None, "cpu": None}
     reason = ops._why_wrong(ops._ours("mlp", "triton"), "mlp", inputs)
@@ -106,11 +107,11 @@ def test_arms_of_this_machine(cases):
 
 
 def test_steps_are_drawn_and_ops_are_not(tmp_path):
-    arms = {
+    variants = {
         name: {"tokens_per_second": 10, "peak_bytes": 10**6} for name in ("transformers", "cpu", "trainer")
     }
     where = {"device": "a device", "commit": "abc"}
-    steps = {"info": {"preset": "ant-5m", "arms": arms}}
+    steps = {"info": {"preset": "ant-5m", "variants": variants}}
     for name, rows in (("steps", [steps, {"info": {}}]), ("ops", [{"info": {}}])):
         write_json(tmp_path / f"{name}.json", {"provenance": where, "benchmarks": rows})
         draw_file(tmp_path / f"{name}.json", tmp_path / f"{name}.png")

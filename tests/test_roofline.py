@@ -53,7 +53,7 @@ def total(counted, name, *ops, direction=None):
 
 @pytest.fixture(scope="module")
 def traces():
-    return {arm: traced(arm, STEP) for arm in ("transformers", "reference")}
+    return {variant: traced(variant, STEP) for variant in ("transformers", "reference")}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -78,10 +78,10 @@ def test_products_are_the_doctors(preset):
     assert total(ours(step, "cpu"), "flops", "attention") == 3.5 * flops["attention"]
 
 
-@pytest.mark.parametrize("arm", ["transformers", "reference"])
-def test_traced_products_are_those_of_the_formulas(traces, arm):
+@pytest.mark.parametrize("variant", ["transformers", "reference"])
+def test_traced_products_are_those_of_the_formulas(traces, variant):
     for op in ("linears", "head", "attention"):
-        assert total(traces[arm], "flops", op) == total(ours(STEP, "cpu"), "flops", op), op
+        assert total(traces[variant], "flops", op) == total(ours(STEP, "cpu"), "flops", op), op
 
 
 def test_traced_products_are_those_that_torch_counts(traces, monkeypatch):
@@ -154,7 +154,7 @@ def test_predictions_for_the_published_recipe():
 def test_what_was_measured_stands_beside_its_prediction(tmp_path):
     cpu = dataclasses.replace(SOME, units=False, backend="cpu")
     info = {"preset": "ant-5m", "batch": [2, 64], "dtype": "float32"}
-    info["arms"] = {
+    info["variants"] = {
         "trainer": {"tokens_per_second": 1_000},
         "transformers-compiled": {"tokens_per_second": 1},
     }
@@ -164,14 +164,14 @@ def test_what_was_measured_stands_beside_its_prediction(tmp_path):
     (tmp_path / "with.json").write_text(json.dumps({**values, "rates": vars(cpu)}))
     (row,) = roofline.checks(tmp_path)
     expected = roofline.predict("cpu", Step(PRESETS["ant-5m"], 2, 64, half=False), cpu).tokens_per_second
-    assert (row["arm"], row["device"], row["commit"]) == ("trainer", "a machine", "012345678")
+    assert (row["variant"], row["device"], row["commit"]) == ("trainer", "a machine", "012345678")
     assert row["measured_over_predicted"] == pytest.approx(1_000 / expected, rel=1e-3)
 
 
 def test_the_program_prints_tables_and_keeps_its_results(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(roofline, "RESULTS", tmp_path)
     monkeypatch.setattr(roofline, "PICTURE", tmp_path / "roofline.png")
-    monkeypatch.setattr(roofline, "count", lambda arm, step: ours(step))  # the trace takes its time
+    monkeypatch.setattr(roofline, "count", lambda variant, step: ours(step))  # the trace takes its time
     monkeypatch.setattr(sys, "argv", ["roofline.py"])
     roofline.main()
     shown = capsys.readouterr().out

@@ -1,7 +1,7 @@
 """One training setup in a process of its own, stepped from outside: peak memory is then its own, and several
-setups can take turns, so that a ratio holds on a machine whose speed drifts.
+setups can be interleaved, so that a ratio holds on a machine whose speed drifts.
 
-    python benchmarks/arm.py '{"name": "cpu", "preset": "ant-5m", "batch_size": 8, "sequence_length": 1024}'
+    python benchmarks/variant.py '{"name": "cpu", "preset": "ant-5m", "batch_size": 8, "sequence_length": 64}'
 
 reads a line, makes one step, answers with one line of JSON: {"seconds": .., "peak_bytes": .., "loss": ..}.
 """
@@ -16,14 +16,14 @@ from typing import Any
 
 
 def training_precision(device) -> str:
-    """What arms are compared in: that in which a GPU trains, fp32 on a CPU."""
+    """The precision of a comparison: the one in which a GPU trains, fp32 on a CPU."""
     from ant5m.device import choose_precision
 
     return choose_precision("auto" if device.type == "cuda" else "fp32", device)
 
 
 def backends() -> list[str]:
-    """Of `ant5m.kernels`, those that can take a whole step on this machine's device in its precision."""
+    """The backends of `ant5m.kernels` that can run a whole step on this machine's device in its precision."""
     import torch
 
     from ant5m import kernels
@@ -36,7 +36,7 @@ def backends() -> list[str]:
     return [b for b in kernels.BACKENDS if b not in others and all(row[b] == "ready" for row in ready)]
 
 
-class Arm:
+class Variant:
     """The outside of such a process.
 
     Args:
@@ -70,7 +70,7 @@ class Arm:
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"the benchmark arm '{self.name}' died: its message stands above")
+            raise RuntimeError(f"the benchmark variant '{self.name}' died: its message stands above")
         result = json.loads(answer)
         self.seconds.append(result["seconds"])
         self.peak_bytes, self.micro_batch_size = result["peak_bytes"], result["micro_batch_size"]
@@ -152,7 +152,7 @@ def _trainer(config, device, precision: str, rows: int):
 
 
 def _loop(name: str, config, device, precision: str, rows: int):
-    """The usual loop in PyTorch: autocast, clipping, AdamW in one launch, a loss scale where it is fp16."""
+    """An ordinary PyTorch loop: autocast, clipping, AdamW in one launch, a loss scale for fp16."""
     import torch
 
     from ant5m.device import DTYPES, autocast
