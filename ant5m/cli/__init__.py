@@ -19,12 +19,14 @@ def _interrupted_early(kind, error, traceback) -> None:
 
 sys.excepthook = _interrupted_early
 
+import ast
 import dataclasses
 import errno
 import functools
 import importlib
 import inspect
 import io
+import itertools
 import os
 import shutil
 import textwrap
@@ -127,7 +129,7 @@ def _print_in_any_encoding() -> None:
 def _load(name: str, flags: list[str], program: str):
     module, _, cls = COMMANDS[name][0].partition(":")
     command = getattr(importlib.import_module(module), cls)
-    _leave_out_nothing(command)
+    _improve_help(command)
     # tyro would drop the examples at the end of the docstring, and give every switch a --no- twin.
     return tyro.cli(
         command,
@@ -148,20 +150,39 @@ def _wrapped(text: str) -> str:
 
 
 @functools.cache
-def _leave_out_nothing(command: type) -> None:
+def _improve_help(command: type) -> None:
     """Make the help of flags that nobody has to give `--out PATH`, not `--out {None}|PATH (default: None)`:
-    their own text says what holds without them."""
+    their own text says what holds without them. Texts flow in the terminal's width, where tyro would keep the
+    line breaks of the source."""
+    texts = _field_texts(command)
     plain, full = (typing.get_type_hints(command, include_extras=extras) for extras in (False, True))
     for field in dataclasses.fields(command):
         hint = plain[field.name]
         if dataclasses.is_dataclass(hint):
-            _leave_out_nothing(typing.cast(type, hint))
-        elif field.default in (None, ()):
+            _improve_help(typing.cast(type, hint))
+            continue
+        shown = [tyro.conf.arg(help=texts[field.name])]
+        if field.default in (None, ()):
             marks = getattr(full[field.name], "__metadata__", ())
             own = any(getattr(mark, "metavar", None) for mark in marks)
             metavar = _metavar(hint) if field.default is None and not own else None
-            shown = tyro.conf.arg(help_behavior_hint="", metavar=metavar)
-            command.__annotations__[field.name] = typing.Annotated[full[field.name], shown]
+            shown.append(tyro.conf.arg(help_behavior_hint="", metavar=metavar))
+        command.__annotations__[field.name] = typing.Annotated[(full[field.name], *shown)]
+
+
+def _field_texts(command: type) -> dict[str, str]:
+    """The docstring below each field of a dataclass, on one line."""
+    (declared,) = ast.parse(textwrap.dedent(inspect.getsource(command))).body
+    assert isinstance(declared, ast.ClassDef)
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in itertools.pairwise(declared.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
 
 
 def _metavar(optional: typing.Any) -> str:
