@@ -2,9 +2,15 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from ant5m.errors import UserError
+from ant5m.schema import Count, Positive, check, check_names
+
+Size = Annotated[int, Meta(ge=1, le=10_000_000)]
+"""beyond, building the model fails only after minutes"""
 
 
 @dataclass(frozen=True)
@@ -14,37 +20,31 @@ class ModelConfig:
     Raises `UserError` when the values cannot make a model.
     """
 
-    vocab_size: int = 16_384
+    vocab_size: Size = 16_384
     """entries of the token table"""
-    hidden_size: int = 128
+    hidden_size: Size = 128
     """width of the residual stream"""
-    intermediate_size: int = 516
+    intermediate_size: Size = 516
     """width of the SwiGLU"""
-    num_hidden_layers: int = 11
-    num_attention_heads: int = 8
+    num_hidden_layers: Size = 11
+    num_attention_heads: Size = 8
     """query heads"""
-    num_key_value_heads: int = 2
+    num_key_value_heads: Size = 2
     """key/value heads; each serves num_attention_heads / num_key_value_heads query heads"""
-    head_dim: int | None = None
+    head_dim: Count | None = None
     """hidden_size / num_attention_heads unless given"""
-    max_position_embeddings: int = 1_024
+    max_position_embeddings: Size = 1_024
     """context length in tokens"""
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10_000.0
+    rms_norm_eps: Positive = 1e-5
+    rope_theta: Positive = 10_000.0
     """RoPE base"""
     tie_word_embeddings: bool = True
     """the head uses the token table"""
-    initializer_range: float = 0.02
+    initializer_range: Positive = 0.02
     """standard deviation of the initial weights"""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        for name in _POSITIVE:
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name in _REQUIRED:
-            if getattr(self, name) > _LARGEST:
-                raise UserError(f"{name} must be at most {_LARGEST:,}, not {getattr(self, name):,}")
+        check(self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_key_value_heads ({self.num_key_value_heads}) must divide "
@@ -74,15 +74,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
         """The inverse of `to_dict`. Raises `UserError` on an unknown name or when a size is missing."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise UserError(
-                f"unknown in a model config: {', '.join(unknown)} (known: {', '.join(sorted(known))})"
-            )
-        missing = [name for name in _REQUIRED if name not in values]
-        if missing:
-            raise UserError(f"missing in a model config: {', '.join(missing)}")
+        check_names(cls, values, "a model config", _REQUIRED)
         return cls(**values)
 
 
@@ -95,24 +87,6 @@ _REQUIRED = (
     "num_key_value_heads",
     "max_position_embeddings",
 )
-_LARGEST = 10_000_000
-"""of any size: beyond, building the model fails only after minutes"""
-_POSITIVE = (*_REQUIRED, "rms_norm_eps", "rope_theta", "initializer_range")
-
-
-def _check_types(config: ModelConfig) -> None:
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.type == "int | None" or field.type == int | None:
-            good = value is None or (type(value) is int and value > 0)
-        elif field.type is float:
-            good = type(value) in (int, float) and value == value and abs(value) != float("inf")
-        else:
-            good = type(value) is field.type
-        if not good:
-            kind = getattr(field.type, "__name__", "int")
-            raise UserError(f"{field.name} must be a{'n' if kind == 'int' else ''} {kind}, not {value!r}")
-
 
 PRESETS = {
     # The published model. Its SwiGLU width is not stated; 516 is the multiple of four that gives the

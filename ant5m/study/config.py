@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from msgspec import Meta
 
 from ant5m.errors import UserError
+from ant5m.schema import Count, Positive, check, flag
 from ant5m.study.studies import STUDIES, StudyName, Variant, variants_of_models, variants_of_study
 
 TRAINING = ("sequence_length", "optimizer", "precision", "kernels")
@@ -31,26 +33,26 @@ class CompareConfig:
     cache: Path | None = None
     """folder for tokenizers and shards, which studies on the same text can share; default: in --out"""
 
-    tokens: int = 10_000_000
+    tokens: Count = 10_000_000
     """training tokens per run of the baseline; with another tokenizer, as many as give the same bytes"""
-    seeds: int = 3
+    seeds: Count = 3
     """runs per variant, with seeds 1, 2, ..."""
-    sequence_length: int | None = None
+    sequence_length: Count | None = None
     """tokens per sequence, and the models' context length; default: that of each model"""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """sequences per optimizer step, for all variants; default: chosen from the number of tokens"""
     optimizer: Literal["adamw", "muon"] = "muon"
     """optimizer, unless the study varies it"""
-    learning_rate: float = 4e-3
+    learning_rate: Positive = 4e-3
     """peak learning rate of AdamW, for all variants"""
-    muon_learning_rate: float = 0.014
+    muon_learning_rate: Positive = 0.014
     """peak learning rate of Muon, for all variants"""
-    rate_factors: tuple[float, ...] = (1.0,)
+    rate_factors: tuple[Positive, ...] = (1.0,)
     """train every variant with both learning rates times each of these factors; the best one counts"""
 
-    validation_fraction: float = 0.005
+    validation_fraction: Annotated[float, Meta(gt=0, lt=1)] = 0.005
     """share of the documents that is held out for validation"""
-    workers: int = 1
+    workers: Count = 1
     """runs at the same time: one GPU each on a machine with GPUs, else they share the CPU"""
     device: str = "auto"
     """auto, cpu, cuda"""
@@ -62,20 +64,11 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if bool(self.models) == bool(self.study):
             raise UserError(f"name two models or more, or --study with one of {', '.join(STUDIES)}")
-        for name in ("tokens", "seeds", "workers"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise UserError(
-                    f"--{name.replace('_', '-')} must be a whole number of at least 1, not {value!r}"
-                )
-        if not self.rate_factors or not all(0 < factor < float("inf") for factor in self.rate_factors):
-            raise UserError("--rate-factors must be numbers above 0")
+        check(self, flag)
+        if not self.rate_factors:
+            raise UserError("--rate-factors needs at least one number above 0")
         if len(set(self.rate_factors)) < len(self.rate_factors):
             raise UserError("--rate-factors names a factor twice")
-        if not 0 < self.validation_fraction < 1:
-            raise UserError(
-                f"--validation-fraction must be above 0 and below 1, not {self.validation_fraction}"
-            )
 
     @property
     def name(self) -> str:
