@@ -17,7 +17,7 @@ from ant5m.data.corpus import Corpus
 from ant5m.data.tokenizer import Tokenizer
 from ant5m.device import choose_precision
 from ant5m.errors import UserError
-from ant5m.files import write_json
+from ant5m.files import lock, write_json
 from ant5m.model.ant import Ant
 from ant5m.model.config import PRESETS, ModelConfig
 from ant5m.model.costs import count_flops
@@ -27,6 +27,7 @@ from ant5m.study.config import CompareConfig
 from ant5m.study.materials import Materials
 from ant5m.study.statistics import CLAIMS_TESTED, SMALLEST_EFFECT, Interval, interval, judge, paired
 from ant5m.study.studies import CLAIMS, STUDIES, TOLERANCE, Variant, fill, variants_of_study
+from ant5m.train.config import TrainConfig
 from ant5m.train.pretraining import Result
 
 CONTROLLED = [name for name, study in STUDIES.items() if study.parameters is not None]
@@ -396,3 +397,68 @@ def test_sigterm_saves_every_worker_and_the_study_goes_on(material, tmp_path):
     assert len(list(out.glob("variants/*/checkpoints/*"))) == 2 and not list(
         out.glob("variants/*/result.json")
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"device": "nowhere"}, "nowhere"),
+        ({"kernels": "nothing"}, "nothing"),
+        ({"learning_rate": -1.0}, "--learning-rate"),
+        ({"batch_size": 10**12}, "GB of memory"),
+        ({"data": ("absent.txt",)}, "absent.txt does not exist"),
+    ],
+)
+def test_what_is_impossible_is_said_before_anything_is_made(tmp_path, changes, words):
+    (tmp_path / "text.txt").write_text("the ant")
+    fields = {
+        "models": ("ant-5m", "ant-5m-fit"),
+        "data": (str(tmp_path / "text.txt"),),
+        "out": tmp_path / "out",
+    }
+    with pytest.raises(UserError, match=words):
+        experiment.compare(CompareConfig(**{**fields, **changes}))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="--seeds must be at most 1,000"):
+        CompareConfig(models=("ant-5m", "ant-5m-fit"), seeds=10**9)
+
+
+def test_a_study_says_which_run_begins_and_how_long_it_will_take(tmp_path, monkeypatch, capsys):
+    clock = iter([0.0, 1.0, 301.0])
+    monkeypatch.setattr(experiment.time, "monotonic", lambda: next(clock))
+    progress = experiment.StudyProgress(tmp_path / "[/red]", runs=6, waiting=4)
+    job = experiment.Job("a", 1, 1.0, TrainConfig(out=tmp_path / "a-seed1"))
+    progress.run_begins(job)
+    progress.run_ended()
+    progress.run_begins(job)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith("[/red]: 6 runs, 2 of them done")
+    assert lines[1:] == ["run 3 of 6: a-seed1", "run 4 of 6: a-seed1, about 15 min left"]
+
+
+def test_a_study_has_one_process_and_goes_on_where_a_kill_came_early(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("the ant")
+    config = CompareConfig(
+        models=("ant-5m", "ant-5m-fit"), data=(str(tmp_path / "text.txt"),), out=tmp_path / "out"
+    )
+    with lock(tmp_path / "out"), pytest.raises(UserError, match="another process is writing into"):
+        experiment.compare(config)
+    for stop_at in range(3):
+        real, calls = experiment.write_json, iter(range(10))
+
+        def write(path, value, stop_at=stop_at, real=real, calls=calls):
+            if next(calls) == stop_at:
+                raise KeyboardInterrupt
+            real(path, value)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(experiment, "write_json", write)
+            patch.setattr(Materials, "prepare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            experiment.compare(config)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Materials, "prepare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        experiment.compare(config)
+    assert {path.name for path in (tmp_path / "out" / "models").iterdir()} == {
+        "ant-5m.json",
+        "ant-5m-fit.json",
+    }

@@ -16,32 +16,33 @@ evaluates is taken; a training split never is. A split in shards (`validation-00
 `0001` in a folder) is read whole.
 """
 
-import gzip
-import io
-import lzma
+import codecs
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import zstandard
 from msgspec import Struct
 
+from ant5m.data import compression, folders
 from ant5m.errors import UserError
 from ant5m.eval.schemas import fault
 from ant5m.files import parse_json
 
-OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstandard.open}
 ENDING = re.compile(r"\.(jsonl(\.(gz|xz|zst))?|parquet)$")
+LARGEST = 1 << 29
+"""bytes of a .jsonl, all of which is held in memory"""
 SPLITS = ("train", "validation", "valid", "val", "dev", "test")
 
 
 def find_files(data_dir: Path) -> list[Path]:
-    """Every file below a folder that can hold items, sorted. Raises `UserError` when there is no folder."""
+    """Every file below a folder that can hold items, sorted. Raises `UserError` when there is no folder; a
+    warning says what was left out (see `ant5m.data.folders.find_files`)."""
     if not data_dir.is_dir():
         raise UserError(f"{data_dir} is not a folder of benchmark files")
-    files = [path for path in sorted(data_dir.rglob("*")) if path.is_file() and not path.name.startswith(".")]
-    return [path for path in files if ENDING.search(path.name)]
+    found = folders.find_files(data_dir, lambda path: bool(ENDING.search(path.name)))
+    found.warn()
+    return found.files
 
 
 def choose_files(
@@ -150,11 +151,15 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_jsonl(path: Path) -> list[Any]:
-    opener = OPENERS.get(path.suffix, open)
+    content = bytearray()
     try:
-        with opener(path, "rb") as raw:
-            lines = list(io.TextIOWrapper(raw, encoding="utf-8-sig"))
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zstandard.ZstdError) as error:
-        raise UserError(f"{path} is damaged or not what its name says ({error})") from None
-    numbered = ((number, line) for number, line in enumerate(lines, 1) if not line.isspace())
+        with path.open("rb") as raw:
+            for block in compression.blocks(path, raw):
+                content += block
+                if len(content) > LARGEST:
+                    raise UserError(f"{path} holds more than {LARGEST >> 20:,} MiB: it is no file of items")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    lines = bytes(content).removeprefix(codecs.BOM_UTF8).split(b"\n")
+    numbered = ((number, line) for number, line in enumerate(lines, 1) if line and not line.isspace())
     return [parse_json(line, f"{path}, line {number}") for number, line in numbered]

@@ -16,6 +16,9 @@ TRAINING = ("sequence_length", "optimizer", "precision", "kernels")
 """flags that go into every run as they are"""
 
 
+MAX_SEEDS = 1_000
+
+
 @dataclass(frozen=True)
 class CompareConfig:
     """What to compare, on what, for how long. Raises `UserError` when a value is impossible."""
@@ -67,6 +70,8 @@ class CompareConfig:
         check(self, flag)
         if not self.rate_factors:
             raise UserError("--rate-factors needs at least one number above 0")
+        if self.seeds > MAX_SEEDS:
+            raise UserError(f"--seeds must be at most {MAX_SEEDS:,}: each is a run of every variant")
         if len(set(self.rate_factors)) < len(self.rate_factors):
             raise UserError("--rate-factors names a factor twice")
 

@@ -1,8 +1,10 @@
 """Running an experiment: each variant with each seed, every one an ordinary run folder; it can be stopped."""
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -16,12 +18,15 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
+from ant5m import kernels
 from ant5m.data.corpus import Corpus
 from ant5m.data.loader import Loader
 from ant5m.data.shards import Shards
+from ant5m.data.tokenizer import check_vocab_size
+from ant5m.device import choose_device, choose_precision
 from ant5m.errors import UserError
 from ant5m.eval.loops import PROMPTS, LoopStatistics, measure_loops
-from ant5m.files import read_json, write_json
+from ant5m.files import is_unused, lock, read_json, write_json
 from ant5m.model.checkpoint import load_with_tokenizer
 from ant5m.study.bigram import bigram_bits_per_byte
 from ant5m.study.config import TRAINING, CompareConfig
@@ -31,7 +36,7 @@ from ant5m.study.statistics import RULE
 from ant5m.study.studies import STUDIES, Variant
 from ant5m.train.config import TrainConfig
 from ant5m.train.metrics import read_metrics
-from ant5m.train.plan import batch_for_tokens
+from ant5m.train.plan import batch_for_tokens, check_memory
 from ant5m.train.pretraining import pretrain
 from ant5m.train.run import versions
 from ant5m.train.stop import Stop
@@ -69,26 +74,79 @@ def compare(config: CompareConfig) -> str | None:
     variants = config.design()
     corpus = Corpus.open(config.data)
     materials = Materials(config.cache or config.folder, corpus, config.validation_fraction)
+    check(config, variants)
+    _refuse_content(config)
+    with contextlib.ExitStack() as held:
+        for folder in {config.folder.resolve(), materials.folder.resolve()}:
+            held.enter_context(lock(folder))
+        return _compare(config, variants, materials)
+
+
+def _compare(config: CompareConfig, variants: list[Variant], materials: Materials) -> str | None:
     _write_plan(config, variants, materials)
     materials.prepare({variant.model.vocab_size for variant in variants})
     jobs = plan_jobs(config, variants, materials)
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
     waiting = [job for job in jobs if not job.result.exists()]
-    console.print(f"{config.folder}: {len(jobs)} runs, {len(jobs) - len(waiting)} of them done")
+    progress = StudyProgress(config.folder, len(jobs), len(waiting))
     bigrams = count_bigrams(config, variants, jobs)
     report(config, variants, materials, jobs, bigrams)
-    for stopped in _run_all(waiting, config):
+    for stopped in _run_all(waiting, config, progress):
         if stopped:
             return stopped
+        progress.run_ended()
         report(config, variants, materials, jobs, bigrams)
     return None
+
+
+def check(config: CompareConfig, variants: list[Variant]) -> None:
+    """Raise `UserError`, before anything is made, for what the first tokenizer or run would refuse."""
+    device = choose_device(config.device)
+    choose_precision(config.precision, device)
+    before = kernels.selected()
+    try:
+        kernels.select(config.kernels or before)
+    finally:
+        kernels.select(before)
+    for variant in variants:
+        check_vocab_size(variant.model.vocab_size)
+        check_memory(variant.model, config.batch_size or 1, device)
+        settings = {key: getattr(config, key) for key in TRAINING} | variant.train
+        rates = {key: getattr(config, key) for key in ("learning_rate", "muon_learning_rate")}
+        TrainConfig(batch_size=config.batch_size, **{**rates, **settings})
+
+
+class StudyProgress:
+    """Says which run of how many begins, and about how long all of them will take."""
+
+    def __init__(self, folder: Path, runs: int, waiting: int):
+        self._console = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._runs, self._waiting = runs, waiting
+        self._begun, self._ended = runs - waiting, 0
+        self._started = time.monotonic()
+        self._console.print(f"{folder}: {runs} runs, {self._begun} of them done", markup=False)
+
+    def run_begins(self, job: Job) -> None:
+        assert job.run.out
+        self._begun += 1
+        line = f"run {self._begun} of {self._runs}: {job.run.out.name}"
+        self._console.print(line + self._time_left(time.monotonic()), markup=False)
+
+    def run_ended(self) -> None:
+        self._ended += 1
+
+    def _time_left(self, now: float) -> str:
+        """From the runs of this call that ended; nothing before the first did."""
+        if not self._ended:
+            return ""
+        seconds = (now - self._started) / self._ended * (self._waiting - self._ended)
+        return f", about {seconds / 60:,.0f} min left" if seconds >= 90 else f", about {seconds:.0f} s left"
 
 
 def count_bigrams(config: CompareConfig, variants: list[Variant], jobs: list[Job]) -> dict[str, float]:
     """Bits per byte of each variant's bigram, counted once and kept; the same tokens share it."""
     path = config.folder / BIGRAMS
     if path.exists():
-        return dict(read_json(path))
+        return read_json(path, dict[str, float])
     first = {job.variant: job.run for job in reversed(jobs)}
     text = {
         variant.name: (variant.model.vocab_size, variant.model.max_position_embeddings)
@@ -192,23 +250,28 @@ def _write_plan(config: CompareConfig, variants: list[Variant], materials: Mater
     }
     path = config.folder / PLAN
     if path.exists():
-        if read_json(path) != plan:
+        if read_json(path, dict[str, Any]) != plan:
             raise UserError(
                 f"{config.folder} holds an experiment with other settings: repeat the command that began it, "
                 "or choose another --out"
             )
-        return
-    if config.folder.exists() and (not config.folder.is_dir() or any(config.folder.iterdir())):
+    else:
+        write_json(path, plan)
+    for variant in variants:  # a kill may have come in between
+        if not _model_file(config, variant).exists():
+            write_json(_model_file(config, variant), variant.model.to_dict())
+
+
+def _refuse_content(config: CompareConfig) -> None:
+    if not is_unused(config.folder) and not (config.folder / PLAN).exists():
         raise UserError(f"{config.folder} exists with other content: choose another --out")
-    write_json(path, plan)
-    for variant in variants:
-        write_json(_model_file(config, variant), variant.model.to_dict())
 
 
-def _run_all(jobs: list[Job], config: CompareConfig) -> Iterator[str | None]:
+def _run_all(jobs: list[Job], config: CompareConfig, progress: StudyProgress) -> Iterator[str | None]:
     """Run the jobs and yield after each one: None, or why it was stopped (none is begun after that)."""
     if config.workers == 1:
         for job in jobs:
+            progress.run_begins(job)
             yield run_job(job)
         return
     gpus = torch.cuda.device_count() if config.device in ("auto", "cuda") else 0
@@ -222,6 +285,7 @@ def _run_all(jobs: list[Job], config: CompareConfig) -> Iterator[str | None]:
                 place, job = free.pop(), waiting.pop(0)
                 device = f"cuda:{place % gpus}" if gpus else config.device
                 job = dataclasses.replace(job, run=dataclasses.replace(job.run, device=device))
+                progress.run_begins(job)
                 running[pool.submit(run_job, job, threads)] = place
             for future in wait(running, SIGNAL_SECONDS, FIRST_COMPLETED).done:
                 free.append(running.pop(future))
