@@ -24,7 +24,8 @@ from ant5m.model.config import ModelConfig
 SURFACE = {
     "tokenizer train": "out vocab-size sample-mb max-documents text-column on-error",
     "tokenizer health": "tokenizer preset compare sample-mb max-documents text-column on-error picture json",
-    "data pack": "allow-loss filters on-error out seed shard-tokens text-column tokenizer "
+    "data contamination": "TEXT_OR_SHARDS against json text-column",
+    "data pack": "allow-loss exclude-items filters on-error out seed shard-tokens text-column tokenizer "
     "validation-fraction",
     "train": "model data tokenizer out resume steps tokens max-minutes batch-size micro-batch-size "
     "sequence-length document-mask optimizer learning-rate muon-learning-rate betas eps weight-decay "

@@ -310,7 +310,7 @@ def test_filters_that_leave_nothing_of_the_last_batch(tmp_path, tokenizer, monke
     meta = packed("last", make_texts(100) + repeats)
     assert meta["removed"]["repeats_documents"] == 5
     assert sum(split["documents"] for split in meta["splits"].values()) == 100
-    with pytest.raises(UserError, match="the filters left no document"):
+    with pytest.raises(UserError, match="every document was left out"):
         packed("all", repeats)
 
 

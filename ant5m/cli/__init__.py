@@ -51,6 +51,10 @@ COMMANDS = {
         "check whether a tokenizer suits a text and a model",
     ),
     "data pack": ("ant5m.cli.data:DataPack", "turn text into token shards"),
+    "data contamination": (
+        "ant5m.cli.contamination:DataContamination",
+        "check a training text for the items of benchmarks",
+    ),
     "train": ("ant5m.cli.train:Train", "pre-train a model (with no flag: everything, on built-in text)"),
     "eval": (
         "ant5m.cli.evaluate:Evaluate",

@@ -37,6 +37,7 @@ class DataPack:
         ant5m data pack books/ more.jsonl.zst --tokenizer my-tokenizer --out data/books
         ant5m data pack hf:roneneldan/TinyStories --tokenizer my-tokenizer --out data/stories
         ant5m data pack web.jsonl.zst --tokenizer my-tokenizer --out data/web --filters repeats boilerplate
+        ant5m data pack web.jsonl.zst --tokenizer my-tokenizer --out data/clean --exclude-items benchmarks
         ant5m data pack builtin --tokenizer my-tokenizer --out data/builtin --validation-fraction 0.02
     """
 
@@ -67,10 +68,16 @@ class DataPack:
     """repeats: remove lines that already occurred in the same document, and documents that mostly repeat
     themselves; boilerplate: remove URLs, e-mail addresses, and lines about cookies, policies and copyright"""
 
+    exclude_items: Path | None = None
+    """folder of benchmark items, as for `ant5m eval --data-dir`: leave out documents that share 13 words in a
+    row with one of them"""
+
     def run(self) -> None:
+        from ant5m.data.contamination import ItemIndex
         from ant5m.data.corpus import Corpus, describe_left_out
         from ant5m.data.packing import pack
         from ant5m.data.tokenizer import Tokenizer
+        from ant5m.eval.items import texts_by_task
 
         tokenizer = Tokenizer.load(self.tokenizer)
         corpus = Corpus.open(self.inputs, self.text_column, self.on_error)
@@ -85,6 +92,7 @@ class DataPack:
                 progress=progress,
                 filters=self.filters,
                 allow_loss=self.allow_loss,
+                exclude=ItemIndex(texts_by_task(self.exclude_items)) if self.exclude_items else None,
             )
         removed = _removed(meta.get("removed", {}))
         Console().print(_table(meta["splits"]), f"{removed}packed into {escape(str(self.out))}")
@@ -145,4 +153,4 @@ def _removed(counts: dict[str, int]) -> str:
     if not counts:
         return ""
     listed = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items())
-    return f"left out by the filters: {listed}\n"
+    return f"left out: {listed}\n"

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 import ant5m
 from ant5m.data.builtin import load_builtin
+from ant5m.data.contamination import ItemIndex
 from ant5m.data.corpus import Corpus, Cursor, Position
 from ant5m.data.filters import FILTERS, FilterName, clean
 from ant5m.data.shards import COUNTS, FORMAT, META, PROGRESS, TOKEN
@@ -85,6 +86,7 @@ def pack(
     progress: "Progress | None" = None,
     filters: Sequence[FilterName] = (),
     allow_loss: bool = False,
+    exclude: ItemIndex | None = None,
 ) -> dict[str, Any]:
     """Write the folder that `Shards.open` reads, and return its `meta.json`.
 
@@ -94,7 +96,8 @@ def pack(
     of it is in one split; only where the whole text is one document, each piece has its own. Where that
     leaves validation empty, the document with the lowest hash goes there. Every shard file but the
     last of its split holds `shard_tokens` tokens. `filters` (see `ant5m.data.filters`) change the documents
-    of both splits, but not which document is in which.
+    of both splits, but not which document is in which. Documents that share 13 words in a row with an item of
+    `exclude` are left out.
 
     A folder with an unfinished packing of the same corpus, tokenizer and options is continued. Raises
     `UserError` when the folder holds anything else, another process is packing into it, the ids do not fit
@@ -105,24 +108,26 @@ def pack(
     on the disk), `options`, `versions`, and `splits`: for train and validation the number of `documents`,
     `tokens` (end-of-text ids included), `bytes` of UTF-8 text and `words` (`str.split`), `lost_bytes` (of
     them, what the tokenizer cannot spell), and the `shards`, each with `name`, `tokens` and `sha256`; with
-    filters also `removed`, the counts of `ant5m.data.filters.clean`; `left_out`, the `rows` and `files` that
-    could not be read; `held_out`, "documents" or "pieces" of a single one. The folder also gets a copy of the
-    tokenizer in `tokenizer/`, and `manifest.json` with the hash of every file.
+    filters also `removed`, the counts of `ant5m.data.filters.clean`; with `exclude` also `excluded_items`,
+    the tasks whose items it has; `left_out`, the `rows` and `files` that could not be read; `held_out`,
+    "documents" or "pieces" of a single one. The folder also gets a copy of the tokenizer in `tokenizer/`, and
+    `manifest.json` with the hash of every file.
     """
     out = Path(out)
     chosen = [name for name in FILTERS if name in filters]
     options = dict(
         zip(OPTIONS, (corpus.text_column, validation_fraction, seed, shard_tokens, chosen), strict=True)
     )
+    options["exclude_items"] = exclude.fingerprint if exclude else None
     _check(tokenizer, validation_fraction, seed, shard_tokens, filters)
     _refuse_content(out)
     with _full_disk_explained(out), lock(out):
         remove_asides(out)
         journal = _begin(out, _plan(corpus, tokenizer, options, progress))
-        while again := _pack(journal, corpus, tokenizer, out, progress, allow_loss):
+        while again := _pack(journal, corpus, tokenizer, out, progress, allow_loss, exclude):
             journal = again
             journal.write(out)
-        return _finish(journal, corpus, tokenizer, out)
+        return _finish(journal, corpus, tokenizer, out, exclude)
 
 
 @dataclass
@@ -263,6 +268,7 @@ def _pack(
     out: Path,
     progress: "Progress | None",
     allow_loss: bool,
+    exclude: ItemIndex | None,
 ) -> _Journal | None:
     """Go from the journal's position to the end; returns the journal to start again with, if need be."""
     cursor = corpus.documents(Position(*journal.position))
@@ -276,7 +282,7 @@ def _pack(
             name: stack.enter_context(_Writer(out, name, split, journal.plan["shard_tokens"]))
             for name, split in journal.splits.items()
         }
-        batches = _batches(cursor, journal.plan, journal.by_piece)
+        batches = _batches(cursor, journal.plan, journal.by_piece, exclude)
         for batch in _encoded(batches, tokenizer, journal.trusted, allow_loss):
             if not batch.verified and not journal.trusted:
                 raise UserError("tokenizers gives this text other ids each time: use another tokenizer")
@@ -310,14 +316,16 @@ def _pack(
     return _Journal(journal.plan, journal.lowest, journal.trusted, by_piece=journal.by_piece)
 
 
-def _finish(journal: _Journal, corpus: Corpus, tokenizer: Tokenizer, out: Path) -> dict[str, Any]:
+def _finish(
+    journal: _Journal, corpus: Corpus, tokenizer: Tokenizer, out: Path, exclude: ItemIndex | None
+) -> dict[str, Any]:
     """Write what a data set has beside its shards, or say why there is none."""
     for name, split in journal.splits.items():
         if not split["documents"]:
             _remove_shards(out, keep=set())
             (out / PROGRESS).unlink()
             if not any(split["documents"] for split in journal.splits.values()):
-                raise UserError("the filters left no document: pack without one of them, or give other text")
+                raise UserError("every document was left out: pack without a filter, or give other text")
             raise UserError(
                 f"the text is too small: no document is left for {name}. Give more different ones (files, "
                 "rows, or <|endoftext|> between the documents of a .txt), or another --validation-fraction"
@@ -343,8 +351,10 @@ def _finish(journal: _Journal, corpus: Corpus, tokenizer: Tokenizer, out: Path) 
             **{name: importlib.metadata.version(name) for name in ("tokenizers", "gigatoken")},
         },
     }
-    if journal.plan["filters"]:
+    if journal.plan["filters"] or exclude:
         meta["removed"] = journal.removed
+    if exclude:
+        meta["excluded_items"] = exclude.describe()
     _write_meta(out, meta)
     (out / PROGRESS).unlink()
     return meta
@@ -399,7 +409,9 @@ class _Encoded:
     verified: bool
 
 
-def _batches(cursor: Cursor, plan: dict[str, Any], by_piece: bool) -> Iterator[_Batch]:
+def _batches(
+    cursor: Cursor, plan: dict[str, Any], by_piece: bool, exclude: ItemIndex | None
+) -> Iterator[_Batch]:
     salt = plan["seed"].to_bytes(hashlib.blake2b.SALT_SIZE, "little", signed=True)
     texts: list[str] = []
     raw: list[bytes] = []
@@ -425,6 +437,9 @@ def _batches(cursor: Cursor, plan: dict[str, Any], by_piece: bool) -> Iterator[_
         if plan["filters"]:
             text, counts = clean(text, plan["filters"])
             removed += counts
+        if exclude and text and exclude.has(text):
+            removed["documents_with_items"] += 1
+            continue
         if not text:
             continue
         texts.append(text)

@@ -6,6 +6,7 @@ The shard files of a split are one logical sequence of tokens; where one file en
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -166,6 +167,20 @@ class Shards:
         shards = [[shard["sha256"], shard["tokens"]] for shard in self.meta["splits"][self.split]["shards"]]
         seen = json.dumps([self.tokenizer_fingerprint, shards])
         return hashlib.sha256(seen.encode()).hexdigest()
+
+    def documents(self, block: int = 1 << 20) -> Iterator[NDArray[np.uint16]]:
+        """The ids of each document in order, without its end-of-text id, from reads of `block` tokens."""
+        pending: list[NDArray[np.uint16]] = []
+        for start in range(0, self.num_tokens, block):
+            tokens = self.tokens[start : start + block]
+            ends = np.flatnonzero(tokens == self.eos_token_id)
+            *whole, rest = np.split(tokens, ends + 1)
+            for ids in whole:
+                yield np.concatenate([*pending, ids[:-1]])
+                pending = []
+            pending.append(rest)
+        if any(map(len, pending)):
+            yield np.concatenate(pending)
 
     @classmethod
     def open(cls, folder: str | Path, split: Split = "train", verify: bool = True) -> "Shards":

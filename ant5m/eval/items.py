@@ -18,17 +18,23 @@ evaluates is taken; a training split never is. A split in shards (`validation-00
 
 import codecs
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
 
 from ant5m.data import compression, folders
-from ant5m.errors import UserError
+from ant5m.errors import UserError, first_line
+from ant5m.eval.benchmarks import BENCHMARKS, Benchmark
 from ant5m.eval.schemas import fault
 from ant5m.files import parse_json
 
+NO_TEXT = (
+    *("answer", "answerKey", "label", "subject", "activity_label", "numops"),
+    *("Domain", "ContextType", "ContextDiff", "TargetDiff"),
+)
+"""fields of items that say something about them"""
 ENDING = re.compile(r"\.(jsonl(\.(gz|xz|zst))?|parquet)$")
 LARGEST = 1 << 29
 """bytes of a .jsonl, all of which is held in memory"""
@@ -146,8 +152,8 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
 
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a readable parquet file ({str(error).splitlines()[0]})") from None
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a readable parquet file ({first_line(error)})") from None
 
 
 def _read_jsonl(path: Path) -> list[Any]:
@@ -163,3 +169,59 @@ def _read_jsonl(path: Path) -> list[Any]:
     lines = bytes(content).removeprefix(codecs.BOM_UTF8).split(b"\n")
     numbered = ((number, line) for number, line in enumerate(lines, 1) if line and not line.isspace())
     return [parse_json(line, f"{path}, line {number}") for number, line in numbered]
+
+
+def texts_by_task(data_dir: Path) -> dict[str, Iterator[list[str]]]:
+    """The items of every task that a folder has files for, each as the texts that could stand in a training
+    text: its fields, and what stands before the answers with each of them.
+
+    Raises `UserError` when no task has a file, or a file is broken.
+    """
+    files = find_files(data_dir)
+    found: dict[str, list[Path]] = {}
+    for benchmark in BENCHMARKS.values():
+        names = benchmark.files or (benchmark.name,)
+        whole = benchmark.parts and benchmark.name != "mmlu"
+        own = all_files(files, data_dir, names) if whole else choose_files(files, data_dir, names, "test")
+        # Several protocols share the items of one benchmark.
+        if own and own not in found.values():
+            found[benchmark.name] = own
+    if not found:
+        raise UserError(f"{data_dir} has no items of a known task")
+    return {name: _texts(paths, BENCHMARKS[name]) for name, paths in found.items()}
+
+
+def _texts(paths: Sequence[Path], benchmark: Benchmark) -> Iterator[list[str]]:
+    whole = benchmark.parts and benchmark.name != "mmlu"
+    for path in paths if whole else [first_readable(paths, benchmark.schema)]:
+        for row in read_rows(path, benchmark.schema):
+            yield texts_of(row, benchmark.schema)
+
+
+def first_readable(paths: Sequence[Path], schema: type[Struct]) -> Path:
+    """The first file whose items are as they should be; the `UserError` of the first file where none has."""
+    reasons = []
+    for path in paths:
+        try:
+            read_rows(path, schema)
+            return path
+        except UserError as error:
+            reasons.append(error)
+    raise reasons[0]
+
+
+def texts_of(row: dict[str, Any], schema: type[Struct]) -> list[str]:
+    """What of an item could stand in a training text."""
+    fields = [name for name in schema.__struct_fields__ if name not in NO_TEXT]
+    single = [row[name] for name in fields if isinstance(row[name], str)]
+    answers = [text for name in fields if not isinstance(row[name], str) for text in _strings(row[name])]
+    before = " ".join(single)
+    return [*single, *(f"{before} {answer}" for answer in answers)]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)

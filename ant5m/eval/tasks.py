@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from msgspec import Struct
 
-from ant5m.errors import UserError
+from ant5m.errors import UserError, first_line
 from ant5m.eval import arithmark, babylm, glint, items
 from ant5m.eval.benchmarks import BENCHMARKS, SUITES, Benchmark
 from ant5m.eval.protocol import FILE, Measured, Model, Row
@@ -183,7 +183,7 @@ class _Source:
         try:
             rows = datasets.load_dataset(path, *config, split=benchmark.split).to_list()
         except Exception as error:  # of the hub, the network, the data set's layout
-            raise _Missing(f"it cannot be loaded from the hub ({_first_line(error)})") from None
+            raise _Missing(f"it cannot be loaded from the hub ({first_line(error)})") from None
         items.check_rows(benchmark.hub, rows, benchmark.schema)
         data = {"data": f"{benchmark.hub}, {benchmark.split} split", "sha256": _digest(rows)}
         return [{FILE: benchmark.hub, **row} for row in rows[:limit]], data
@@ -373,7 +373,7 @@ def _explained(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{what} ({type(error).__name__}: {_first_line(error)})") from error
+        raise UserError(f"{what} ({type(error).__name__}: {first_line(error)})") from error
 
 
 @functools.cache
@@ -410,8 +410,8 @@ def _load_task(folder: str, name: str, rows: list[dict[str, Any]] | None) -> Any
         loaded = manager.load([{"group": "ant5m", "task": [{"task": name, **overrides}]}])
     except Exception as error:
         if rows is None:  # of the hub, the network, the data set's layout
-            raise _Missing(f"it cannot be loaded from the hub ({_first_line(error)})") from None
-        raise UserError(f"lm-eval's {name} cannot use these items ({_first_line(error)})") from error
+            raise _Missing(f"it cannot be loaded from the hub ({first_line(error)})") from None
+        raise UserError(f"lm-eval's {name} cannot use these items ({first_line(error)})") from error
     return loaded["tasks"][name]
 
 
@@ -459,10 +459,6 @@ def _result(task: str, measured: Measured, settings: dict[str, Any]) -> TaskResu
     return TaskResult(
         task, metrics, count, chance, settings, measured.over, others, measured.baselines, measured.values
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _digest(rows: list[dict[str, Any]]) -> str:

@@ -1,0 +1,153 @@
+"""Benchmark items in a training text are found, named and left out."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ant5m.cli import call
+from ant5m.data.contamination import WORDS, ItemIndex, hashes_of, plain
+from ant5m.data.corpus import Corpus
+from ant5m.data.packing import pack
+from ant5m.data.shards import Shards
+from ant5m.data.tokenizer import train_tokenizer
+from ant5m.eval.items import texts_of
+from ant5m.eval.schemas import HellaSwag, MinimalPair
+
+LONG = "The quick brown fox jumps over the lazy dog while nine small ants carry it home"
+OTHER = "A plain text about rivers and hills, which nobody ever put into a benchmark of any kind at all."
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture
+def items(tmp_path):
+    folder = tmp_path / "items"
+    piqa = {"sol1": "short", "sol2": "shorter", "label": 0}
+    write(
+        folder / "piqa.jsonl",
+        [{"goal": LONG, **piqa}, {"goal": "no", **piqa}, {"goal": OTHER.upper(), **piqa}],
+    )
+    arc = {"choices": {"text": ["red ants", "it home now and then"], "label": ["A", "B"]}, "answerKey": "A"}
+    question = " ".join(LONG.split()[:-2])
+    write(folder / "arc_easy.jsonl", [{"question": question.rsplit(" ", 3)[0], **arc}])
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path):
+    quoted = f"He said: “{LONG.replace('fox', 'Fox,').replace('dog', 'dog –')}.” Then he went."
+    rows = [
+        OTHER.replace("ever", "never"),
+        f"{quoted} {quoted}",
+        *(f"Document {i}: {OTHER[:60]}" for i in range(40)),
+    ]
+    write(tmp_path / "text.jsonl", [{"text": row} for row in rows])
+    return tmp_path / "text.jsonl"
+
+
+def test_words_are_compared_without_case_and_punctuation():
+    words = b" ".join(plain("Don't “stop” — well-known É_a,\u00a0b!").split()).decode()
+    assert words == "dont stop wellknown éa b"
+    words = LONG.split()
+    for count in (WORDS - 1, WORDS, len(words)):
+        assert len(hashes_of(" ".join(words[:count]))) == max(0, count - WORDS + 1)
+    assert set(hashes_of(LONG).tolist()) & set(hashes_of("so " + LONG.upper()).tolist()) == set(
+        hashes_of(LONG).tolist()
+    )
+
+
+def test_every_shared_stretch_is_found_and_no_other():
+    """Against sets of word tuples."""
+    random = np.random.default_rng(0)
+    vocabulary = [f"w{i}" for i in range(3)]
+    draw = lambda n: " ".join(random.choice(vocabulary, n))  # noqa: E731
+    items, texts = [draw(20) for _ in range(50)], [draw(3000) for _ in range(40)]
+
+    def grams(text):
+        words = text.split()
+        return {tuple(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1)}
+
+    index = ItemIndex({"x": [[item] for item in items]})
+    for text in texts:
+        expected = [number for number, item in enumerate(items) if grams(item) & grams(text)]
+        assert index.find(text).tolist() == expected
+    assert any(len(index.find(text)) for text in texts) and not all(len(index.find(text)) for text in texts)
+
+
+def test_an_items_texts_are_those_that_could_be_written():
+    pair = {"sentence_good": "a b", "sentence_bad": "c d"}
+    assert texts_of(pair, MinimalPair) == ["a b", "c d"]
+    row = {"activity_label": "x", "ctx_a": "he", "ctx_b": "runs", "endings": ["far", "away"], "label": "1"}
+    assert texts_of(row, HellaSwag) == ["he", "runs", "he runs far", "he runs away"]
+
+
+def test_the_command_counts_and_names(items, text, capsys):
+    assert call(["data", "contamination", str(text), "--against", str(items), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["documents"] == 42 and found["contaminated_documents"] == 1
+    piqa = found["tasks"]["piqa"]
+    assert (piqa["items"], piqa["too_short"], piqa["contaminated"], piqa["share"]) == (3, 1, 1, 0.5)
+    (worst,) = found["worst"]
+    assert worst["document"].endswith("document 2") and worst["excerpt"].startswith("the quick brown fox")
+    assert call(["data", "contamination", str(text), "--against", str(items)]) == 0
+    page = capsys.readouterr().out
+    assert "50.00%" in page and "document 2" in page
+
+
+def test_packing_leaves_documents_with_items_out(items, text, tmp_path, capsys):
+    tokenizer = train_tokenizer([OTHER, LONG] * 20, vocab_size=280)
+    tokenizer.save(tmp_path / "tok")
+    words = ["data", "pack", str(text), "--tokenizer", str(tmp_path / "tok"), "--validation-fraction", "0.2"]
+    assert call([*words, "--out", str(tmp_path / "all")]) == 0
+    assert call([*words, "--out", str(tmp_path / "clean"), "--exclude-items", str(items)]) == 0
+    assert "documents with items 1" in capsys.readouterr().out
+    counts = {}
+    for name in ("all", "clean"):
+        splits = [Shards.open(tmp_path / name, split) for split in ("train", "validation")]
+        documents = [tokenizer.decode(ids) for shards in splits for ids in shards.documents(block=7)]
+        counts[name] = len(documents)
+        assert any(LONG[:9] in document for document in documents) == (name == "all")
+        assert call(["data", "contamination", str(tmp_path / name), "--against", str(items), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert json.loads((tmp_path / name / "contamination.json").read_text()) == found
+        assert Shards.open(tmp_path / name).num_tokens == splits[0].num_tokens  # the folder is still whole
+    assert counts["all"] == counts["clean"] + 1
+    meta = json.loads((tmp_path / "clean" / "meta.json").read_text())
+    assert meta["excluded_items"]["piqa"] == {"items": 3, "too_short": 1}
+
+
+def test_a_packing_goes_on_with_the_same_items_only(items, text, tmp_path, monkeypatch):
+    from ant5m.data import packing
+
+    tokenizer = train_tokenizer([OTHER, LONG] * 20, vocab_size=280)
+    index = ItemIndex({"piqa": [[LONG]]})
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(packing, "_finish", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        pack(Corpus.open([text]), tokenizer, tmp_path / "out", exclude=index)
+    monkeypatch.undo()
+    with pytest.raises(Exception, match="other exclude_items"):
+        pack(Corpus.open([text]), tokenizer, tmp_path / "out", exclude=ItemIndex({"piqa": [["x"]]}))
+    pack(Corpus.open([text]), tokenizer, tmp_path / "out", exclude=index)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["{text}", "--against", "nowhere"], "not a folder of benchmark files"),
+        (["{text}", "--against", "{empty}"], "no items of a known task"),
+        (["nothing.txt", "--against", "{items}"], "does not exist"),
+    ],
+)
+def test_mistakes(items, text, tmp_path, capsys, words, said):
+    (tmp_path / "empty").mkdir()
+    places = {"items": items, "text": text, "empty": tmp_path / "empty"}
+    assert call(["data", "contamination", *(word.format(**places) for word in words)]) == 2
+    assert said in capsys.readouterr().err
