@@ -11,8 +11,11 @@ from ant5m.data.corpus import Corpus
 from ant5m.data.packing import pack
 from ant5m.data.shards import Shards
 from ant5m.data.tokenizer import train_tokenizer
+from ant5m.eval import results
 from ant5m.eval.items import texts_of
+from ant5m.eval.results import TaskResult
 from ant5m.eval.schemas import HellaSwag, MinimalPair
+from ant5m.files import write_json
 
 LONG = "The quick brown fox jumps over the lazy dog while nine small ants carry it home"
 OTHER = "A plain text about rivers and hills, which nobody ever put into a benchmark of any kind at all."
@@ -96,6 +99,22 @@ def test_the_command_counts_and_names(items, text, capsys):
     assert call(["data", "contamination", str(text), "--against", str(items)]) == 0
     page = capsys.readouterr().out
     assert "50.00%" in page and "document 2" in page
+
+
+def test_the_table_says_whether_the_text_was_checked(items, text, tmp_path):
+    def piqa():
+        settings = {"limit": None, "data": "x", "sha256": None, "lm_eval": "1"}
+        return [TaskResult("piqa", {"acc": (0.5, 0.1)}, 3, 0.5, settings)]
+
+    run = tmp_path / "run"
+    write_json(run / "config.json", {"train": {"data": str(tmp_path / "all")}})
+    assert results.contamination_of(run) is results.UNCHECKED is results.contamination_of(None)
+    assert "was not checked" in results.markdown(piqa(), results.contamination_of(run))
+    tokenizer = train_tokenizer([OTHER, LONG] * 20, vocab_size=280)
+    pack(Corpus.open([text]), tokenizer, tmp_path / "all", validation_fraction=0.2)
+    assert call(["data", "contamination", str(tmp_path / "all"), "--against", str(items)]) == 0
+    page = results.markdown(piqa(), results.contamination_of(run))
+    assert "| piqa† |" in page and "piqa 1 of 2" in page
 
 
 def test_packing_leaves_documents_with_items_out(items, text, tmp_path, capsys):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ant5m.eval.boards import BoardScore
     from ant5m.eval.comparison import Difference
     from ant5m.eval.perplexity import Evaluation
-    from ant5m.eval.results import TaskResult
+    from ant5m.eval.results import Contaminated, TaskResult
 
 
 @dataclass
@@ -139,7 +139,7 @@ class Evaluate:
             return
         console = Console()
         for one in measured:
-            console.print(_task_table(one.results, one.folder))
+            console.print(_task_table(one.results, one.folder, one.contaminated))
             for score in one.scores:
                 console.print(_board_text(score), soft_wrap=True, highlight=False)
         for other, found in zip(others, compared, strict=True):
@@ -172,7 +172,7 @@ class Evaluate:
                 write_json(kept.with_name(f"{one.board}.json"), one.row)
         if run:
             results.publish(run, folder)
-        return _Measured(folder, found, scores)
+        return _Measured(folder, found, scores, results.contamination_of(run))
 
 
 @dataclass(frozen=True)
@@ -182,9 +182,12 @@ class _Measured:
     folder: Path
     results: "list[TaskResult]"
     scores: "list[BoardScore]"
+    contaminated: "Contaminated"
 
     def to_dict(self) -> dict[str, Any]:
-        values = {"model": str(self.folder), "tasks": [result.to_dict() for result in self.results]}
+        values: dict[str, Any] = {"model": str(self.folder)}
+        values["tasks"] = [result.to_dict() for result in self.results]
+        values["contamination"] = {"note": self.contaminated.note, "tasks": sorted(self.contaminated.tasks)}
         return {**values, **({"boards": [one.to_dict() for one in self.scores]} if self.scores else {})}
 
 
@@ -273,14 +276,16 @@ def _number(value: float | None, digits: int) -> str:
     return "unknown" if value is None else f"{value:,.{digits}f}"
 
 
-def _task_table(found: "list[TaskResult]", folder: Path) -> Table:
+def _task_table(found: "list[TaskResult]", folder: Path, contaminated: "Contaminated | None" = None) -> Table:
     """Short enough for 80 columns."""
-    from ant5m.eval.results import rows
+    from ant5m.eval.results import UNCHECKED, rows
+
+    known = contaminated or UNCHECKED
 
     table = Table(
         title=escape(f"{folder}, 0-shot"),
         caption="accuracies in percent ± standard error, over so many items; at: within two of "
-        "these errors of chance; published: the original Ant-5M's",
+        f"these errors of chance; published: the original Ant-5M's. {known.note}",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -293,7 +298,7 @@ def _task_table(found: "list[TaskResult]", folder: Path) -> Table:
     table.add_column("chance", no_wrap=True, justify="right")
     table.add_column("over", overflow="fold", min_width=9, justify="right")
     table.add_column("published", justify="right")
-    for row in rows(found):
+    for row in rows(found, known.tasks):
         chance = f"{row.verdict.removesuffix('chance')}{row.chance}"
         over = row.over.removesuffix(" items")
         style = "dim" if row.verdict == "at chance" else None

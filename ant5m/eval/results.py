@@ -1,12 +1,15 @@
 """What a model reached in the benchmarks, as a table, and where that is kept (the run's eval.json)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ant5m.data.contamination import REPORT
+from ant5m.data.shards import META
 from ant5m.errors import UserError
 from ant5m.eval.benchmarks import BENCHMARKS, Benchmark
+from ant5m.eval.perplexity import run_data
 from ant5m.files import file_sha256, read_json, write_file, write_json
 from ant5m.model.checkpoint import latest_checkpoint
 
@@ -144,10 +147,15 @@ _OVER = {
 }
 
 
-def rows(results: Sequence[TaskResult]) -> list[Row]:
+def rows(results: Sequence[TaskResult], contaminated: Collection[str] = ()) -> list[Row]:
     """The table, without the parts of groups: accuracies in percent, +- standard error."""
     found = {result.task: result for result in results}
-    return [row for name in BENCHMARKS if name in found for row in _rows(BENCHMARKS[name], found[name])]
+    return [
+        row._replace(task=f"{name}{CONTAMINATED}") if name in contaminated else row
+        for name in BENCHMARKS
+        if name in found
+        for row in _rows(BENCHMARKS[name], found[name])
+    ]
 
 
 def parts(results: Sequence[TaskResult]) -> list[Row]:
@@ -187,9 +195,48 @@ def _verdict(value: float, error: float | None, chance: float | None) -> str:
 
 
 SECTION = "## 0-shot tasks"
+CONTAMINATED = "†"
+"""behind the name of a task of which items stand in the training text"""
 
 
-def markdown(results: Sequence[TaskResult]) -> str:
+@dataclass(frozen=True)
+class Contaminated:
+    """What is known of benchmark items in a training text."""
+
+    note: str
+    """one sentence"""
+    tasks: frozenset[str] = frozenset()
+    """that have items in it"""
+
+
+UNCHECKED = Contaminated(
+    "The training text was not checked for the items (`ant5m data contamination` does it)."
+)
+
+
+def contamination_of(run: Path | None) -> Contaminated:
+    """What the shards that a run was trained on say of benchmark items in them."""
+    try:
+        folder = run_data(run) if run else None
+    except UserError:
+        folder = None
+    if folder and (folder / REPORT).exists():
+        report = read_json(folder / REPORT, dict[str, Any])
+        counts = {name: one for name, one in report["tasks"].items() if one["contaminated"]}
+        listed = ", ".join(
+            f"{name} {one['contaminated']:,} of {one['items'] - one['too_short']:,}"
+            for name, one in counts.items()
+        )
+        found = f"{CONTAMINATED} has some there ({listed} that are long enough)" if counts else "it has none"
+        return Contaminated(
+            f"The training text was checked for 13 words in a row of an item: {found}.", frozenset(counts)
+        )
+    if folder and (folder / META).exists() and "excluded_items" in read_json(folder / META, dict[str, Any]):
+        return Contaminated("Documents with 13 words in a row of an item were left out of the training text.")
+    return UNCHECKED
+
+
+def markdown(results: Sequence[TaskResult], contaminated: Contaminated = UNCHECKED) -> str:
     """The table as a section of a report or model card; empty without results."""
     if not results:
         return ""
@@ -200,9 +247,10 @@ def markdown(results: Sequence[TaskResult]) -> str:
     lines = [
         f"{SECTION}",
         f"Definitions{by}; accuracies in percent ± standard error; at chance: within two of them.{limited} "
-        "The published table does not say which accuracy it gives: its figures stand beside `acc`.",
+        "The published table does not say which accuracy it gives: its figures stand beside `acc`. "
+        f"{contaminated.note}",
         "",
-        *_markdown_table(rows(results)),
+        *_markdown_table(rows(results, contaminated.tasks)),
     ]
     if inner := parts(results):
         summary = f"<details><summary>The {len(inner)} parts</summary>"
@@ -237,7 +285,7 @@ def section_of(run: Path, model: Path) -> str:
     for result in recorded(run / "eval.json", weights_sha256(model)):
         if result.task not in widest or result.items >= widest[result.task].items:
             widest[result.task] = result
-    return markdown(list(widest.values()))
+    return markdown(list(widest.values()), contamination_of(run))
 
 
 def publish(run: Path, model: Path) -> None:
