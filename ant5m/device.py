@@ -54,7 +54,7 @@ def casts(precision: str, device: torch.device) -> bool:
     return precision != "fp32" and (precision != "bf16" or kernels.bf16_products(device) is None)
 
 
-def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
     """The context in which the forward pass runs."""
     if casts(precision, device):
         return torch.autocast(device.type, DTYPES[precision])

@@ -6,10 +6,11 @@ q, k, v together and by gate, up together, because at these sizes reading the ac
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ant5m import kernels
 from ant5m.errors import UserError
@@ -27,7 +28,12 @@ class KVCache:
     """
 
     def __init__(
-        self, config: ModelConfig, batch_size: int, max_length: int, device=None, dtype=torch.float32
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        max_length: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
     ):
         shape = (
             config.num_hidden_layers,
@@ -62,7 +68,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x, residual=None):
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         return kernels.rms_norm(x, self.weight, self.eps, residual)
 
 
@@ -79,22 +85,31 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, cache=None, starts=None):
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | None = None,
+        starts: Tensor | None = None,
+    ) -> Tensor:
         q, k, v = kernels.qkv_rope(x, join(*self.weights), cos, sin, self.heads)
         return kernels.linear(self.attend(q, k, v, cache, starts), self.o_proj.weight)
 
     @property
-    def weights(self):
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of the product that makes q, k and v."""
         return self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
 
-    def attend(self, q, k, v, cache=None, starts=None):
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None, starts: Tensor | None = None
+    ) -> Tensor:
         """What the heads see, beside one another: [B, T, heads * head size]."""
         attn_out = kernels.attention(q, k, v, starts) if cache is None else cache.attend(self.layer, q, k, v)
         return attn_out.flatten(-2)
 
 
-def _attention_over_cache(q, k, v):
+def _attention_over_cache(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of the last T of the S positions of k, v [B, S, KV, D]."""
     new, total = q.shape[1], k.shape[1]
     seen = None  # one position sees all before it
@@ -112,11 +127,11 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return kernels.mlp(x, *self.weights)
 
     @property
-    def weights(self):
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
 
 
@@ -128,7 +143,16 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, made, residual, cos, sin, cache=None, starts=None, rows=None):
+    def forward(
+        self,
+        made: Tensor | None,
+        residual: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | None = None,
+        starts: Tensor | None = None,
+        rows: Tensor | slice | None = None,
+    ) -> tuple[Tensor | None, Tensor]:
         """`made` [B, T, D], by the layer before, is yet to be added to `residual`; so is what is returned.
 
         With `rows` only these positions are returned.
@@ -142,7 +166,15 @@ class Layer(nn.Module):
         x, residual = self.post_attention_layernorm(attn_out, residual)
         return self.mlp(x), residual
 
-    def _infer(self, residual, cos, sin, cache, starts, rows):
+    def _infer(
+        self,
+        residual: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | None,
+        starts: Tensor | None,
+        rows: Tensor | slice | None,
+    ) -> Tensor:
         """The residual stream behind the layer, in ops that need no gradients."""
         attention, first, second = self.self_attn, self.input_layernorm, self.post_attention_layernorm
         qkv = kernels.rms_norm_linear(residual, first.weight, first.eps, attention.weights)
@@ -168,7 +200,15 @@ class Body(nn.Module):
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids, cos, sin, cache=None, starts=None, rows=None):
+    def forward(
+        self,
+        input_ids: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | None = None,
+        starts: Tensor | None = None,
+        rows: Tensor | slice | None = None,
+    ) -> Tensor:
         # Each norm also adds what the block before it made to the residual stream.
         residual = self.embed_tokens(input_ids)
         made = None
@@ -179,7 +219,7 @@ class Body(nn.Module):
         return _add_and_norm(self.norm, made, residual)[0]
 
 
-def _add_and_norm(norm, made, residual):
+def _add_and_norm(norm: RMSNorm, made: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
     return (norm(residual), residual) if made is None else norm(made, residual)
 
 

@@ -203,7 +203,7 @@ def turning_base(config: ModelConfig) -> float | None:
     fastest = config.max_position_embeddings / (2 * math.pi)
     if config.head_size == 2 or fastest < 1:
         return None
-    return fastest ** (config.head_size / (config.head_size - 2))
+    return math.pow(fastest, config.head_size / (config.head_size - 2))
 
 
 def _rope_base(config: ModelConfig) -> Finding:
@@ -300,4 +300,5 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", text.strip(), re.IGNORECASE)
     if not match:
         raise UserError(f"'{text}' is not an amount of memory: write it like 16GB or 15GiB")
-    return round(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2].upper())))
+    unit: int = (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2].upper()))
+    return round(float(match[1]) * unit)

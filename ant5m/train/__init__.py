@@ -1,6 +1,6 @@
 """Training: the loop and what it owns."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ant5m.train.config import TrainConfig
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 __all__ = ["Result", "TrainConfig", "pretrain"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # Imported on first use: the command line needs TrainConfig only, and not torch, to print its help.
     if name not in ("pretrain", "Result"):
         raise AttributeError(f"module 'ant5m.train' has no attribute {name!r}")

@@ -84,7 +84,7 @@ def save_checkpoint(folder: Path, step: int, net: Ant, optimizer: Optimizer, sta
 
 def load_checkpoint(folder: Path, net: Ant, optimizer: Optimizer) -> dict[str, Any]:
     """Fill `net` and `optimizer` from a checkpoint, verified before, and return its state."""
-    state = read_json(folder / STATE)
+    state: dict[str, Any] = read_json(folder / STATE)
     if state.get("model") != net.config.to_dict():
         raise UserError(f"{folder} is a checkpoint of another model than the run's: start a new run")
     net.load_state_dict(parse_safetensors((folder / "model.safetensors").read_bytes()))

@@ -7,6 +7,7 @@ take rows of whole 16 bytes. In a step of `ant-5m` 23 small kernels do what 121 
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,8 @@ def half_precision_weights(net: nn.Module, dtype: torch.dtype) -> dict[str, torc
     """
     matrices = {name: p for name, p in net.named_parameters() if is_hidden(name, p)}
     shapes = [_padded(name, *p.shape) for name, p in matrices.items()]
-    return dict(zip(matrices, _Cast.apply(dtype, shapes, *matrices.values()), strict=True))
+    weights = _Cast.apply(dtype, shapes, *matrices.values())  # type: ignore[no-untyped-call]
+    return dict(zip(matrices, weights, strict=True))
 
 
 def _padded(name: str, rows: int, columns: int) -> tuple[int, int]:
@@ -37,7 +39,9 @@ def _padded(name: str, rows: int, columns: int) -> tuple[int, int]:
 
 class _Cast(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, dtype, shapes, *tensors):
+    def forward(
+        ctx: Any, dtype: torch.dtype, shapes: list[tuple[int, int]], *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         ctx.likes = [torch.empty_like(x, device="meta") for x in tensors]
         sizes = [math.prod(shape) for shape in shapes]
         places = [size + -size % _ALIGNED for size in sizes]
@@ -48,17 +52,17 @@ class _Cast(torch.autograd.Function):
         return tuple(copies)
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         wide = [torch.empty_like(like, device=g.device) for like, g in zip(ctx.likes, grads, strict=True)]
         _copy(wide, [_corner(g, like) for g, like in zip(grads, ctx.likes, strict=True)])
         return None, None, *wide
 
 
-def _corner(matrix, like):
+def _corner(matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return matrix[: like.shape[0], : like.shape[1]]
 
 
-def _copy(to, tensors):
+def _copy(to: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
     """One launch for all that lie alike in memory; each of the others is one by itself."""
     alike = [x.stride() == y.stride() for x, y in zip(to, tensors, strict=True)]
     for group in (True, False):

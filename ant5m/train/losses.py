@@ -102,7 +102,7 @@ def unlikelihood(hidden: Tensor, weight: Tensor, input_ids: Tensor, targets: Ten
     first = torch.full((rows, len(weight)), length, dtype=torch.int32, device=input_ids.device)
     first.scatter_reduce_(1, input_ids, places.expand(rows, length), "amin")
 
-    def total(hidden, weight, targets, row, place):
+    def total(hidden: Tensor, weight: Tensor, targets: Tensor, row: Tensor, place: Tensor) -> Tensor:
         p = _logits(hidden, weight).softmax(-1)
         candidate = first[row] <= place[:, None]
         candidate.scatter_(-1, targets.clamp(min=0)[:, None], False)
@@ -125,7 +125,7 @@ def ditto(hidden: Tensor, weight: Tensor, targets: Tensor, periods: Tensor) -> T
     Generation" (DITTO), 2022, equation 5.
     """
 
-    def log_p(hidden, weight, targets):
+    def log_p(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return _logits(hidden, weight).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
 
     parts = _over_chunks(log_p, hidden.flatten(0, 1), weight, targets.flatten())

@@ -56,7 +56,8 @@ class Muon(torch.optim.Muon):
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        return state["momentum_buffer"]
+        buffer: torch.Tensor = state["momentum_buffer"]
+        return buffer
 
 
 def newton_schulz(
@@ -168,7 +169,13 @@ class Optimizer:
         if states:
             raise UserError(f"the optimizer state holds unknown parameters: {', '.join(sorted(states)[:3])}")
 
-    def _load_one(self, part, parameter, states, keys) -> None:
+    def _load_one(
+        self,
+        part: torch.optim.Optimizer,
+        parameter: torch.Tensor,
+        states: dict[str, dict[str, torch.Tensor]],
+        keys: set[str],
+    ) -> None:
         name = next(name for name, p in self.parameters.items() if p is parameter)
         state = states.pop(name, {})
         moments = [value for key, value in state.items() if key != "step"]

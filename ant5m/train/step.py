@@ -114,7 +114,8 @@ class Step:
         def forward(ids: torch.Tensor, **head: Any) -> torch.Tensor:
             if self.eos_token_id is not None:
                 head["starts"] = document_starts(ids, self.eos_token_id)
-            return torch.func.functional_call(self.net, weights, (ids,), head)
+            out: torch.Tensor = torch.func.functional_call(self.net, weights, (ids,), head)
+            return out
 
         with autocast(self.precision, self.net.device):
             if self.loop_loss is None:
