@@ -98,7 +98,7 @@ def check_rope(op, shape, kv, dtype, layout=lambda x: x):
     )
 
 
-def check_rope_qkv(op, shape, kv, dtype, layout=lambda x: x):
+def check_rope_packed(op, shape, kv, dtype, layout=lambda x: x):
     batch, length, heads, size = shape
     angle = draw(length, size // 2).abs()
     cos, sin = angle.cos(), angle.sin()

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
-COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+COMPILER = (os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "").split()
+needs_compiler = pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
 
 
 class HostLibrary:
@@ -87,14 +87,14 @@ def _compile(text: str, races: bool, defines: tuple[tuple[str, int], ...]) -> Pa
     flags += ["-fsanitize=thread", "-nodefaultlibs"] if races else []
     libraries = ["-lstdc++", "-lm", "-lc"] if races else []
     headers = "".join(path.read_text() for path in sorted(SOURCES.glob("*.h")))
-    digest = hashlib.sha256("\0".join([COMPILER, *flags, headers, text]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256("\0".join([*COMPILER, *flags, headers, text]).encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"ant5m-cuda-host-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     library = folder / f"{digest}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             built = Path(aside) / "kernels.so"
-            command = [COMPILER, *flags, "-x", "c++", "-", *libraries, "-o", str(built)]
+            command = [*COMPILER, *flags, "-x", "c++", "-", *libraries, "-o", str(built)]
             done = subprocess.run(command, input=text, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             built.rename(library)

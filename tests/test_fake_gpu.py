@@ -39,7 +39,7 @@ ALL = {
 def outcomes(tmp_path_factory):
     library = tmp_path_factory.mktemp("fake_gpu") / "fake_gpu.so"
     source, include, lib = HERE / "fake_gpu.cpp", f"-I{TORCH / 'include'}", f"-L{TORCH / 'lib'}"
-    build = [COMPILER, "-std=c++20", "-fPIC", "-shared", include, "-o", library, source, lib]
+    build = [*COMPILER, "-std=c++20", "-fPIC", "-shared", include, "-o", library, source, lib]
     subprocess.run([*build, "-ltorch_cpu", "-lc10"], check=True)
     run = [sys.executable, "-W", "ignore", HERE / "fake_gpu.py", TORCH, library]
     chosen = ("TRITON_INTERPRET", "ANT5M_KERNELS")  # by a user; a GPU has its own choice

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ant5m.kernels.pieces import join
+from ant5m.kernels.packed_views import join
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
 from ant5m.train.half_precision_weights import half_precision_weights

@@ -19,7 +19,7 @@ from accuracy import (
     check_mlp,
     check_rms_norm,
     check_rope,
-    check_rope_qkv,
+    check_rope_packed,
     check_swiglu,
     draw,
     error,
@@ -32,7 +32,7 @@ from cuda_host import HostLibrary, compile_kernels, needs_compiler
 
 from ant5m.kernels import check as check_on_device
 from ant5m.kernels import cuda as ops
-from ant5m.kernels import dispatch, head, reference
+from ant5m.kernels import dispatch, lm_head_loss, reference
 from ant5m.kernels.cuda import compiler, runtime
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
@@ -124,7 +124,7 @@ def test_rms_norm_when_only_the_sum_is_used():
 )
 def test_rope(shape, kv, dtype):
     check_rope(ops.rope, shape, kv, dtype)
-    check_rope_qkv(ops.rope_qkv, shape, kv, dtype)
+    check_rope_packed(ops.rope_packed, shape, kv, dtype)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_linear_cross_entropy_of_a_large_vocabulary(scale):
 
 
 def test_linear_cross_entropy_in_chunks(monkeypatch):
-    monkeypatch.setattr(head, "CHUNK_BYTES", 1_024 * 2 * 10)
+    monkeypatch.setattr(lm_head_loss, "CHUNK_BYTES", 1_024 * 2 * 10)
     check_head(ops.linear_cross_entropy, 33, 16, 1_003, fp16, layout=with_gaps)
 
 
@@ -344,7 +344,7 @@ def test_a_model_in_half_precision(monkeypatch):
         "mlp_backward",
         "rms_norm_backward",
         "rope",
-        "rope_qkv_back",
+        "rope_packed_back",
         "softmax_gradient",
     } <= launched
     assert abs(loss - truth) < 1e-2
@@ -375,7 +375,7 @@ MUTATIONS = {
     },
     "swiglu.cu": {"silu * (1 - a)": "silu * (1 + a)"},
     "linear_cross_entropy.cu": {
-        "if (first_entry(p) + i < VOCAB) total": "total",
+        "if (first_entry(p) + i < VOCAB) row_sum": "row_sum",
         "  sync_threads();\n  x = shared": "  x = shared",
         "* scale - factor}": "* scale}",
     },
@@ -385,7 +385,7 @@ CHECKS = {
     "rms_norm.cu": lambda: check_rms_norm(ops.rms_norm, (3, 7, 128), fp32, True),
     "rope.cu": lambda: [
         check(op, (2, 5, 8, 16), 2, fp32)
-        for check, op in ((check_rope_qkv, ops.rope_qkv), (check_rope, ops.rope))
+        for check, op in ((check_rope_packed, ops.rope_packed), (check_rope, ops.rope))
     ],
     "swiglu.cu": lambda: check_swiglu(ops.swiglu, (3, 5, 516), fp32),
     "linear_cross_entropy.cu": lambda: check_head(ops.linear_cross_entropy, 37, 16, 1_003, fp16),
@@ -414,7 +414,7 @@ RACES = {
     "rms_norm.cu": [test_rms_norm_of_mixed_dtypes],
     "rope.cu": [
         lambda: check_rope(ops.rope, (2, 33, 3, 6), 1, fp16),
-        lambda: check_rope_qkv(ops.rope_qkv, (2, 33, 3, 6), 1, fp16),
+        lambda: check_rope_packed(ops.rope_packed, (2, 33, 3, 6), 1, fp16),
     ],
     "swiglu.cu": [lambda: check_swiglu(ops.swiglu, (2, 3, 129), fp16)],
     "linear_cross_entropy.cu": [

@@ -27,7 +27,7 @@ from accuracy import (
     check_mlp,
     check_rms_norm,
     check_rope,
-    check_rope_qkv,
+    check_rope_packed,
     check_swiglu,
     draw,
     error,
@@ -40,7 +40,7 @@ from accuracy import (
 
 from ant5m import kernels
 from ant5m.kernels import check as check_on_device
-from ant5m.kernels import dispatch, head, reference
+from ant5m.kernels import dispatch, lm_head_loss, reference
 from ant5m.kernels import triton as ops
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
@@ -180,7 +180,7 @@ def test_rms_norm_when_only_the_sum_is_used():
 )
 def test_rope(shape, kv, dtype):
     check_rope(ops.rope, shape, kv, dtype)
-    check_rope_qkv(ops.rope_qkv, shape, kv, dtype)
+    check_rope_packed(ops.rope_packed, shape, kv, dtype)
 
 
 @runs_here
@@ -247,7 +247,7 @@ def test_attention_with_peaked_scores(dtype):
 def test_layouts(layout):
     check_attention(ops.attention, (2, 19, 4, 16), 2, fp32, layout=layout)
     check_rope(ops.rope, (2, 7, 4, 16), 2, fp32, layout)
-    check_rope_qkv(ops.rope_qkv, (2, 7, 4, 16), 2, fp32, layout)
+    check_rope_packed(ops.rope_packed, (2, 7, 4, 16), 2, fp32, layout)
     check_swiglu(ops.swiglu, (2, 5, 3, 20), fp32, layout)
     # A norm's weight has one dimension, and no order of them.
     check_rms_norm(ops.rms_norm, (2, 5, 3, 20), fp32, True, lambda x: x if x.ndim == 1 else layout(x))
@@ -321,7 +321,7 @@ def test_linear_cross_entropy(rows, size, vocab, scale, dtype, request):
 def test_linear_cross_entropy_in_chunks_and_loops(dtype, monkeypatch):
     """Several chunks with an odd last one; rows that no block has registers for, so they are read twice."""
     module = sys.modules["ant5m.kernels.triton.linear_cross_entropy"]
-    monkeypatch.setattr(head, "CHUNK_BYTES", 1_024 * dtype.itemsize * 10)
+    monkeypatch.setattr(lm_head_loss, "CHUNK_BYTES", 1_024 * dtype.itemsize * 10)
     monkeypatch.setattr(module, "_tile", lambda padded: {"WHOLE": False, "BLOCK": 256, "num_warps": 4})
     check_head(ops.linear_cross_entropy, 33, 16, 1_003, dtype, layout=with_gaps)
 
@@ -411,7 +411,7 @@ def test_offsets_beyond_32_bits():
         q, k, v = qkv.unflatten(-1, (4, 16)).split(heads, 2)
         return *reference.rope(q, k, angle, angle), v
 
-    agree(lambda qkv: ops.rope_qkv(qkv, angle, angle, heads), turned, *(1, 2, 3, 64))
+    agree(lambda qkv: ops.rope_packed(qkv, angle, angle, heads), turned, *(1, 2, 3, 64))
     weights = [(draw(*shape) / 8).half() for shape in ((8, 64), (8, 64), (64, 8))]
 
     def block(x):
@@ -439,7 +439,7 @@ def test_torch_compile_takes_a_model_without_graph_breaks(half, monkeypatch):
     """Also what decides where an op runs is traced as if this were a GPU."""
     monkeypatch.setattr(dispatch, "_selected", "triton")
     if INTERPRETED:
-        monkeypatch.setattr(ops.layout, "interpreted", lambda: False)
+        monkeypatch.setattr(ops.device, "interpreted", lambda: False)
         monkeypatch.setattr(ops, "_on_gpu", lambda x: True)
         monkeypatch.setattr(check_on_device, "_is_checked", lambda device: True)
         monkeypatch.setattr(check_on_device.Trial, "failure", lambda self: None)
@@ -591,8 +591,12 @@ def test_a_step_in_half_precision_inside_documents(hidden_size, precision, monke
 # What must not go unnoticed: the op, a piece of its source, and what a mistake would make of it.
 MISTAKES = {
     "no causal mask": ("attention", 'b_s = tl.where(m_s, b_s, -float("inf"))', "pass"),
-    "no scale of scores": ("attention", "tl.exp2(b_s * c - b_new[:, None])", "tl.exp2(b_s - b_new[:, None])"),
-    "old sum not rescaled": ("attention", "b_acc * b_keep[:, None]", "b_acc"),
+    "no scale of scores": (
+        "attention",
+        "tl.exp2(b_s * c - b_m_new[:, None])",
+        "tl.exp2(b_s - b_m_new[:, None])",
+    ),
+    "old sum not rescaled": ("attention", "b_acc * b_alpha[:, None]", "b_acc"),
     "a tile of keys lost": ("attention", "range(low, high, BN)", "range(low + (high > BN) * BN, high, BN)"),
     "no mask in dQ": ("attention", "b_p = tl.where(m_s, b_p, 0.0)\n        b_dp", "pass\n        b_dp"),
     "no scale of dQ": ("attention", "(b_dq * scale)", "b_dq"),
@@ -608,10 +612,10 @@ MISTAKES = {
     "direct gradient of the sum lost": ("rms_norm", "if DTOTAL:", "if False:"),
     "partial sums lost": ("rms_norm", "b_dweight +=", "b_dweight ="),
     "rotated forth, not back": ("rope", "if BACK:", "if False:"),
-    "rotated forth in the product's gradient": ("rope_qkv", "if BACK:", "if False:"),
-    "gradient of v lost": ("rope_qkv", "tl.store(p_v_out + o_kv + HALF", "tl.store(p_v_out + o_kv"),
+    "rotated forth in the product's gradient": ("rope_packed", "if BACK:", "if False:"),
+    "gradient of v lost": ("rope_packed", "tl.store(p_v_out + o_kv + HALF", "tl.store(p_v_out + o_kv"),
     "gradient of k beside q's": (
-        "rope_qkv",
+        "rope_packed",
         "KV_ROW: tl.constexpr = (H + 2 * KV if JOIN",
         "KV_ROW: tl.constexpr = (H + KV if JOIN",
     ),
@@ -621,7 +625,7 @@ MISTAKES = {
     "up's part of dx lost": ("mlp", "b_dx = tl.dot(b_dup, b_up, b_dx)", "pass"),
     "gradients of gate and up in one place": ("mlp", "p_dgate + W, b_dup", "p_dgate, b_dup"),
     "a square root for a sigmoid": ("mlp", "b_root * b_root", "b_root"),
-    "no one-hot": ("linear_cross_entropy", "/ total - 1.0)", "/ total)"),
+    "no one-hot": ("linear_cross_entropy", "/ row_sum - 1.0)", "/ row_sum)"),
     "ignored rows count": ("linear_cross_entropy", "target == ignore_index:", "target == ignore_index - 1:"),
     "last entry lost": ("linear_cross_entropy", "tl.where(o < V, b_z", "tl.where(o < V - 1, b_z"),
     "no one-hot in 16 bits": ("linear_cross_entropy", "b_p - 1.0, b_p)", "b_p, b_p)"),
@@ -633,8 +637,8 @@ MISTAKES = {
     ),
     "old sum of the softmax not rescaled": (
         "linear_cross_entropy",
-        "b_sum * tl.exp2(b_max - b_new) + tl.sum(tl",
-        "b_sum + tl.sum(tl",
+        "b_l * tl.exp2(b_m - b_m_new) + tl.sum(tl",
+        "b_l + tl.sum(tl",
     ),
     "a span of entries lost": ("linear_cross_entropy", "triton.cdiv(vocab, _SPAN)", "(vocab // _SPAN or 1)"),
 }
@@ -646,8 +650,8 @@ def _check_mutant(name, op, monkeypatch, module):
         check_rms_norm(op, (1, 100, 128), fp32, True)
     elif name == "rope":
         check_rope(op, (1, 5, 2, 16), 1, fp32)
-    elif name == "rope_qkv":
-        check_rope_qkv(op, (1, 5, 2, 16), 1, fp32)
+    elif name == "rope_packed":
+        check_rope_packed(op, (1, 5, 2, 16), 1, fp32)
     elif name == "swiglu":
         check_swiglu(op, (3, 20), fp32)
     elif name == "mlp":
@@ -661,7 +665,7 @@ def _check_mutant(name, op, monkeypatch, module):
 
 
 def _source(op):
-    file = "rope" if op == "rope_qkv" else op
+    file = "rope" if op == "rope_packed" else op
     return Path(sys.modules[f"ant5m.kernels.triton.{file}"].__file__).read_text()
 
 
@@ -689,7 +693,7 @@ def test_a_wrong_kernel_fails(mistake, tmp_path, monkeypatch):
 
 
 @runs_here
-@pytest.mark.parametrize("name", (*kernels.OPS, "rope_qkv", "mlp"))
+@pytest.mark.parametrize("name", (*kernels.OPS, "rope_packed", "mlp"))
 def test_the_right_kernel_passes_what_wrong_ones_fail(name, tmp_path, monkeypatch):
     source = _source(name)
     module, op = _op_of(tmp_path / f"copy_of_{name}.py", name, source, f"copy_of_{name}")
@@ -715,7 +719,7 @@ def test_what_it_refuses_by_shape_and_dtype():
 
 
 def test_what_it_refuses_below_compute_capability_8(monkeypatch):
-    monkeypatch.setattr(ops.layout, "interpreted", lambda: False)
+    monkeypatch.setattr(ops.device, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))

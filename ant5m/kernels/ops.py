@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from ant5m.kernels import reference
 from ant5m.kernels.dispatch import Cost, op
-from ant5m.kernels.pieces import join, split
+from ant5m.kernels.packed_views import join, split
 from ant5m.kernels.samples import Draw
 from ant5m.kernels.tree_mask import TreeMask
 

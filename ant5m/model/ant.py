@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ant5m import kernels
 from ant5m.errors import UserError
-from ant5m.kernels.pieces import join
+from ant5m.kernels.packed_views import join
 from ant5m.model.config import ModelConfig
 
 

@@ -34,7 +34,7 @@
 //     dQ                33.9 ( 6)  148          42.1 (12)  195         61.8 (24)  224          48, 32
 //     dK, dV            43.1 ( 8)  161          53.5 (16)  228         82.2 (32)  217          64, 32
 // Source: Dao, "FlashAttention-2", 2023.
-#include "ptx.h"
+#include "mma.h"
 
 constexpr int kSize = HEAD_SIZE, kGroup = GROUP;
 constexpr int kChunks = kSize / 8;  // of 16 bytes, the width of a product
@@ -60,53 +60,11 @@ constexpr float kUnshift = 1.0f / 1024;  // 2^-kShift
 
 using Rows = unsigned[kChunks][2];  // A, 16 rows of a matrix [rows][kSize]
 
-// Of a fragment: the lane's first row and first column.
-DEVICE int lane_row() { return threadIdx.x % 32 / 4; }
-DEVICE int lane_column() { return threadIdx.x % 4 * 2; }
-
 // Row `time` of a head.
 template <class X>
 DEVICE X* place(X* x, int batch, int time, int head, int batch_stride, int time_stride, int head_stride) {
   return x + static_cast<long long>(batch) * batch_stride + static_cast<long long>(time) * time_stride +
          static_cast<long long>(head) * head_stride;
-}
-
-template <class X>
-DEVICE X* later(X* x, int rows, int stride) {
-  return x + static_cast<long long>(rows) * stride;
-}
-
-// Rows from `x` on, of which `left` exist. The others are 0.
-template <int tiles>
-DEVICE void load_rows(Rows (&a)[tiles], const Half* x, int stride, int left) {
-#pragma unroll
-  for (int m = 0; m < tiles; ++m)
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = m * 16 + i * 8 + lane_row();
-      const Half* from = later(x, row, stride) + lane_column();
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c)
-        a[m][c][i] = row < left ? *reinterpret_cast<const unsigned*>(from + c * 8) : 0;
-    }
-}
-
-// Rows of sums, each times its factor[tile][half], to the rows from `x` on, of which `left` exist.
-template <int tiles>
-DEVICE void store_rows(const float (&sum)[tiles][kChunks][4], const float (&factor)[tiles][2], Half* x, int stride,
-                       int left) {
-#pragma unroll
-  for (int m = 0; m < tiles; ++m)
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = m * 16 + i * 8 + lane_row();
-      if (row >= left) continue;
-      Half* to = later(x, row, stride) + lane_column();
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c)
-        *reinterpret_cast<unsigned*>(to + c * 8) =
-            pack(sum[m][c][2 * i] * factor[m][i], sum[m][c][2 * i + 1] * factor[m][i]);
-    }
 }
 
 // ---- tiles in shared memory: rows of kSize halves, chunks swapped so that the same chunk of 8 rows has no conflicts
@@ -131,8 +89,8 @@ DEVICE void load_parts(Parts<rows>& parts, const Half* a, int stride_a, const Ha
   for (int i = 0; i < P::kEach; ++i) {
     const bool exists = part_row() + i * P::kApart < left;
     parts.a[i] = parts.b[i] = make_uint4(0, 0, 0, 0);
-    if (exists) parts.a[i] = *reinterpret_cast<const uint4*>(later(a, i * P::kApart, stride_a));
-    if (exists) parts.b[i] = *reinterpret_cast<const uint4*>(later(b, i * P::kApart, stride_b));
+    if (exists) parts.a[i] = *reinterpret_cast<const uint4*>(row_of(a, i * P::kApart, stride_a));
+    if (exists) parts.b[i] = *reinterpret_cast<const uint4*>(row_of(b, i * P::kApart, stride_b));
   }
 }
 
@@ -183,16 +141,6 @@ DEVICE void multiply(float (&sum)[tiles][2][4], const Rows (&a)[tiles], const un
 DEVICE void multiply_add(float (&sum)[kChunks][4], unsigned a0, unsigned a1, const unsigned (&b)[kChunks]) {
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) mma_m16n8k8(sum[c], a0, a1, b[c]);
-}
-
-template <int tiles>
-DEVICE void clear(float (&sum)[tiles][kChunks][4]) {
-#pragma unroll
-  for (int m = 0; m < tiles; ++m)
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sum[m][c][i] = 0;
 }
 
 // ---- norms: squared, as bits, which order like the numbers and NaN above all
@@ -275,8 +223,8 @@ DEVICE void for_tiles(const Half* k, int k_time, const Half* v, int v_time, int 
   SHARED(Half, tiles, 4 * kTile);  // twice K and V
   Parts<keys> parts;
   int key = from / keys * keys, buffer = 0;
-  k = later(k, key + part_row(), k_time) + part_column();
-  v = later(v, key + part_row(), v_time) + part_column();
+  k = row_of(k, key + part_row(), k_time) + part_column();
+  v = row_of(v, key + part_row(), v_time) + part_column();
   load_parts(parts, k, k_time, v, v_time, T - key);
   while (true) {
     Half* tile = tiles + buffer * 2 * kTile;
@@ -284,8 +232,8 @@ DEVICE void for_tiles(const Half* k, int k_time, const Half* v, int v_time, int 
     sync_threads();
     const int next = key + keys;
     if (next < end) {
-      k = later(k, keys, k_time);
-      v = later(v, keys, v_time);
+      k = row_of(k, keys, k_time);
+      v = row_of(v, keys, v_time);
       load_parts(parts, k, k_time, v, v_time, T - next);
     }
     work(tile, tile + kTile, key);
@@ -300,7 +248,7 @@ DEVICE void for_tiles(const Half* k, int k_time, const Half* v, int v_time, int 
 // `bias`: kBias less the running maximum times c.
 template <bool masked>
 DEVICE void attend(float (&out)[kForwardTiles][kChunks][4], float (&bias)[kForwardTiles][2],
-                   float (&total)[kForwardTiles][2], const Rows (&q)[kForwardTiles], const Half* k, const Half* v,
+                   float (&l)[kForwardTiles][2], const Rows (&q)[kForwardTiles], const Half* k, const Half* v,
                    float c, int row, int key, const int* starts, int T) {
   constexpr int kSteps = kForwardKeys / 16;
   float score[kSteps][kForwardTiles][2][4];
@@ -315,20 +263,20 @@ DEVICE void attend(float (&out)[kForwardTiles][kChunks][4], float (&bias)[kForwa
   for (int m = 0; m < kForwardTiles; ++m)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float highest = kMasked;
+      float row_max = kMasked;
 #pragma unroll
       for (int s = 0; s < kSteps; ++s)
 #pragma unroll
         for (int j = 0; j < 2; ++j)
-          highest = fmaxf(fmaxf(highest, score[s][m][j][2 * i]), score[s][m][j][2 * i + 1]);
-      highest = fmaxf(highest, shfl_xor(highest, 1));
-      highest = fmaxf(highest, shfl_xor(highest, 2));
+          row_max = fmaxf(fmaxf(row_max, score[s][m][j][2 * i]), score[s][m][j][2 * i + 1]);
+      row_max = fmaxf(row_max, shfl_xor(row_max, 1));
+      row_max = fmaxf(row_max, shfl_xor(row_max, 2));
       const float before = bias[m][i];
-      bias[m][i] = fminf(before, kBias - highest * c);
-      const float keep = ex2(bias[m][i] - before);
-      total[m][i] *= keep;
+      bias[m][i] = fminf(before, kBias - row_max * c);
+      const float alpha = ex2(bias[m][i] - before);
+      l[m][i] *= alpha;
 #pragma unroll
-      for (int chunk = 0; chunk < kChunks; ++chunk) out[m][chunk][2 * i] *= keep, out[m][chunk][2 * i + 1] *= keep;
+      for (int chunk = 0; chunk < kChunks; ++chunk) out[m][chunk][2 * i] *= alpha, out[m][chunk][2 * i + 1] *= alpha;
     }
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
@@ -341,7 +289,7 @@ DEVICE void attend(float (&out)[kForwardTiles][kChunks][4], float (&bias)[kForwa
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           p[i] = ex2(p[i] * c + bias[m][i / 2]);
-          total[m][i / 2] += p[i];
+          l[m][i / 2] += p[i];
         }
         multiply_add(out[m], pack_positive(p[0], p[1]), pack_positive(p[2], p[3]), b[j]);
       }
@@ -365,7 +313,7 @@ attention_forward(const Half* q, const Half* k, const Half* v, const int* starts
     const int lane = threadIdx.x % 32;
     float norm = 0;
     if (lane < min(kRows, left)) {
-      const Half* from = later(v, at.first + lane, v_time);
+      const Half* from = row_of(v, at.first + lane, v_time);
 #pragma unroll
       for (int i = 0; i < kSize; i += 2) {
         const unsigned x = *reinterpret_cast<const unsigned*>(from + i);
@@ -378,19 +326,19 @@ attention_forward(const Half* q, const Half* k, const Half* v, const int* starts
 
   Rows a[kForwardTiles];
   load_rows(a, place(q, batch, at.first, at.head, q_batch, q_time, q_head), q_time, left);
-  float out[kForwardTiles][kChunks][4], bias[kForwardTiles][2], total[kForwardTiles][2];
+  float out[kForwardTiles][kChunks][4], bias[kForwardTiles][2], l[kForwardTiles][2];
   clear(out);
 #pragma unroll
-  for (int m = 0; m < kForwardTiles; ++m) bias[m][0] = bias[m][1] = kNothing, total[m][0] = total[m][1] = 0;
+  for (int m = 0; m < kForwardTiles; ++m) bias[m][0] = bias[m][1] = kNothing, l[m][0] = l[m][1] = 0;
   const Range seen = seen_by(starts, at.first, kRows, T);
 
   const int from = STARTS ? starts[at.block_first] : 0;
   for_tiles<kForwardKeys>(k, k_time, v, v_time, from, at.block_end, T, [&](const Half* k, const Half* v, int key) {
     const int next = key + kForwardKeys;
     if (seen.all_from <= key && next <= seen.all_to) {
-      attend<false>(out, bias, total, a, k, v, c, row, key, starts, T);
+      attend<false>(out, bias, l, a, k, v, c, row, key, starts, T);
     } else if (seen.from < next && key < seen.to) {
-      attend<true>(out, bias, total, a, k, v, c, row, key, starts, T);
+      attend<true>(out, bias, l, a, k, v, c, row, key, starts, T);
     }
   });
 
@@ -400,7 +348,7 @@ attention_forward(const Half* q, const Half* k, const Half* v, const int* starts
   for (int m = 0; m < kForwardTiles; ++m)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float sum = total[m][i];
+      float sum = l[m][i];
       sum += shfl_xor(sum, 1);
       sum += shfl_xor(sum, 2);
       if (!(fabsf(bias[m][i]) < 0x1p22f)) sum = float_from_bits(0x7fffffff);
@@ -457,10 +405,10 @@ attention_dq(const Half* q, const Half* k, const Half* v, const int* starts, con
   starts += batch * T;
   const float c = scale * kLog2e;
 
-  Rows a[kQueryTiles], d[kQueryTiles], mixed[kQueryTiles];
+  Rows a[kQueryTiles], d[kQueryTiles], attn_out[kQueryTiles];
   load_rows(a, place(q, batch, at.first, at.head, q_batch, q_time, q_head), q_time, left);
   load_rows(d, place(d_o, batch, at.first, at.head, do_batch, do_time, do_head), do_time, left);
-  load_rows(mixed, o + ((batch * T + at.first) * heads + head) * kSize, heads * kSize, left);
+  load_rows(attn_out, o + ((batch * T + at.first) * heads + head) * kSize, heads * kSize, left);
 
   const int norms = (T + 15) / 16;
   const float v_largest = warp_max(v_norm + (batch * (heads / kGroup) + at.kv) * norms, (at.block_end + 15) / 16);
@@ -475,7 +423,7 @@ attention_dq(const Half* q, const Half* k, const Half* v, const int* starts, con
       float along = 0, norm = 0;
 #pragma unroll
       for (int chunk = 0; chunk < kChunks; ++chunk) {
-        const unsigned x = d[m][chunk][i], y = mixed[m][chunk][i];
+        const unsigned x = d[m][chunk][i], y = attn_out[m][chunk][i];
         along += low_half(x) * low_half(y) + high_half(x) * high_half(y);
         norm += low_half(x) * low_half(x) + high_half(x) * high_half(x);
       }
@@ -635,8 +583,8 @@ attention_dkdv(const Half* q, const Half* k, const Half* v, const int* starts, c
     sync_threads();
     const int current = query;
     query += kKeyQueries;
-    q = later(q, kKeyQueries, q_time);
-    d_o = later(d_o, kKeyQueries, do_time);
+    q = row_of(q, kKeyQueries, q_time);
+    d_o = row_of(d_o, kKeyQueries, do_time);
     rows += 2 * kKeyQueries;
     if (query >= end) {
       q = place(q, 0, begin - query, 1, 0, q_time, q_head);

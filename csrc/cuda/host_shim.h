@@ -426,7 +426,6 @@ DEVICE float flush(float x) { return std::fabs(x) < 0x1p-126f ? 0.0f : x; }
 DEVICE float ex2(float x) { return flush(std::exp2(x)); }
 DEVICE float lg2(float x) { return std::log2(flush(x)); }
 DEVICE float rcp(float x) { return flush(1 / flush(x)); }
-DEVICE float tanh_approx(float x) { return std::tanh(x); }
 
 DEVICE unsigned atomicMax(unsigned* at, unsigned x) {
   const unsigned before = __atomic_load_n(at, __ATOMIC_RELAXED);

@@ -54,28 +54,28 @@ DEVICE float product(const In* hidden, const In* weight) {
   return sum;
 }
 
-// Takes `highest` from the logits of the row, those near it computed again.
-DEVICE void subtract(In* logits, const In* hidden, const In* weight, float highest) {
+// Takes `row_max` from the logits of the row, those near it computed again.
+DEVICE void subtract(In* logits, const In* hidden, const In* weight, float row_max) {
 #pragma unroll 1
   for (int entry = threadIdx.x; entry < VOCAB; entry += THREADS) {
     float x[1];
     load(x, logits + entry);
-    if (x[0] > highest - kNear) x[0] = product(hidden, weight + static_cast<long long>(entry) * SIZE);
-    x[0] -= highest;
+    if (x[0] > row_max - kNear) x[0] = product(hidden, weight + static_cast<long long>(entry) * SIZE);
+    x[0] -= row_max;
     store(x, logits + entry);
   }
 }
 
-template <bool highest>
+template <bool largest>
 DEVICE float block_reduce(float x, float* shared) {
-  x = highest ? warp_highest(x) : warp_sum(x);
+  x = largest ? warp_max(x) : warp_sum(x);
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
   sync_threads();
   x = shared[threadIdx.x % (THREADS / 32)];
 #pragma unroll
   for (int mask = THREADS / 64; mask; mask /= 2) {
     const float other = shfl_xor(x, mask);
-    x = highest ? fmaxf(x, other) : x + other;
+    x = largest ? fmaxf(x, other) : x + other;
   }
   return x;
 }
@@ -83,8 +83,8 @@ DEVICE float block_reduce(float x, float* shared) {
 KERNEL(THREADS, 1024 / THREADS)
 softmax_gradient(In* logits, const In* hidden, const In* weight, const long long* targets, float* losses,
                  int ignore_index, float factor) {
-  SHARED(float, highest_of_warp, THREADS / 32);
-  SHARED(float, total_of_warp, THREADS / 32);
+  SHARED(float, max_of_warp, THREADS / 32);
+  SHARED(float, sum_of_warp, THREADS / 32);
   const long long row = blockIdx.x, target = targets[row];
   logits += row * STRIDE;
   hidden += row * SIZE;
@@ -102,7 +102,7 @@ softmax_gradient(In* logits, const In* hidden, const In* weight, const long long
 
   uint4 parts[kParts];
   load_row(parts, logits);
-  float highest = kLowest;
+  float row_max = kLowest;
 #pragma unroll
   for (int p = 0; p < kParts; ++p) {
     if (first_entry(p) >= STRIDE) continue;
@@ -110,18 +110,18 @@ softmax_gradient(In* logits, const In* hidden, const In* weight, const long long
     unpack(x, parts[p]);
 #pragma unroll
     for (int i = 0; i < kWide; ++i)
-      if (first_entry(p) + i < VOCAB) highest = fmaxf(highest, x[i]);
+      if (first_entry(p) + i < VOCAB) row_max = fmaxf(row_max, x[i]);
   }
-  highest = block_reduce<true>(highest, highest_of_warp);
-  if (X == 16 && fabsf(highest) >= kPeaked && fabsf(highest) <= kLargest) {
-    subtract(logits, hidden, weight, highest);
-    if (known && threadIdx.x == 0) at_target[0] = product(hidden, weight + target * SIZE) - highest;
-    highest = 0;
+  row_max = block_reduce<true>(row_max, max_of_warp);
+  if (X == 16 && fabsf(row_max) >= kPeaked && fabsf(row_max) <= kLargest) {
+    subtract(logits, hidden, weight, row_max);
+    if (known && threadIdx.x == 0) at_target[0] = product(hidden, weight + target * SIZE) - row_max;
+    row_max = 0;
     sync_threads();
     load_row(parts, logits);
   }
 
-  float total = 0;
+  float row_sum = 0;
 #pragma unroll
   for (int p = 0; p < kParts; ++p) {
     if (first_entry(p) >= STRIDE) continue;
@@ -129,26 +129,26 @@ softmax_gradient(In* logits, const In* hidden, const In* weight, const long long
     unpack(x, parts[p]);
 #pragma unroll
     for (int i = 0; i < kWide; ++i)
-      if (first_entry(p) + i < VOCAB) total += ex2((x[i] - highest) * kLog2e);
+      if (first_entry(p) + i < VOCAB) row_sum += ex2((x[i] - row_max) * kLog2e);
   }
-  total = block_reduce<false>(total, total_of_warp);
+  row_sum = block_reduce<false>(row_sum, sum_of_warp);
 
   if (threadIdx.x == 0)
-    losses[row] = known ? highest - at_target[0] + lg2(total) * kLn2 : float_from_bits(0x7fffffff);
+    losses[row] = known ? row_max - at_target[0] + lg2(row_sum) * kLn2 : float_from_bits(0x7fffffff);
   if (!GRADIENT) return;
-  const float scale = factor / total;
+  const float scale = factor / row_sum;
 #pragma unroll
   for (int p = 0; p < kParts; ++p) {
     if (first_entry(p) >= STRIDE) continue;
     float x[kWide];
     unpack(x, parts[p]);
 #pragma unroll
-    for (int i = 0; i < kWide; ++i) x[i] = ex2((x[i] - highest) * kLog2e) * scale;
+    for (int i = 0; i < kWide; ++i) x[i] = ex2((x[i] - row_max) * kLog2e) * scale;
     store(x, logits + first_entry(p));
   }
   sync_threads();
   if (threadIdx.x == 0 && known) {
-    const float delta[1] = {ex2((at_target[0] - highest) * kLog2e) * scale - factor};
+    const float delta[1] = {ex2((at_target[0] - row_max) * kLog2e) * scale - factor};
     store(delta, logits + target);
   }
 }

@@ -12,7 +12,7 @@
 //
 // A warp keeps its tokens (32, back 16) and their sums in registers; the weights go by in stages of 16 columns, through
 // shared memory, the next stage on its way in registers.
-#include "vector.h"
+#include "mma.h"
 
 constexpr int kSize = SIZE, kWidth = WIDTH, kThreads = 256;
 constexpr int kChunks = kSize / 8;  // of 16 bytes, the width of a product
@@ -22,48 +22,10 @@ constexpr int kForwardTiles = 2, kBackwardTiles = 1;  // of 16 tokens a warp
 using Rows = unsigned[kChunks][2];  // A, 16 rows of a matrix [tokens][kSize]
 using Sums = float[kChunks][4];     // C, the same
 
-DEVICE int lane_row() { return threadIdx.x % 32 / 4; }
-DEVICE int lane_column() { return threadIdx.x % 4 * 2; }
-
-template <class T>
-DEVICE T* row_of(T* x, int row, int stride) {
-  return x + static_cast<long long>(row) * stride;
-}
-
-// Rows from `first` on, of which those before `tokens` exist. The others are 0.
-DEVICE void load_rows(Rows& a, const Half* x, int stride, int first, int tokens) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = first + i * 8 + lane_row();
-    const Half* from = row_of(x, row, stride) + lane_column();
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) a[c][i] = row < tokens ? *reinterpret_cast<const unsigned*>(from + c * 8) : 0;
-  }
-}
-
-DEVICE void store_rows(const Sums& sum, Half* x, int first, int tokens) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = first + i * 8 + lane_row();
-    if (row >= tokens) continue;
-    Half* to = row_of(x, row, kSize) + lane_column();
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c)
-      *reinterpret_cast<unsigned*>(to + c * 8) = pack(sum[c][2 * i], sum[c][2 * i + 1]);
-  }
-}
-
 // 8 columns of the block, packed, to rows of `stride`. `x`: at the lane's first row and column.
 DEVICE void store_columns(unsigned low, unsigned high, Half* x, int stride, int row, int tokens) {
   if (row < tokens) *reinterpret_cast<unsigned*>(x) = low;
   if (row + 8 < tokens) *reinterpret_cast<unsigned*>(row_of(x, 8, stride)) = high;
-}
-
-DEVICE void clear(Sums& sum) {
-#pragma unroll
-  for (int c = 0; c < kChunks; ++c)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum[c][i] = 0;
 }
 
 // ---- weights: rows of kSize halves in shared memory, chunks swapped so that the same chunk of 8 rows has no conflicts
@@ -162,11 +124,8 @@ mlp_forward(const Half* x, const Half* gate, const Half* up, const Half* down, H
   const int first = (blockIdx.x * (kThreads / 32) + threadIdx.x / 32) * 16 * kTiles;
   Rows a[kTiles];
   Sums sum[kTiles];
-#pragma unroll
-  for (int m = 0; m < kTiles; ++m) {
-    load_rows(a[m], x, x_stride, first + m * 16, tokens);
-    clear(sum[m]);
-  }
+  load_rows(a, row_of(x, first, x_stride), x_stride, tokens - first);
+  clear(sum);
   for_columns(gate, up, down, [&](const Half* gate, const Half* up, const Half* down, int) {
     float g[kTiles][4], u[kTiles][4];
     unsigned h[kTiles][2];
@@ -180,8 +139,7 @@ mlp_forward(const Half* x, const Half* gate, const Half* up, const Half* down, H
     }
     multiply_add(sum, h, down);
   });
-#pragma unroll
-  for (int m = 0; m < kTiles; ++m) store_rows(sum[m], out, first + m * 16, tokens);
+  store_rows(sum, row_of(out, first, kSize), kSize, tokens - first);
 }
 LAUNCHER(mlp_forward)
 
@@ -193,9 +151,9 @@ mlp_backward(const Half* dy, const Half* x, const Half* gate, const Half* up, co
   const int first = (blockIdx.x * (kThreads / 32) + threadIdx.x / 32) * 16, row = first + lane_row();
   Rows a[1], d[1];
   Sums sum[1];
-  load_rows(a[0], x, x_stride, first, tokens);
-  load_rows(d[0], dy, dy_stride, first, tokens);
-  clear(sum[0]);
+  load_rows(a, row_of(x, first, x_stride), x_stride, tokens - first);
+  load_rows(d, row_of(dy, first, dy_stride), dy_stride, tokens - first);
+  clear(sum);
   hidden = row_of(hidden, row, kWidth) + lane_column();
   dboth = row_of(dboth, row, 2 * kWidth) + lane_column();
   for_columns(gate, up, down, [&](const Half* gate, const Half* up, const Half* down, int column) {
@@ -219,6 +177,6 @@ mlp_backward(const Half* dy, const Half* x, const Half* gate, const Half* up, co
     multiply_add(sum, by_gate, gate);
     multiply_add(sum, by_up, up);
   });
-  store_rows(sum[0], dx, first, tokens);
+  store_rows(sum, row_of(dx, first, kSize), kSize, tokens - first);
 }
 LAUNCHER(mlp_backward)

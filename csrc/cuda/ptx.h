@@ -53,7 +53,7 @@ DEVICE void ldmatrix_x4_trans(unsigned (&m)[4], const void* row) {
                : "memory");
 }
 
-// 2^x, log2 x, 1 / x, tanh x: about 22 bits, tanh 11; what would be subnormal is 0.
+// 2^x, log2 x, 1 / x: about 22 bits; what would be subnormal is 0.
 DEVICE float ex2(float x) {
   asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
   return x;
@@ -66,11 +66,6 @@ DEVICE float lg2(float x) {
 
 DEVICE float rcp(float x) {
   asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(x));
-  return x;
-}
-
-DEVICE float tanh_approx(float x) {
-  asm("tanh.approx.f32 %0, %0;" : "+f"(x));
   return x;
 }
 

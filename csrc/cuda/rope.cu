@@ -1,15 +1,15 @@
-// Rotary position embedding of q and k in one launch, half-rotate layout: dimension j turns with j + SIZE / 2. And the
-// gradients of q, k and v, where these are parts of one product, as that product's: q's and k's turned back.
+// Rotary position embedding of q and k in one launch, half-rotate layout: dimension j is rotated with j + SIZE / 2. And the
+// gradients of q, k and v, where these are parts of one product, as that product's: q's and k's rotated back.
 //
 // Compile with -DSIZE=<head> -DHEADS=<of q> -DKV=<of k> -DVECTOR=<8, 4, 2, 1: numbers read at once, divides SIZE / 2>
 // -DX=<bits of q and k>.
 //
 //     rope            256 threads, grid ceil(B T (HEADS + KV) SIZE / 2 / VECTOR / 256)
 //                     q k cos sin q_out k_out  B * T, T, sign, strides (B, T, H) of q and of k
-//     rope_qkv_back   256 threads, grid ceil(B T (HEADS + 2 KV) SIZE / 2 / VECTOR / 256)
+//     rope_packed_back   256 threads, grid ceil(B T (HEADS + 2 KV) SIZE / 2 / VECTOR / 256)
 //                     dq dk dv cos sin out  B * T, T, strides (B, T, H) of dq, of dk and of dv
 // q, dq [B, T, HEADS, SIZE], k, dk, dv [B, T, KV, SIZE], the last dimension dense; q_out and k_out dense; out dense,
-// [B, T, HEADS + 2 KV, SIZE]; cos and sin fp32 [T, SIZE / 2]. sign 1 turns, -1 turns back, which is the gradient.
+// [B, T, HEADS + 2 KV, SIZE]; cos and sin fp32 [T, SIZE / 2]. sign 1 rotates, -1 rotates back, which is the gradient.
 #include "vector.h"
 
 constexpr int kHalf = SIZE / 2, kVector = VECTOR, kChunks = kHalf / kVector;
@@ -31,7 +31,7 @@ DEVICE const In* row(const In* x, long long batch, long long time, long long hea
   return x + batch * x_batch + time * x_time + head * x_head;
 }
 
-DEVICE void turn(const In* from, In* to, const float* cos, const float* sin, float sign) {
+DEVICE void rotate(const In* from, In* to, const float* cos, const float* sin, float sign) {
   float first[kVector], second[kVector], c[kVector], s[kVector], low[kVector], high[kVector];
   load(first, from);
   load(second, from + kHalf);
@@ -58,12 +58,12 @@ rope(const In* q, const In* k, const float* cos, const float* sin, In* q_out, In
                                 : row(k, batch, time, head - HEADS, k_batch, k_time, k_head);
   In* to = head < HEADS ? q_out + (at * HEADS + head) * SIZE : k_out + (at * KV + head - HEADS) * SIZE;
   const long long angle = time * kHalf + it.column;
-  turn(from + it.column, to + it.column, cos + angle, sin + angle, sign);
+  rotate(from + it.column, to + it.column, cos + angle, sin + angle, sign);
 }
 LAUNCHER(rope)
 
 KERNEL(256, 4)
-rope_qkv_back(const In* dq, const In* dk, const In* dv, const float* cos, const float* sin, In* out, int positions,
+rope_packed_back(const In* dq, const In* dk, const In* dv, const float* cos, const float* sin, In* out, int positions,
               int T, int q_batch, int q_time, int q_head, int k_batch, int k_time, int k_head, int v_batch, int v_time,
               int v_head) {
   const Place it = place(HEADS + 2 * KV);
@@ -83,6 +83,6 @@ rope_qkv_back(const In* dq, const In* dk, const In* dv, const float* cos, const 
   const In* from = head < HEADS ? row(dq, batch, time, head, q_batch, q_time, q_head)
                                 : row(dk, batch, time, head - HEADS, k_batch, k_time, k_head);
   const long long angle = time * kHalf + it.column;
-  turn(from + it.column, to, cos + angle, sin + angle, -1);
+  rotate(from + it.column, to, cos + angle, sin + angle, -1);
 }
-LAUNCHER(rope_qkv_back)
+LAUNCHER(rope_packed_back)

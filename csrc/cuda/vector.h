@@ -16,6 +16,11 @@ struct NumberOf<32> {
 template <int bits>
 using Number = typename NumberOf<bits>::Type;
 
+template <class T>
+DEVICE T* row_of(T* x, int row, int stride) {
+  return x + static_cast<long long>(row) * stride;
+}
+
 // `count` (8, 4, 2, 1) halves or floats, from or to an address that is a multiple of their size, at most 16 bytes.
 template <int count>
 DEVICE void load(float (&x)[count], const Half* from) {
@@ -86,7 +91,7 @@ DEVICE float warp_sum(float x) {
   return x;
 }
 
-DEVICE float warp_highest(float x) {
+DEVICE float warp_max(float x) {
 #pragma unroll
   for (int mask = 16; mask; mask /= 2) x = fmaxf(x, shfl_xor(x, mask));
   return x;

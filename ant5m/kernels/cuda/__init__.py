@@ -8,17 +8,17 @@ node.
 
 import torch
 
-from ant5m.kernels import pieces
+from ant5m.kernels.arguments import compute_dtype
 from ant5m.kernels.cuda import compiler, runtime
 from ant5m.kernels.cuda.attention import HEAD_SIZES, MAX_ROWS, attention
-from ant5m.kernels.cuda.layout import DTYPES
 from ant5m.kernels.cuda.linear_cross_entropy import MAX_VOCAB, linear_cross_entropy
 from ant5m.kernels.cuda.mlp import SIZES, mlp
 from ant5m.kernels.cuda.rms_norm import MAX_SIZE, rms_norm
-from ant5m.kernels.cuda.rope import rope, rope_qkv
+from ant5m.kernels.cuda.rope import rope, rope_packed
 from ant5m.kernels.cuda.swiglu import swiglu
+from ant5m.kernels.cuda.vectors import DTYPES
+from ant5m.kernels.custom_ops import rope_packed_unsupported_reason
 from ant5m.kernels.dispatch import Implementation
-from ant5m.kernels.layout import compute_dtype
 from ant5m.kernels.tracing import constant_when_traced
 
 
@@ -86,7 +86,7 @@ def _name(dtype: torch.dtype) -> str:
 IMPLEMENTATIONS = {
     "rms_norm": Implementation(rms_norm, _norm_refuses),
     "rope": Implementation(rope),
-    "rope_packed": Implementation(rope_qkv, pieces.unsupported_reason),
+    "rope_packed": Implementation(rope_packed, rope_packed_unsupported_reason),
     "attention": Implementation(attention, _attention_refuses),
     "swiglu": Implementation(swiglu),
     "mlp": Implementation(mlp, _mlp_refuses, timed=True),

@@ -8,6 +8,7 @@ import math
 import torch
 
 from ant5m.kernels.cuda.runtime import launch
+from ant5m.kernels.custom_ops import make_attention
 
 HEAD_SIZES = (16, 32, 64)
 MAX_ROWS = 65_535
@@ -17,42 +18,22 @@ _THREADS = 128
 _NORM_ROWS = 16
 
 
-@torch.library.custom_op("ant5m_cuda::attention", mutates_args=())
-def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> o; log2 of the sum of exponentials of each row; norms of v that the backward pass scales by."""
-    o, lse, v_norm = _outputs(q, k, v, starts)
+def _kept(q, k):
+    """log2 of the sum of exponentials of each row, [B, H, T]; norms of v that the backward pass scales by."""
+    batch, length, heads, _ = q.shape
+    return torch.empty(batch, heads, length, dtype=torch.float32, device=q.device), _norms(k)
+
+
+def _forward(q, k, v, starts, o, lse, v_norm):
     q, k, v = (_aligned(x) for x in (q, k, v))
     if o.numel() > 0:
         _launch("attention_forward", _query_grid(q, k), q, k, v, starts, (o, lse, v_norm), ())
-    return o, lse, v_norm
 
 
-@_forward.register_fake
-def _outputs(q, k, v, starts):
-    batch, length, heads, _ = q.shape
-    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
-    return o, lse, _norms(k)
-
-
-@torch.library.custom_op("ant5m_cuda::attention_backward", mutates_args=())
-def _backward(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    starts: torch.Tensor | None,
-    o: torch.Tensor,
-    lse: torch.Tensor,
-    v_norm: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> dq, dk, dv."""
-    dq, dk, dv = _gradients(do, q, k, v, starts, o, lse, v_norm)
+def _backward(do, q, k, v, starts, o, lse, v_norm, dq, dk, dv):
     do, q, k, v = (_aligned(x) for x in (do, q, k, v))
     if o.numel() == 0:
-        return dq, dk, dv
+        return
     # Of each row what both kernels need; it has room for two numbers.
     rows, do_norm = lse.new_empty(*lse.shape, 2), _norms(q)
     _launch(
@@ -66,12 +47,6 @@ def _backward(
         (math.ceil(length / (64 if size == 64 else 128)), kv, batch),
         *(q, k, v, starts, (do, rows, v_norm, do_norm, dk, dv), (do, dk, dv)),
     )
-    return dq, dk, dv
-
-
-@_backward.register_fake
-def _gradients(do, q, k, v, starts, o, lse, v_norm):
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
 
 
 def _launch(kernel, grid, q, k, v, starts, tensors, strided):
@@ -107,16 +82,4 @@ def _aligned(x):
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, *output)
-
-
-def _differentiate(ctx, do, *_):
-    return *_backward(do, *ctx.saved_tensors), None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-
-
-def attention(q, k, v, starts=None):
-    return _forward(q, k, v, None if starts is None else starts.to(torch.int32).contiguous())[0]
+attention = make_attention("ant5m_cuda::attention", _forward, _backward, _kept)

@@ -1,10 +1,10 @@
-"""The head by chunks (`ant5m.kernels.head`) around the kernel of csrc/cuda/linear_cross_entropy.cu."""
+"""The head by chunks (`lm_head_loss`) around the kernel of csrc/cuda/linear_cross_entropy.cu."""
 
 import torch
 
-from ant5m.kernels.cuda.layout import bits, vector
 from ant5m.kernels.cuda.runtime import launch
-from ant5m.kernels.head import in_place, make_linear_cross_entropy
+from ant5m.kernels.cuda.vectors import bits, vector
+from ant5m.kernels.lm_head_loss import in_place, make_linear_cross_entropy
 
 # Entries in 16 bits that a thread keeps in registers, and most threads. 64 take 32 registers.
 _ENTRIES, _THREADS = 64, 1_024
@@ -23,7 +23,7 @@ def softmax_gradient(
     scale: float,
     gradient: bool,
 ) -> None:
-    """See `ant5m.kernels.head.SoftmaxGradient`."""
+    """See `ant5m.kernels.lm_head_loss.SoftmaxGradient`."""
     kind = bits(logits.dtype)
     threads = 256
     while threads < _THREADS and logits.shape[1] * kind > threads * _ENTRIES * 16:

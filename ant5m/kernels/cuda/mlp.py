@@ -18,10 +18,11 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ant5m.kernels.cuda.layout import vector
+from ant5m.kernels.arguments import rows
 from ant5m.kernels.cuda.runtime import launch
-from ant5m.kernels.head import product
-from ant5m.kernels.layout import rows
+from ant5m.kernels.cuda.vectors import vector
+from ant5m.kernels.custom_ops import make_mlp
+from ant5m.kernels.lm_head_loss import product
 
 SIZES = (64, 128)
 
@@ -30,41 +31,20 @@ _THREADS = 256
 _FORWARD_TOKENS, _BACKWARD_TOKENS = 256, 128  # a block's
 
 
-@torch.library.custom_op("ant5m_cuda::mlp", mutates_args=())
-def _forward(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    out = _output(x, gate, up, down)
+def _forward(x, gate, up, down, y):
     x, weights = _even(rows(x)), _columns(gate, up, down)
     if len(x) > 0:
-        _launch("mlp_forward", _FORWARD_TOKENS, (x,), weights, (out,))
-    return out
+        _launch("mlp_forward", _FORWARD_TOKENS, (x,), weights, (y,))
 
 
-@_forward.register_fake
-def _output(x, gate, up, down):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-@torch.library.custom_op("ant5m_cuda::mlp_backward", mutates_args=())
-def _backward(
-    dy: torch.Tensor, x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> gradients of x, gate, up, down."""
-    dx, *dweights = _gradients(dy, x, gate, up, down)
+def _backward(dy, x, gate, up, down, dx, dboth_weight, ddown):
     dy, x, weights = _even(rows(dy)), _even(rows(x)), _columns(gate, up, down)
     width = len(weights[0])
     hidden, dboth = x.new_empty(len(x), width), x.new_empty(len(x), 2 * width)
     if len(x) > 0:
         _launch("mlp_backward", _BACKWARD_TOKENS, (dy, x), weights, (hidden, dboth, dx))
-    by_both = product(dboth.T, x)
-    parts = by_both[:width], by_both[width:], product(dy.T, hidden)
-    for dweight, part in zip(dweights, parts, strict=True):
-        dweight.copy_(part[: dweight.shape[0], : dweight.shape[1]])
-    return dx, *dweights
-
-
-@_backward.register_fake
-def _gradients(dy, x, gate, up, down):
-    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, gate, up, down))
+    product(dboth.T, x, out=dboth_weight)
+    product(dy.T, hidden, out=ddown)
 
 
 def _launch(kernel, tokens, inputs, weights, outputs):
@@ -92,17 +72,4 @@ def _even(x):
     return x if vector(2, x) == 2 else x.clone(memory_format=torch.contiguous_format)
 
 
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate(ctx, dy):
-    return _backward(dy, *ctx.saved_tensors)
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-
-
-def mlp(x, gate, up, down):
-    """down (silu(gate x) * (up x)) of x [..., D] fp16 with gate, up [W, D] and down [D, W]: [..., D] fp16."""
-    return _forward(x, gate, up, down)
+mlp = make_mlp("ant5m_cuda::mlp", _forward, _backward, gradient_dtype=torch.float32)

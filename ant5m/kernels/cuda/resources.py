@@ -122,7 +122,7 @@ def _launches(hidden, intermediate, heads, kv_heads, head_size, vocab, documents
         outputs = [ops.rms_norm(residual, weight), *ops.rms_norm(x, weight, 1e-5, residual)]
         counts = [heads, kv_heads, kv_heads]
         angles = torch.zeros(length, head_size // 2)
-        q, k, v = ops.rope_qkv(draw(sum(counts) * head_size), angles, angles, counts)
+        q, k, v = ops.rope_packed(draw(sum(counts) * head_size), angles, angles, counts)
         starts = torch.zeros(1, length, dtype=torch.int32) if documents else None
         outputs += [q, k, ops.attention(q, k, v, starts)]
         if hidden in ops.SIZES:

@@ -5,7 +5,7 @@ Each op is registered with `torch.library`, so torch.compile and CUDA graphs tak
 
 import torch
 
-from ant5m.kernels import pieces
+from ant5m.kernels.custom_ops import rope_packed_unsupported_reason
 from ant5m.kernels.dispatch import Implementation
 from ant5m.kernels.tracing import constant_when_traced
 
@@ -14,12 +14,12 @@ try:
 except ImportError:  # no wheel for this platform
     triton = None
 else:
-    from ant5m.kernels.triton import layout
+    from ant5m.kernels.triton import device
     from ant5m.kernels.triton.attention import HEAD_SIZES, attention
     from ant5m.kernels.triton.linear_cross_entropy import linear_cross_entropy
     from ant5m.kernels.triton.mlp import SIZES, mlp
     from ant5m.kernels.triton.rms_norm import MAX_SIZE, rms_norm
-    from ant5m.kernels.triton.rope import rope, rope_qkv
+    from ant5m.kernels.triton.rope import rope, rope_packed
     from ant5m.kernels.triton.swiglu import swiglu
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -29,7 +29,7 @@ def unsupported_reason(tensors) -> str | None:
     """These ops take fp16, bf16 (from compute capability 8.0 on) or fp32 on an NVIDIA GPU."""
     if triton is None:
         return "Triton is not installed"
-    if not layout.interpreted() and (reason := _device_refuses(tensors)) is not None:
+    if not device.interpreted() and (reason := _device_refuses(tensors)) is not None:
         return reason
     for x in tensors:
         if x.dtype not in _DTYPES and x.is_floating_point():
@@ -64,7 +64,7 @@ def _machine_refuses(device: torch.device | None, has_bf16: bool) -> str | None:
 
 
 def _tensor_cores_refuse(x):
-    return None if layout.interpreted() else _no_tensor_cores(_device_of(x))
+    return None if device.interpreted() else _no_tensor_cores(_device_of(x))
 
 
 @constant_when_traced
@@ -102,10 +102,10 @@ IMPLEMENTATIONS = (
     else {
         "rms_norm": Implementation(rms_norm, _norm_refuses),
         "rope": Implementation(rope),
-        "rope_packed": Implementation(rope_qkv, pieces.unsupported_reason),
+        "rope_packed": Implementation(rope_packed, rope_packed_unsupported_reason),
         "attention": Implementation(attention, _attention_refuses),
         "swiglu": Implementation(swiglu),
-        "mlp": Implementation(mlp, _mlp_refuses, timed=not layout.interpreted()),
+        "mlp": Implementation(mlp, _mlp_refuses, timed=not device.interpreted()),
         "linear_cross_entropy": Implementation(linear_cross_entropy),
     }
 )

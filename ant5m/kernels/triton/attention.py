@@ -18,8 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ant5m.kernels.layout import dense
-from ant5m.kernels.triton.layout import LARGE_SHARED_MEMORY, is_hopper, shared_memory
+from ant5m.kernels.arguments import dense
+from ant5m.kernels.custom_ops import make_attention
+from ant5m.kernels.triton.device import LARGE_SHARED_MEMORY, is_hopper, shared_memory
 
 HEAD_SIZES = (16, 32, 64, 128)
 # Heads of a group in one tile; a larger group takes several tiles.
@@ -29,8 +30,8 @@ _MAX_GROUP = 8
 @triton.jit
 def _attend(
     b_acc,
-    b_sum,
-    b_max,
+    b_l,
+    b_m,
     b_q,
     p_k,
     p_v,
@@ -59,14 +60,14 @@ def _attend(
             if STARTS:
                 m_s = m_s & (b_start[:, None] <= n + o_n[None, :])
             b_s = tl.where(m_s, b_s, -float("inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, 1) * c)
-        b_p = tl.exp2(b_s * c - b_new[:, None])
-        b_keep = tl.exp2(b_max - b_new)
-        b_max = b_new
-        b_sum = b_sum * b_keep + tl.sum(b_p, 1)
+        b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * c)
+        b_p = tl.exp2(b_s * c - b_m_new[:, None])
+        b_alpha = tl.exp2(b_m - b_m_new)
+        b_m = b_m_new
+        b_l = b_l * b_alpha + tl.sum(b_p, 1)
         b_v = _rows(p_v, n, o_n, o_d, stride_vt, T, MASKED)
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_keep[:, None], input_precision=PRECISION)
-    return b_acc, b_sum, b_max
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=PRECISION)
+    return b_acc, b_l, b_m
 
 
 @triton.jit
@@ -134,30 +135,30 @@ def attention_fwd_kernel(
     p_v += i_b * stride_vb + i_kv * stride_vh
 
     b_acc = tl.zeros((BQ * BG, D), tl.float32)
-    b_sum = tl.zeros((BQ * BG,), tl.float32)
-    b_max = tl.full((BQ * BG,), -1e30, tl.float32)  # finite: a row that sees nothing yet must not make NaN
+    b_l = tl.zeros((BQ * BG,), tl.float32)
+    b_m = tl.full((BQ * BG,), -1e30, tl.float32)  # finite: a row that sees nothing yet must not make NaN
     diagonal = i_t // BN * BN
     b_start = o_t
     if STARTS:
         b_start = tl.load(p_starts + i_b * T + o_t, mask=o_t < T, other=0)
         diagonal = tl.load(p_starts + i_b * T + i_t) // BN * BN
     else:
-        b_acc, b_sum, b_max = _attend(
-            b_acc, b_sum, b_max, b_q, p_k, p_v, o_t, b_start, 0, diagonal, T, c, stride_kt, stride_vt,
+        b_acc, b_l, b_m = _attend(
+            b_acc, b_l, b_m, b_q, p_k, p_v, o_t, b_start, 0, diagonal, T, c, stride_kt, stride_vt,
             D, False, STARTS, BN, PRECISION,
         )  # fmt: skip
-    b_acc, b_sum, b_max = _attend(
-        b_acc, b_sum, b_max, b_q, p_k, p_v, o_t, b_start, diagonal, tl.minimum(i_t + BQ, T), T, c,
+    b_acc, b_l, b_m = _attend(
+        b_acc, b_l, b_m, b_q, p_k, p_v, o_t, b_start, diagonal, tl.minimum(i_t + BQ, T), T, c,
         stride_kt, stride_vt, D, True, STARTS, BN, PRECISION,
     )  # fmt: skip
 
     o_out = (i_b * T + i_t) * (KV * GROUP) + i_h + o_r // BG * (KV * GROUP) + o_r % BG
     tl.store(
         p_o + o_out[:, None] * D + o_d[None, :],
-        (b_acc / b_sum[:, None]).to(p_o.dtype.element_ty),
+        (b_acc / b_l[:, None]).to(p_o.dtype.element_ty),
         mask=m_r[:, None],
     )
-    tl.store(p_lse + o_out, b_max + tl.log2(b_sum), mask=m_r)
+    tl.store(p_lse + o_out, b_m + tl.log2(b_l), mask=m_r)
 
 
 @triton.jit
@@ -520,12 +521,12 @@ def _tile(kernel: str, size: int, itemsize: int) -> _Tile:
     return tiles[kernel][size]
 
 
-@torch.library.custom_op("ant5m_triton::attention", mutates_args=())
-def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> mixed values [B, T, H, D]; log2 of the sum of exp2 of the scores times log2(e) [B, T, H], fp32."""
-    o, lse = _outputs(q, k, v, starts)
+def _kept(q, k):
+    """log2 of the sum of exp2 of the scores times log2(e) [B, T, H], fp32; nothing else."""
+    return torch.empty(q.shape[:3], dtype=torch.float32, device=q.device), q.new_empty(0)
+
+
+def _forward(q, k, v, starts, o, lse, _):
     q, k, v = dense(q), dense(k), dense(v)
     with torch.cuda.device_of(q):
         grid, constants = _launch("forward", q, k, starts)
@@ -543,27 +544,9 @@ def _forward(
             *v.stride()[:3],
             **constants,
         )
-    return o, lse
 
 
-@_forward.register_fake
-def _outputs(q, k, v, starts):
-    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    return o, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-
-
-@torch.library.custom_op("ant5m_triton::attention_backward", mutates_args=())
-def _backward(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    lse: torch.Tensor,
-    starts: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> gradients of q, k and v."""
-    dq, dk, dv = _gradients(do, q, k, v, o, lse, starts)
+def _backward(do, q, k, v, starts, o, lse, _, dq, dk, dv):
     do, q, k, v = dense(do), dense(q), dense(k), dense(v)
     length, size = q.shape[1], q.shape[3]
     ends = starts
@@ -584,30 +567,6 @@ def _backward(
         attention_bwd_dkdv_kernel[grid](
             q, k, v, some, some if ends is None else ends, do, lse, delta, dk, dv, *numbers, **constants
         )
-    return dq, dk, dv
 
 
-@_backward.register_fake
-def _gradients(do, q, k, v, o, lse, starts):
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-
-
-def _save(ctx, inputs, output):
-    q, k, v, starts = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, starts)
-
-
-def _differentiate(ctx, do, _):
-    if do is None:
-        return None, None, None, None
-    return *_backward(do, *ctx.saved_tensors), None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-
-
-def attention(q, k, v, starts=None):
-    if starts is not None:
-        starts = starts.to(torch.int32).contiguous()
-    return _forward(q, k, v, starts)[0]
+attention = make_attention("ant5m_triton::attention", _forward, _backward, _kept)

@@ -1,10 +1,10 @@
-"""The head by chunks (`ant5m.kernels.head`).
+"""The head by chunks (`ant5m.kernels.lm_head_loss`).
 
 In 16 bits on tensor cores, logits live in registers alone, in fp32: one kernel makes the softmax's sum and
 the loss of all rows, the other makes the logits of a chunk again and writes their gradients. So the loss is
 as exact as the inputs; logits that are stored in bf16 would be rounded by up to 0.4 %. On an H100, 65,536 x
-128 x 16,384 take 3.0 ms with both products, where logits of cuBLAS, turned in place, take 4.0. Elsewhere
-(fp32, or below compute capability 8.0, where Triton has no tensor cores) they are made so.
+128 x 16,384 take 3.0 ms with both products, where gradients in the place of cuBLAS's logits take 4.0.
+Elsewhere (fp32, or below compute capability 8.0, where Triton has no tensor cores) they are made so.
 """
 
 import math
@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ant5m.kernels.head import chunk_buffer, chunks, in_place, make_linear_cross_entropy
-from ant5m.kernels.layout import dense
-from ant5m.kernels.triton.layout import LARGE_SHARED_MEMORY, has_tensor_cores, shared_memory
+from ant5m.kernels.arguments import dense
+from ant5m.kernels.lm_head_loss import chunk_buffer, chunks, in_place, make_linear_cross_entropy
+from ant5m.kernels.triton.device import LARGE_SHARED_MEMORY, has_tensor_cores, shared_memory
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _LN2 = tl.constexpr(math.log(2))
@@ -91,18 +91,18 @@ def head_loss_kernel(
     m_n = o_n < N
     p_hidden += (o_n * stride_hidden)[:, None]
     b_hidden = _hidden(p_hidden, m_n, D, BLOCK_D)
-    b_max = tl.full((BLOCK_N,), -1e30, tl.float32)
-    b_sum = tl.zeros((BLOCK_N,), tl.float32)
+    b_m = tl.full((BLOCK_N,), -1e30, tl.float32)
+    b_l = tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, V, BLOCK_V):
         b_z = _logits(
             b_hidden, p_hidden, p_weight, m_n, first, V, stride_weight, D, EVEN, BLOCK_N, BLOCK_V, BLOCK_D
         )
         if not EVEN:
             b_z = tl.where((first + tl.arange(0, BLOCK_V) < V)[None, :], b_z, -float("inf"))
-        b_new = tl.maximum(b_max, tl.max(b_z, 1) * _LOG2E)
-        b_sum = b_sum * tl.exp2(b_max - b_new) + tl.sum(tl.exp2(b_z * _LOG2E - b_new[:, None]), 1)
-        b_max = b_new
-    b_lse = b_max + tl.log2(b_sum)
+        b_m_new = tl.maximum(b_m, tl.max(b_z, 1) * _LOG2E)
+        b_l = b_l * tl.exp2(b_m - b_m_new) + tl.sum(tl.exp2(b_z * _LOG2E - b_m_new[:, None]), 1)
+        b_m = b_m_new
+    b_lse = b_m + tl.log2(b_l)
     tl.store(p_lse + o_n, b_lse, mask=m_n)
 
     b_target = tl.load(p_targets + o_n, mask=m_n, other=ignore_index)
@@ -205,29 +205,29 @@ def softmax_gradient_kernel(
         at_target = tl.load(p_row + target, mask=known, other=float("nan")).to(tl.float32)
         if WHOLE:
             b_z = _load(p_row, o, V, stride)
-            highest = tl.max(b_z, 0)
-            b_exp = tl.exp(b_z - highest)
-            total = tl.sum(b_exp, 0)
+            row_max = tl.max(b_z, 0)
+            b_exp = tl.exp(b_z - row_max)
+            row_sum = tl.sum(b_exp, 0)
             if GRADIENT:
-                _store(p_row, o, stride, b_exp * (scale / total))
+                _store(p_row, o, stride, b_exp * (scale / row_sum))
         else:
-            b_max = tl.full((BLOCK,), -1e30, tl.float32)
-            b_sum = tl.zeros((BLOCK,), tl.float32)
+            b_m = tl.full((BLOCK,), -1e30, tl.float32)
+            b_l = tl.zeros((BLOCK,), tl.float32)
             for first in range(0, V, BLOCK):
                 b_z = _load(p_row, first + o, V, stride)
-                b_new = tl.maximum(b_max, b_z)
-                b_sum = b_sum * tl.exp(b_max - b_new) + tl.exp(b_z - b_new)
-                b_max = b_new
-            highest = tl.max(b_max, 0)
-            total = tl.sum(b_sum * tl.exp(b_max - highest), 0)
+                b_m_new = tl.maximum(b_m, b_z)
+                b_l = b_l * tl.exp(b_m - b_m_new) + tl.exp(b_z - b_m_new)
+                b_m = b_m_new
+            row_max = tl.max(b_m, 0)
+            row_sum = tl.sum(b_l * tl.exp(b_m - row_max), 0)
             if GRADIENT:
                 for first in range(0, V, BLOCK):
                     b_z = _load(p_row, first + o, V, stride)
-                    _store(p_row, first + o, stride, tl.exp(b_z - highest) * (scale / total))
-        tl.store(p_losses + i_n, highest - at_target + tl.log(total))
+                    _store(p_row, first + o, stride, tl.exp(b_z - row_max) * (scale / row_sum))
+        tl.store(p_losses + i_n, row_max - at_target + tl.log(row_sum))
         if GRADIENT:
             tl.debug_barrier()
-            delta = (tl.exp(at_target - highest) / total - 1.0) * scale
+            delta = (tl.exp(at_target - row_max) / row_sum - 1.0) * scale
             tl.store(p_row + target, delta.to(p_logits.dtype.element_ty), mask=known)
 
 
@@ -242,7 +242,7 @@ def softmax_gradient(
     scale: float,
     gradient: bool,
 ) -> None:
-    """See `ant5m.kernels.head.SoftmaxGradient`."""
+    """See `ant5m.kernels.lm_head_loss.SoftmaxGradient`."""
     rows, stride = logits.shape
     with torch.cuda.device_of(logits):
         softmax_gradient_kernel[(rows,)](
@@ -270,7 +270,7 @@ _by_cublas = in_place(softmax_gradient)
 
 
 def gradients(hidden, weight, targets, losses, ignore_index, scale, gradient):
-    """See `ant5m.kernels.head.Gradients`."""
+    """See `ant5m.kernels.lm_head_loss.Gradients`."""
     with torch.cuda.device_of(hidden):
         by_cublas = hidden.dtype == torch.float32 or not has_tensor_cores()
     if by_cublas:

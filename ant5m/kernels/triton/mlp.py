@@ -20,8 +20,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from ant5m.kernels.layout import rows
-from ant5m.kernels.triton.layout import LARGE_SHARED_MEMORY, is_hopper, shared_memory
+from ant5m.kernels.arguments import rows
+from ant5m.kernels.custom_ops import make_mlp
+from ant5m.kernels.triton.device import LARGE_SHARED_MEMORY, is_hopper, shared_memory
 
 SIZES = (64, 128, 256)
 
@@ -167,33 +168,21 @@ def _launch(way: str, x: torch.Tensor, width: int):
     }
 
 
-@torch.library.custom_op("ant5m_triton::mlp", mutates_args=())
-def _forward(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    y = _output(x, gate, up, down)
+def _forward(x, gate, up, down, y):
     x, weights = rows(x), _padded(x, gate, up, down)
     if len(x) == 0:
-        return y
+        return
     with torch.cuda.device_of(x):
         grid, constants = _launch("forward", x, len(weights[0]))
         mlp_fwd_kernel[grid](x, *weights, y, len(x), x.stride(0), **constants)
-    return y
 
 
-@_forward.register_fake
-def _output(x, gate, up, down):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-@torch.library.custom_op("ant5m_triton::mlp_backward", mutates_args=())
-def _backward(
-    dy: torch.Tensor, x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> gradients of x, of gate above up, and of down, the latter two as wide as `_padded` makes them."""
-    dx, dboth_weight, ddown = _gradients(dy, x, gate, up, down)
+def _backward(dy, x, gate, up, down, dx, dboth_weight, ddown):
     dy, x, weights = rows(dy), rows(x), _padded(x, gate, up, down)
     width = len(weights[0])
     if len(x) == 0:
-        return dx, dboth_weight.zero_(), ddown.zero_()
+        dboth_weight.zero_(), ddown.zero_()
+        return
     hidden, dboth = x.new_empty(len(x), width), x.new_empty(len(x), 2 * width)
     with torch.cuda.device_of(x):
         grid, constants = _launch("backward", x, width)
@@ -201,15 +190,6 @@ def _backward(
         mlp_bwd_kernel[grid](dy, x, *weights, hidden, dboth, dx, len(x), *strides, **constants)
     torch.mm(dboth.T, x, out=dboth_weight)
     torch.mm(dy.T, hidden, out=ddown)
-    return dx, dboth_weight, ddown
-
-
-@_backward.register_fake
-def _gradients(dy, x, gate, up, down):
-    width, size = gate.shape
-    width += -width % 8
-    shapes = x.shape, (2 * width, size), (size, width)
-    return tuple(torch.empty(shape, dtype=x.dtype, device=x.device) for shape in shapes)
 
 
 def _padded(x, gate, up, down):
@@ -222,20 +202,4 @@ def _padded(x, gate, up, down):
     return gate.contiguous(), up.contiguous(), down.contiguous()
 
 
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate(ctx, dy):
-    x, gate, up, down = ctx.saved_tensors
-    dx, dboth, ddown = _backward(dy, x, gate, up, down)
-    dgate, dup = (part[: len(gate)].to(gate.dtype) for part in dboth.chunk(2))
-    return dx, dgate, dup, ddown[:, : len(gate)].to(down.dtype)
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-
-
-def mlp(x, gate, up, down):
-    """down (silu(gate x) * (up x)) of x [..., D] with gate, up [W, D] and down [D, W]: [..., D] like x."""
-    return _forward(x, gate, up, down)
+mlp = make_mlp("ant5m_triton::mlp", _forward, _backward)

@@ -86,7 +86,7 @@ def of_training_step(
         outputs = [ops.rms_norm(residual, weight), *ops.rms_norm(draw(hidden), weight, 1e-5, residual)]
         counts = [heads, kv_heads, kv_heads]
         angles = torch.zeros(length, head_size // 2)
-        q, k, v = ops.rope_qkv(draw(sum(counts) * head_size), angles, angles, counts)
+        q, k, v = ops.rope_packed(draw(sum(counts) * head_size), angles, angles, counts)
         outputs += [q, k, v]
         if capability >= 80:
             starts = torch.zeros(1, length, dtype=torch.int32) if documents else None

@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ant5m.kernels.layout import compute_dtype, rows
+from ant5m.kernels.arguments import rows
+from ant5m.kernels.custom_ops import make_rms_norm
 
 MAX_SIZE = 65_536
 # Programs of the backward pass: each leaves one partial sum of the weight's gradient.
@@ -28,7 +29,7 @@ def rms_norm_fwd_kernel(
     p_weight,
     p_y,
     p_total,
-    p_scale,
+    p_rstd,
     N,
     eps,
     stride_x,
@@ -49,10 +50,10 @@ def rms_norm_fwd_kernel(
         b_total = (b_x + b_residual.to(tl.float32)).to(p_total.dtype.element_ty)
         tl.store(p_total + o_out, b_total, mask=m)
         b_x = b_total.to(tl.float32)
-    b_scale = 1.0 / tl.sqrt(tl.sum(b_x * b_x, 1) / D + eps)  # [N]
-    tl.store(p_scale + o_n, b_scale, mask=m_n)
+    b_rstd = 1.0 / tl.sqrt(tl.sum(b_x * b_x, 1) / D + eps)  # [N]
+    tl.store(p_rstd + o_n, b_rstd, mask=m_n)
     b_weight = tl.load(p_weight + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-    b_y = b_x * b_scale[:, None] * b_weight[None, :]
+    b_y = b_x * b_rstd[:, None] * b_weight[None, :]
     tl.store(p_y + o_out, b_y.to(p_y.dtype.element_ty), mask=m)
 
 
@@ -62,7 +63,7 @@ def rms_norm_bwd_kernel(
     p_dtotal,
     p_total,
     p_weight,
-    p_scale,
+    p_rstd,
     p_dx,
     p_dresidual,
     p_dweight,
@@ -84,14 +85,14 @@ def rms_norm_bwd_kernel(
         o_n = (block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
         m_n = o_n < N
         m = m_n[:, None] & m_d[None, :]
-        b_scale = tl.load(p_scale + o_n, mask=m_n, other=0.0)
+        b_rstd = tl.load(p_rstd + o_n, mask=m_n, other=0.0)
         b_total = tl.load(p_total + o_n[:, None] * stride_total + o_d[None, :], mask=m, other=0.0)
         b_dy = tl.load(p_dy + o_n[:, None] * stride_dy + o_d[None, :], mask=m, other=0.0).to(tl.float32)
-        b_unit = b_total.to(tl.float32) * b_scale[:, None]
+        b_unit = b_total.to(tl.float32) * b_rstd[:, None]
         b_dweight += b_dy * b_unit
         b_dunit = b_dy * b_weight[None, :]
         b_along = tl.sum(b_dunit * b_unit, 1) / D
-        b_ds = (b_dunit - b_unit * b_along[:, None]) * b_scale[:, None]
+        b_ds = (b_dunit - b_unit * b_along[:, None]) * b_rstd[:, None]
         if DTOTAL:
             b_ds += tl.load(p_dtotal + o_n[:, None] * stride_dtotal + o_d[None, :], mask=m, other=0.0).to(
                 tl.float32
@@ -120,12 +121,7 @@ def rms_norm_weight_kernel(
     tl.store(p_dweight + o_d, tl.sum(b_partial, 0).to(p_dweight.dtype.element_ty), mask=o_d < D)
 
 
-@torch.library.custom_op("ant5m_triton::rms_norm", mutates_args=())
-def _forward(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> y in `dtype`, x + residual (empty without one), 1 / root mean square of each row."""
-    y, total, scale = _outputs(x, weight, eps, residual, dtype)
+def _forward(x, weight, eps, residual, y, total, rstd):
     wide, weight = rows(x), weight.contiguous()
     other = wide if residual is None else rows(residual)
     tile = _tile(x.shape[-1], _FORWARD)
@@ -136,7 +132,7 @@ def _forward(
             weight,
             y,
             total,
-            scale,
+            rstd,
             len(wide),
             eps,
             wide.stride(0),
@@ -145,31 +141,9 @@ def _forward(
             RESIDUAL=residual is not None,
             **tile,
         )
-    return y, total, scale
 
 
-@_forward.register_fake
-def _outputs(x, weight, eps, residual, dtype):
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    total = x.new_empty(0)
-    if residual is not None:
-        wide = torch.promote_types(x.dtype, residual.dtype)
-        total = torch.empty(x.shape, dtype=wide, device=x.device)
-    return y, total, torch.empty(x.numel() // x.shape[-1], dtype=torch.float32, device=x.device)
-
-
-@torch.library.custom_op("ant5m_triton::rms_norm_backward", mutates_args=())
-def _backward(
-    dy: torch.Tensor,
-    dtotal: torch.Tensor | None,
-    total: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    dtype: torch.dtype,
-    residual_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> gradient of x, of the residual if its dtype is another one (else empty), of the weight."""
-    dx, dresidual, dweight = _gradients(dy, dtotal, total, weight, scale, dtype, residual_dtype)
+def _backward(dy, dtotal, total, weight, rstd, residual_dtype, dx, dresidual, dweight):
     dy, total, weight = rows(dy), rows(total), weight.contiguous()
     direct = dy if dtotal is None else rows(dtotal)
     size = total.shape[-1]
@@ -182,7 +156,7 @@ def _backward(
             direct,
             total,
             weight,
-            scale,
+            rstd,
             dx,
             dresidual,
             partial,
@@ -198,48 +172,12 @@ def _backward(
         rms_norm_weight_kernel[(triton.cdiv(size, _COLUMNS),)](
             partial, dweight, programs, size, triton.next_power_of_2(programs), _COLUMNS
         )
-    return dx, dresidual, dweight
-
-
-@_backward.register_fake
-def _gradients(dy, dtotal, total, weight, scale, dtype, residual_dtype):
-    dx = torch.empty(dy.shape, dtype=dtype, device=dy.device)
-    dresidual = torch.empty(
-        dy.shape if residual_dtype != dtype else 0, dtype=residual_dtype, device=dy.device
-    )
-    return dx, dresidual, torch.empty_like(weight, memory_format=torch.contiguous_format)
-
-
-def _save(ctx, inputs, output):
-    x, weight, _, residual, _ = inputs
-    _, total, scale = output
-    ctx.set_materialize_grads(False)
-    ctx.dtypes = x.dtype, x.dtype if residual is None else residual.dtype
-    ctx.has_residual = residual is not None
-    ctx.save_for_backward(x if residual is None else total, weight, scale)
-
-
-def _differentiate(ctx, dy, dtotal, _):
-    total, weight, scale = ctx.saved_tensors
-    if dy is None:
-        dy = torch.zeros_like(total)
-    dx, dresidual, dweight = _backward(dy, dtotal, total, weight, scale, *ctx.dtypes)
-    if not ctx.has_residual:
-        return dx, dweight, None, None, None
-    return dx, dweight, None, dx if ctx.dtypes[0] == ctx.dtypes[1] else dresidual, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-
-
-def rms_norm(x, weight, eps=1e-5, residual=None):
-    wide = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    dtype = compute_dtype(x) if torch.is_autocast_enabled(x.device.type) else wide
-    y, total, _ = _forward(x, weight, eps, residual, dtype)
-    return y if residual is None else (y, total)
 
 
 def _tile(size: int, elements: int) -> dict[str, int]:
     block = triton.next_power_of_2(size)
     warps = min(max(4, block // 1_024), 32)
     return {"BLOCK_N": max(1, elements // block), "BLOCK_D": block, "num_warps": warps}
+
+
+rms_norm = make_rms_norm("ant5m_triton::rms_norm", _forward, _backward)

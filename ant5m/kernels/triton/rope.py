@@ -1,4 +1,4 @@
-"""Rotary position embedding of q and k in one launch, half-rotate layout: dimension j turns with j + D/2.
+"""Rotary position embedding of q and k in one launch, half-rotate layout: j is rotated with j + D/2.
 
 The gradient of a rotation is the rotation back, so the backward pass is the same kernel with -sin. Where q, k
 and v are parts of one product, it also brings their gradients together as that product's.
@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ant5m.kernels.layout import dense
-from ant5m.kernels.pieces import turn_parts
+from ant5m.kernels.arguments import dense
+from ant5m.kernels.custom_ops import make_rope
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def _places(
 
 
 @triton.jit
-def _store_turned(p_first, b_first, b_second, b_cos, b_sin, m, HALF: tl.constexpr):
+def _store_rotated(p_first, b_first, b_second, b_cos, b_sin, m, HALF: tl.constexpr):
     b_first, b_second = b_first.to(tl.float32), b_second.to(tl.float32)
     dtype = p_first.dtype.element_ty
     tl.store(p_first, (b_first * b_cos - b_second * b_sin).to(dtype), mask=m)
@@ -105,39 +105,16 @@ def rope_kernel(
         p_v_out += i_n * KV_ROW
         tl.store(p_v_out + o_kv, b_v_first, mask=m_kv)
         tl.store(p_v_out + o_kv + HALF, b_v_second, mask=m_kv)
-    _store_turned(p_q_out + i_n * Q_ROW + o_q, b_q_first, b_q_second, b_cos, b_sin, m_q, HALF)
-    _store_turned(p_k_out + i_n * KV_ROW + o_kv, b_k_first, b_k_second, b_cos, b_sin, m_kv, HALF)
+    _store_rotated(p_q_out + i_n * Q_ROW + o_q, b_q_first, b_q_second, b_cos, b_sin, m_q, HALF)
+    _store_rotated(p_k_out + i_n * KV_ROW + o_kv, b_k_first, b_k_second, b_cos, b_sin, m_kv, HALF)
 
 
-@torch.library.custom_op("ant5m_triton::rope", mutates_args=())
-def _rope(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """q and k turned by the angles whose cosines and sines are given, or back by them."""
-    q_out, k_out = _outputs(q, k, cos, sin, back)
+def _rotate(q, k, cos, sin, back, q_out, k_out):
     _launch(q, k, None, cos, sin, (q_out, k_out, k_out), back)
-    return q_out, k_out
 
 
-@_rope.register_fake
-def _outputs(q, k, cos, sin, back):
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-
-
-@torch.library.custom_op("ant5m_triton::rope_back", mutates_args=())
-def _rope_back(
-    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> torch.Tensor:
-    """dq and dk turned back beside dv: [B, T, H + 2 KV, D]."""
-    together = _joined(dq, dk, dv, cos, sin)
-    _launch(dq, dk, dv, cos, sin, together.split([dq.shape[2], dk.shape[2], dv.shape[2]], 2), True)
-    return together
-
-
-@_rope_back.register_fake
-def _joined(dq, dk, dv, cos, sin):
-    batch, length, heads, size = dq.shape
-    return torch.empty(batch, length, heads + 2 * dk.shape[2], size, dtype=dq.dtype, device=dq.device)
+def _rotate_back(dq, dk, dv, cos, sin, out):
+    _launch(dq, dk, dv, cos, sin, out.split([dq.shape[2], dk.shape[2], dv.shape[2]], 2), True)
 
 
 def _launch(q, k, v, cos, sin, outputs, back):
@@ -171,22 +148,4 @@ def _launch(q, k, v, cos, sin, outputs, back):
         )
 
 
-def _save(ctx, inputs, output):
-    _, _, cos, sin, back = inputs
-    ctx.back = back
-    ctx.save_for_backward(cos, sin)
-
-
-def _differentiate(ctx, dq, dk):
-    return *_rope(dq, dk, *ctx.saved_tensors, not ctx.back), None, None, None
-
-
-_rope.register_autograd(_differentiate, setup_context=_save)
-
-
-def rope(q, k, cos, sin):
-    return _rope(q, k, cos, sin, False)
-
-
-def rope_qkv(qkv, cos, sin, heads):
-    return turn_parts(_rope, _rope_back, qkv, cos, sin, heads)
+rope, rope_packed = make_rope("ant5m_triton::rope", _rotate, _rotate_back)

@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ant5m.kernels.layout import rows
+from ant5m.kernels.arguments import rows
+from ant5m.kernels.custom_ops import make_swiglu
 
 _BLOCK = 1_024
 
@@ -74,26 +75,15 @@ def swiglu_bwd_kernel(
     tl.store(p_dgate + D, (b_dy * b_silu).to(p_dboth.dtype.element_ty), mask=m)
 
 
-@torch.library.custom_op("ant5m_triton::swiglu", mutates_args=())
-def _forward(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    y = _output(gate, up)
+def _forward(gate, up, y):
     gate, (up, behind) = rows(gate), _from_boundary(rows(up))
     with torch.cuda.device_of(y):
         swiglu_fwd_kernel[(triton.cdiv(y.numel(), _BLOCK),)](
             gate, up, y, len(gate), gate.stride(0), up.stride(0), UP=behind, **_tile(gate.shape[1])
         )
-    return y
 
 
-@_forward.register_fake
-def _output(gate, up):
-    return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-
-
-@torch.library.custom_op("ant5m_triton::swiglu_backward", mutates_args=())
-def _backward(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """-> both gradients side by side [..., 2 D]: the product that made gate and up gets its own whole."""
-    dboth = _gradients(dy, gate, up)
+def _backward(dy, gate, up, dboth):
     dy, gate, (up, behind) = rows(dy), rows(gate), _from_boundary(rows(up))
     with torch.cuda.device_of(dy):
         swiglu_bwd_kernel[(triton.cdiv(gate.numel(), _BLOCK),)](
@@ -108,27 +98,6 @@ def _backward(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.T
             UP=behind,
             **_tile(gate.shape[1]),
         )
-    return dboth
-
-
-@_backward.register_fake
-def _gradients(dy, gate, up):
-    return torch.empty((*gate.shape[:-1], 2 * gate.shape[-1]), dtype=gate.dtype, device=gate.device)
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate(ctx, dy):
-    return _backward(dy, *ctx.saved_tensors).chunk(2, -1)
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-
-
-def swiglu(gate, up):
-    return _forward(gate, up)
 
 
 def _from_boundary(x: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -143,3 +112,6 @@ def _from_boundary(x: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 def _tile(size: int) -> dict[str, int]:
     return {"D": size, "ALIGN": math.gcd(size, _BLOCK), "BLOCK": _BLOCK}
+
+
+swiglu = make_swiglu("ant5m_triton::swiglu", _forward, _backward)

@@ -1,12 +1,12 @@
-"""The head of a GPU backend: logits = hidden weight^T, their cross-entropy and both gradients, by chunks of
+"""The head's loss on a GPU: logits = hidden weight^T, their cross-entropy and both gradients, by chunks of
 rows.
 
 The products with the gradients of logits are cuBLAS's, which uses the tensor cores of every device. The
-gradients, softmax - one-hot, come from the backend: a chunk of cuBLAS's logits turned in place by one kernel
-(`in_place`), or made from the rows and the weight without stored logits. So the gradients are computed beside
-the loss, and no logits are kept. They are divided by the number of targets only in the backward pass
-(softmax - one-hot is at most 1 in size), so fp16 needs no loss scale here; both are summed in fp32. Nothing
-is skipped, and nothing waits for the device.
+gradients, softmax - one-hot, come from the backend: one kernel puts them in the place of a chunk of cuBLAS's
+logits (`in_place`), or makes them from the rows and the weight without stored logits. So the gradients are
+computed beside the loss, and no logits are kept. They are divided by the number of targets only in the
+backward pass (softmax - one-hot is at most 1 in size), so fp16 needs no loss scale here; both are summed in
+fp32. Nothing is skipped, and nothing waits for the device.
 
 Counted for a T4 (24 TFLOP/s, 250 GB/s) and a step of `ant-5m`, 65,536 tokens, 128 wide, 16,384 entries:
 each product of all tokens is 275 GFLOP or 11.5 ms. Chunks take three and the kernel's pass over the logits
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ant5m.kernels.layout import compute_dtype
+from ant5m.kernels.arguments import compute_dtype
 
 # Logits alive at once. Few large chunks: 16,384 rows of 16,384 entries in 16 bits. On an H200, the step of
 # `ant-5m` spends 5.1 ms here with 64 MiB, 3.9 with 128, 3.7 with 256, 3.4 with 512.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ant5m.kernels.pieces import join, split
+from ant5m.kernels.packed_views import join, split
 
 
 def test_matrices_that_lie_above_one_another_are_joined_without_a_copy():

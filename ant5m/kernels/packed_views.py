@@ -64,26 +64,3 @@ def _above_one_another(matrices):
     ends = [(storage, offset + m.numel()) for (storage, offset), m in zip(places, matrices, strict=True)]
     same = all(m.shape[1] == matrices[0].shape[1] and m.is_contiguous() for m in matrices)
     return same and places[1:] == ends[:-1]
-
-
-class _TurnedParts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, turn, turn_back, qkv, cos, sin, heads):
-        q, k, v = qkv.unflatten(-1, (sum(heads), -1)).split(heads, 2)
-        ctx.turn_back, ctx.shape = turn_back, qkv.shape
-        ctx.save_for_backward(cos, sin)
-        return *turn(q, k, cos, sin, False), v
-
-    @staticmethod
-    def backward(ctx, dq, dk, dv):
-        return None, None, ctx.turn_back(dq, dk, dv, *ctx.saved_tensors).view(ctx.shape), None, None, None
-
-
-def turn_parts(turn, turn_back, qkv, cos, sin, heads):
-    """`rope_qkv` of a backend with turn(q, k, cos, sin, back) and turn_back(dq, dk, dv, cos, sin)."""
-    return _TurnedParts.apply(turn, turn_back, qkv, cos, sin, heads)
-
-
-def unsupported_reason(*_):
-    """Of a `turn_parts`: torch.compile joins gradients in its own way."""
-    return "torch.compile joins gradients in its own way" if torch.compiler.is_compiling() else None
