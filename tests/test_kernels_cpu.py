@@ -268,6 +268,56 @@ class TestAttention:
         got = cpu.tree_attention(q, k, v, ends_of(parents)[None])
         assert (got - expected).square().mean().sqrt() <= TOLERANCE * expected.square().mean().sqrt()
 
+    def test_scores_far_below_zero(self):
+        # All of them at about -14,000 to -29,000: where they are equal, what is seen is the mean.
+        q, v = torch.full((1, 5, 1, 4), -100.0), draw(1, 5, 1, 4).detach()
+        k = torch.full((1, 5, 1, 4), 100.0)
+        expected = v.double().cumsum(1) / torch.arange(1, 6)[:, None, None]
+        torch.testing.assert_close(cpu.attention(q, k, v).double(), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(cpu.attention(2 * q, k, v).double(), expected, rtol=1e-6, atol=1e-6)
+
+    def test_exp2(self):
+        # The second position's weight of itself, when the first key's score is 0 and its own x far below: 2^x.
+        q = torch.stack((torch.zeros(20_000), torch.linspace(-80, -20, 20_000)), 1)[..., None, None]
+        k, v = torch.tensor([0.0, 1.0]).expand(20_000, 2)[..., None, None], torch.tensor([0.0, 1.0])
+        x = q[:, 1, 0, 0] * torch.tensor(1.4426950408889634)  # in fp32, as the op has it
+        got = cpu.attention(q, k, v.expand(20_000, 2)[..., None, None])[:, 1, 0, 0]
+        error = (got.double() / torch.exp2(x.double()) - 1).abs().max()
+        assert error <= 1.7e-7, error
+
+    def test_no_tile_of_another_document_is_read(self):
+        # Whatever reads the first document's numbers becomes NaN, even if it multiplies them by 0.
+        q, k, v = (draw(1, 256, heads, 16, seed=heads) for heads in (4, 2, 2))
+        for x in (q, k, v):
+            x.data[:, :128] = float("nan")
+        starts = torch.arange(256)[None] // 128 * 128
+        results = run(cpu.attention, [q, k, v, starts])
+        alone = run(cpu.attention, [x[:, 128:].detach().requires_grad_() for x in (q, k, v)])
+        torch.testing.assert_close(results[0][:, 128:], alone[0])
+        assert all(torch.isfinite(x[:, 128:]).all() for x in results)
+
+    def test_tiles_are_masked_where_they_must_be(self):
+        def tiles(starts, length=1024):
+            ends, counts = None, torch.zeros(3, dtype=torch.int64)
+            if starts is not None:
+                ends = torch.searchsorted(starts, torch.arange(length), right=True).int()
+            _cpu.attention_tiles(
+                shape=(1, length, 1, 1, 16),
+                ends=0 if ends is None else ends.data_ptr(),
+                counts=counts.data_ptr(),
+            )
+            return counts.tolist()
+
+        unmasked, causal, tree = tiles(None)
+        panels = causal  # one each: the last
+        assert panels in (1024 // 8, 1024 // 16, 1024 // 32) and unmasked > panels and tree == 0
+        # Four documents, each a whole number of panels: as many tiles as four sequences have.
+        alone = tiles(None, 256)
+        assert tiles(torch.arange(1024) // 256 * 256) == [4 * n for n in alone]
+        # Elsewhere the mask of ends is needed in the tiles that a document begins or ends in, and in no other.
+        unmasked, _, tree = tiles(torch.tensor([0] * 500 + [500] * 524))
+        assert 0 < tree <= 2 * panels and unmasked > 0
+
     def test_gradient_of_a_sum(self):
         # Its gradient arrives as one number expanded to the output's shape.
         q, k, v = (draw(1, 40, 2, 16, seed=i) for i in range(3))

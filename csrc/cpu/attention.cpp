@@ -507,4 +507,16 @@ void attention_backward(const AttentionShape& shape, const Heads& q, const Heads
     });
 }
 
+void attention_tiles(const AttentionShape& shape, const int32_t* ends, int64_t* counts) {
+    const BlockMasks masks(shape, ends);
+    counts[0] = counts[1] = counts[2] = 0;
+    for (int64_t batch = 0; batch < shape.batch; ++batch)
+        for (int64_t first = 0; first < shape.length; first += kLanes)
+            masks.of(batch).for_tiles(
+                first, smaller(kLanes, shape.length - first), kForwardKeys, [&](int64_t, int64_t, const auto& mask) {
+                    using Mask = std::decay_t<decltype(mask)>;
+                    ++counts[std::is_same_v<Mask, CausalMask> ? 1 : std::is_same_v<Mask, TreeMask> ? 2 : 0];
+                });
+}
+
 }  // namespace ant5m::ANT5M_ISA

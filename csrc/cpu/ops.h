@@ -56,6 +56,10 @@ using AttentionBackward = void(const AttentionShape& shape, const Heads& q, cons
                                const Heads& out, const Heads& grad, const int32_t* ends, const float* lse,
                                float* grad_q, float* grad_k, float* grad_v, bool bf16, int threads);
 
+// counts [3]: the tiles of keys that one query head of each sequence goes through in the forward pass, without a mask,
+// with the causal one, and with that of `ends`. For tests: a tile too many changes no result.
+using AttentionTiles = void(const AttentionShape& shape, const int32_t* ends, int64_t* counts);
+
 // The head: mean cross-entropy in nats of hidden [tokens, dim] weight [vocab, dim]^T against the targets [tokens],
 // each of [0, vocab) or equal to ignore_index, over those that are not ignored; 0 when all are.
 // grad_hidden [tokens, dim] and grad_weight [vocab, grad_weight_row] may be null; grad_weight_row is dim or above and
@@ -130,6 +134,7 @@ struct Ops {
     Gather* gather;
     AttentionForward* attention_forward;
     AttentionBackward* attention_backward;
+    AttentionTiles* attention_tiles;
     LinearCrossEntropy* linear_cross_entropy;
     LogsumexpArgmax* logsumexp_argmax;
     RmsNormForward* rms_norm_forward;
@@ -157,6 +162,7 @@ std::vector<const char*> instruction_sets();
     Gather gather;                           \
     AttentionForward attention_forward;      \
     AttentionBackward attention_backward;    \
+    AttentionTiles attention_tiles;          \
     LinearCrossEntropy linear_cross_entropy; \
     LogsumexpArgmax logsumexp_argmax;        \
     RmsNormForward rms_norm_forward;         \
