@@ -277,7 +277,7 @@ class TestAttention:
         torch.testing.assert_close(cpu.attention(2 * q, k, v).double(), expected, rtol=1e-6, atol=1e-6)
 
     def test_exp2(self):
-        # The second position's weight of itself, when the first key's score is 0 and its own x far below: 2^x.
+        # A second position's weight of itself, where the first key's score is 0 and its own x far below: 2^x.
         q = torch.stack((torch.zeros(20_000), torch.linspace(-80, -20, 20_000)), 1)[..., None, None]
         k, v = torch.tensor([0.0, 1.0]).expand(20_000, 2)[..., None, None], torch.tensor([0.0, 1.0])
         x = q[:, 1, 0, 0] * torch.tensor(1.4426950408889634)  # in fp32, as the op has it
@@ -314,7 +314,7 @@ class TestAttention:
         # Four documents, each a whole number of panels: as many tiles as four sequences have.
         alone = tiles(None, 256)
         assert tiles(torch.arange(1024) // 256 * 256) == [4 * n for n in alone]
-        # Elsewhere the mask of ends is needed in the tiles that a document begins or ends in, and in no other.
+        # Elsewhere the mask of ends is needed where a document begins or ends, and in no other tile.
         unmasked, _, tree = tiles(torch.tensor([0] * 500 + [500] * 524))
         assert 0 < tree <= 2 * panels and unmasked > 0
 
