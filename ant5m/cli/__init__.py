@@ -67,6 +67,7 @@ COMMANDS = {
     "generate": ("ant5m.cli.generate:Generate", "generate text with a model"),
     "doctor": ("ant5m.cli.doctor:Doctor", "examine an architecture before training it"),
     "compare": ("ant5m.cli.compare:Compare", "a controlled experiment: models, seeds, intervals, verdicts"),
+    "push": ("ant5m.cli.push:Push", "put a trained model on the Hugging Face hub"),
     "export": ("ant5m.cli.export:Export", "write a Hugging Face folder from a checkpoint"),
 }
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from ant5m.errors import UserError
+from ant5m.export.hub import check_name
 from ant5m.schema import Count, CountOrZero, NotNegative, Positive, Share, check, check_names, flag
 
 Beta = Annotated[float, Meta(ge=0, lt=1)]
@@ -30,8 +31,9 @@ class TrainConfig:
     out: Path | None = None
     """run folder to create; default: runs/MODEL-NUMBER"""
     resume: Path | None = None
-    """run folder to continue with its settings; only device, precision, kernels, data, max-minutes and
-    micro-batch-size may be overridden (a flag at its default counts as not given)"""
+    """run folder to continue with its settings, or hub:OWNER/NAME of a pushed one; only device, precision,
+    kernels, data, max-minutes, micro-batch-size, push and track may be overridden (a flag at its default
+    counts as not given)"""
 
     steps: Count | None = None
     """optimizer steps of the whole run"""
@@ -104,12 +106,21 @@ class TrainConfig:
     keep_last: Count = 2
     """number of newest checkpoints to keep"""
 
+    push: str | None = None
+    """OWNER/NAME on the Hugging Face hub: keep the newest checkpoint and the finished model there, private"""
+    push_every: Literal["save", "end"] = "save"
+    """save: upload every checkpoint, in the background; end: only the last one"""
+    track: Literal["none", "trackio", "wandb"] = "none"
+    """send the metrics there too; trackio keeps them on this machine: `trackio show` is its dashboard"""
+
     def __post_init__(self) -> None:
         for name in _PATHS:
             if isinstance(path := getattr(self, name), str):
                 object.__setattr__(self, name, Path(path))
         check(self, flag)
         check_steps(self.steps or 0)
+        if self.push is not None:
+            check_name(self.push)
         if self.steps and self.tokens:
             raise UserError("--steps and --tokens say the same thing twice: give one of them")
         if self.batch_size and self.micro_batch_size and self.batch_size % self.micro_batch_size:

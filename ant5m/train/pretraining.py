@@ -1,8 +1,10 @@
 """From a `TrainConfig` to a trained model: data, settings, training, evaluation, export, report."""
 
 import contextlib
+import dataclasses
 import functools
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from ant5m.data.tokenizer import Tokenizer
 from ant5m.device import choose_device, choose_precision, describe_device, peak_flops
 from ant5m.errors import UserError, first_line
 from ant5m.eval.perplexity import Evaluation
+from ant5m.export import hub
 from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import STATE, check_tokenizer, checkpoints, latest_checkpoint
 from ant5m.model.costs import count_flops
@@ -29,11 +32,13 @@ from ant5m.train.losses import AddLoopLoss
 from ant5m.train.metrics import MetricsFile, TensorBoard
 from ant5m.train.plan import check_memory, keeps_tokens, measure_speed
 from ant5m.train.progress import TrainingProgress
+from ant5m.train.push import PREFIX, PushCheckpoints, fetch_run
 from ant5m.train.report import count_epochs, finish
 from ant5m.train.run import Run
 from ant5m.train.samples import WriteSamples
 from ant5m.train.settings import Settings, resolve
 from ant5m.train.stop import Stop
+from ant5m.train.tracker import Tracker, check_tracker
 from ant5m.train.trainer import NonFiniteLoss, Trainer
 from ant5m.train.validation import Validate
 
@@ -61,16 +66,29 @@ def pretrain(config: TrainConfig) -> Result:
     the training diverges (the last good checkpoint stays).
     """
     started = time.monotonic()
+    if str(config.resume).startswith(PREFIX):
+        config = dataclasses.replace(config, resume=fetch_run(str(config.resume), config.out), out=None)
     run = Run.open(config.resume, config) if config.resume else Run.create(config)
     try:
         device = choose_device(run.config.device)
         if device.type == "cuda" and device.index is not None:
             # Whatever asks the current device, as the check of the kernels does, means this one.
             torch.cuda.set_device(device)
+        check_tracker(run.config.track)
+        if run.config.push:
+            _claim_repository(run.config.push)
         with _selected(run.config.kernels):
             return _pretrain(run, device, started)
     finally:
         run.release()
+
+
+def _claim_repository(repo: str) -> None:
+    """Find out before the training whether it can be pushed; a hub that is out of reach may be back then."""
+    try:
+        hub.create(repo)
+    except hub.HubUnreachable as error:
+        warnings.warn(str(error), stacklevel=2)
 
 
 @contextlib.contextmanager
@@ -136,10 +154,15 @@ def _make_trainer(run: Run, settings: Settings, net: Ant, data: TrainingData) ->
 
 
 def _make_callbacks(run: Run, settings: Settings, net: Ant, data: TrainingData) -> list[Callback]:
-    """In the order in which they act; the checkpoint comes last, when the others have their new state."""
+    """In the order in which they act; the checkpoint comes behind all that have a state."""
     flops = 3 * sum(count_flops(net.config, settings.sequence_length).values())
+    config = run.config
+    track = [Tracker(run, config.track)] if config.track != "none" else []
+    every = settings.checkpoint_every if config.push_every == "save" else 0
+    push = [PushCheckpoints(run, config.push, every)] if config.push else []
     return [
         AddLoopLoss(settings),
+        *track,
         MetricsFile(run),
         TensorBoard(run),
         TrainingProgress(settings.steps, flops, peak_flops(net.device, settings.precision)),
@@ -147,6 +170,7 @@ def _make_callbacks(run: Run, settings: Settings, net: Ant, data: TrainingData) 
         EarlyStop(settings.early_stop),
         WriteSamples(settings, data.tokenizer),
         SaveCheckpoints(settings, run, data.tokenizer.fingerprint),
+        *push,
     ]
 
 
@@ -204,7 +228,21 @@ def _fit(run: Run, trainer: Trainer, stop: Stop) -> None:
 
 def _finish(run: Run, trainer: Trainer, data: TrainingData) -> Evaluation:
     with _interruptible(run, "the trained model is saved. Evaluate and export it"):
-        return finish(run, trainer, data)
+        evaluation = finish(run, trainer, data)
+    if run.config.push:
+        _push_model(run)
+    return evaluation
+
+
+def _push_model(run: Run) -> None:
+    """Upload the finished model, as a Hugging Face folder, beside the last checkpoint."""
+    assert run.config.push
+    try:
+        hub.push(run.folder / "hf", run.config.push)
+    except Exception as error:  # the run is done, whatever the hub does
+        what = str(error) if isinstance(error, UserError) else type(error).__name__
+        again = f"ant5m push {run.folder} {run.config.push}"
+        warnings.warn(f"the model is not on the hub: {what}. Again: {again}", stacklevel=2)
 
 
 @contextlib.contextmanager

@@ -157,7 +157,8 @@ def _export(
         shutil.rmtree(folder)  # of this same run, finished before
     card = card_of_run(run.folder.name, run.folder, checkpoint)
     shown = [(sample.prompt, sample.text) for sample in samples]
-    export(net, tokenizer, folder, dataclasses.replace(card, samples=shown, tasks=tasks))
+    card = dataclasses.replace(card, samples=shown, tasks=tasks, repo=run.config.push)
+    export(net, tokenizer, folder, card)
 
 
 def _running_mean(values: tuple[float, ...], width: int) -> list[float]:

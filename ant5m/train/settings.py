@@ -17,9 +17,19 @@ from ant5m.model.config import ModelConfig
 from ant5m.train.config import TrainConfig, check_steps
 from ant5m.train.plan import batch_for_steps, batch_for_tokens, default_learning_rate, micro_batch
 
-OVERRIDABLE = ("device", "precision", "kernels", "micro_batch_size", "data", "max_minutes")
+OVERRIDABLE = (
+    "device",
+    "precision",
+    "kernels",
+    "micro_batch_size",
+    "data",
+    "max_minutes",
+    "push",
+    "push_every",
+    "track",
+)
 """What may be overridden when a run is resumed: where and how it computes, where its data lie now, until
-when."""
+when, who is told."""
 
 BUILTIN_MINUTES = 10.0
 """of training when nothing else is said"""
