@@ -1,4 +1,4 @@
-"""What stands beside us in the benchmarks, each as its users would have it."""
+"""The other implementations in the benchmarks, each set up as its users would."""
 
 from typing import Any
 

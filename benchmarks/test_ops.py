@@ -53,7 +53,7 @@ def _cases(preset: str) -> dict[str, Case]:
     heads, keys, size = config.num_attention_heads, config.num_key_value_heads, config.head_size
     width, wide, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
     flops = BATCH * heads * size * LENGTH * (LENGTH + 1) * 2
-    turned = 2 * tokens * size * (heads + keys)
+    rotated = 2 * tokens * size * (heads + keys)
 
     def drawn(device, dtype, *shape, scale=1.0):
         return (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_()
@@ -100,7 +100,7 @@ def _cases(preset: str) -> dict[str, Case]:
         f"{preset} {case.op}": case
         for case in (
             Case("rms_norm", rms_norm, moved(4 * tokens * width, 4 * tokens * width)),
-            Case("rope", rope, moved(turned, turned)),
+            Case("rope", rope, moved(rotated, rotated)),
             Case("attention", attention, computed(flops, 2.5 * flops)),
             Case("swiglu", swiglu, moved(3 * tokens * wide, 5 * tokens * wide)),
             Case("mlp", mlp, computed(6 * tokens * width * wide, 12 * tokens * width * wide)),
@@ -196,7 +196,7 @@ class Timed:
 
 
 def _why_wrong(call: Callable, op: str, inputs: list) -> str | None:
-    """None, or in what the outputs or gradients are off, or why the variant cannot run at all."""
+    """None, or which outputs or gradients are inaccurate, or why the variant cannot run at all."""
     try:
         truth = _all_of(getattr(reference, op, peers.mlp), [_wide(x) for x in inputs])
         made = _all_of(call, inputs)

@@ -4,7 +4,7 @@
 
 takes every task of the table (or of another suite: `--tasks open-slm`) that lm-eval has, from files to
 figures, first with lm-eval and its `hf` model, then with `ant5m.eval.tasks`; a third pass, lm-eval with the
-registered model `ant5m`, compares item by item (`--compare 100`: so many of each part). Prints a table and
+registered model `ant5m`, compares item by item (`--compare 100`: this many of each part). Prints a table and
 keeps it in benchmarks/results/zero-shot.json.
 """
 

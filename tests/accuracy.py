@@ -54,7 +54,7 @@ class BeyondTolerance(AssertionError):
 
 
 def check(name, op, truth, inputs, dtype, eager=None, layout=lambda x: x):
-    """No output or gradient is off by more than the tolerance, nor by much more than eager PyTorch's is."""
+    """The error of no output or gradient exceeds the tolerance, nor eager PyTorch's error by much."""
     inputs = [x.to(dtype) for x in inputs]
     tolerance = TOLERANCES[name][dtype]
     exact = results(truth, inputs, torch.float64)
@@ -163,7 +163,7 @@ def check_head(op, rows, size, vocab, dtype, scale=1.0, layout=lambda x: x):
 
 
 def with_gaps(x):
-    """x's values where no two of them are neighbours in the last dimension."""
+    """x's values where no two of them are neighbors in the last dimension."""
     return torch.stack((x, x), -1)[..., 0]
 
 

@@ -73,8 +73,8 @@ def counts_of(tokens: np.ndarray, vocab_size: int) -> Counts:
     return embedding.count_tokens(split_of(tokens, vocab_size), vocab_size, "this text")
 
 
-def finding(organ: evidence.Organ, topic: str) -> evidence.Finding:
-    return next(one for one in organ.findings if one.topic == topic)
+def finding(section: evidence.Section, topic: str) -> evidence.Finding:
+    return next(one for one in section.findings if one.topic == topic)
 
 
 def copying_net(back: int) -> Ant:
@@ -94,7 +94,7 @@ def copying_net(back: int) -> Ant:
     )
     net, always, copied = Ant(config), 2 * SIZE - 1, slice(SIZE, SIZE + SYMBOLS)
     layer = net.model.layers[0]
-    turned = forward.angles(config, torch.tensor([back]))[0].float()
+    rotated = forward.angles(config, torch.tensor([back]))[0].float()
     with torch.no_grad():
         for weight in net.parameters():
             if weight.ndim == 2:
@@ -102,7 +102,7 @@ def copying_net(back: int) -> Ant:
         net.model.embed_tokens.weight[:, :SYMBOLS] = torch.eye(SYMBOLS)
         net.model.embed_tokens.weight[:, always] = 1
         layer.self_attn.q_proj.weight[: SIZE // 2, always] = 2
-        layer.self_attn.k_proj.weight[:SIZE, always] = torch.cat((turned.cos(), turned.sin()))
+        layer.self_attn.k_proj.weight[:SIZE, always] = torch.cat((rotated.cos(), rotated.sin()))
         layer.self_attn.v_proj.weight[:SYMBOLS, :SYMBOLS] = torch.eye(SYMBOLS)
         layer.self_attn.o_proj.weight[copied, :SYMBOLS] = torch.eye(SYMBOLS)
         net.lm_head.weight[:, copied] = 1.3 * torch.eye(SYMBOLS)
@@ -163,25 +163,25 @@ def test_a_head_that_looks_back_is_seen():
     assert looks.entropy[0, 0] < 0.2 and looks.shuffled[0, 0] > 1
     assert looks.entropy[0, 1] == pytest.approx(1) and looks.distance[0, 1] == pytest.approx(1)
 
-    organ = heads.examine(net, sample, counts_of(tokens, SYMBOLS), quiet)
-    assert finding(organ, "loss without positions").value > 0.5
-    assert "uses the rotation" in finding(organ, "loss without positions").meaning
-    fast, slow = organ.data["loss_without_pair"][0], organ.data["loss_without_pair"][-1]
+    section = heads.examine(net, sample, counts_of(tokens, SYMBOLS), quiet)
+    assert finding(section, "loss without positions").value > 0.5
+    assert "uses the rotation" in finding(section, "loss without positions").meaning
+    fast, slow = section.data["loss_without_pair"][0], section.data["loss_without_pair"][-1]
     assert fast["mean"] > fast["half"] > 0 and abs(slow["mean"]) < 0.01  # a pair that hardly turns
-    assert abs(finding(organ, "use of the far past").value) < 0.01
-    by_position = organ.data["loss_by_position"]
+    assert abs(finding(section, "use of the far past").value) < 0.01
+    by_position = section.data["loss_by_position"]
     assert by_position[0]["mean"] > 1 > 0.2 > by_position[-1]["mean"]
     assert by_position[0]["from"] == 0 and by_position[-1]["to"] == LENGTH
     share = (np.bincount(tokens, minlength=SYMBOLS) + 1) / (len(tokens) + SYMBOLS)
     expected = -np.log(share)[sample.targets[:, LENGTH // 2 :].numpy()].mean()
-    assert organ.data["unigram_loss_by_position"][-1]["mean"] == pytest.approx(expected)
+    assert section.data["unigram_loss_by_position"][-1]["mean"] == pytest.approx(expected)
 
 
 def test_the_far_past_is_seen():
     tokens = repeating(40)
     net = copying_net(40)
-    organ = heads.examine(net, sample_of(net, tokens), counts_of(tokens, SYMBOLS), quiet)
-    far = finding(organ, "use of the far past")
+    section = heads.examine(net, sample_of(net, tokens), counts_of(tokens, SYMBOLS), quiet)
+    far = finding(section, "use of the far past")
     assert far.value > 1 and "help this model." in far.meaning
 
 
@@ -191,11 +191,11 @@ def test_rope_without_effect():
     for layer in net.model.layers:
         torch.nn.init.zeros_(layer.self_attn.q_proj.weight)
     tokens = np.random.default_rng(0).integers(0, 90, 600)
-    organ = heads.examine(net, sample_of(net, tokens, 48), counts_of(tokens, 90), quiet)
-    assert finding(organ, "attention entropy").value == pytest.approx(1)
-    assert finding(organ, "loss without positions").value == pytest.approx(0, abs=1e-6)
-    assert "not learnt" in finding(organ, "loss without positions").meaning
-    assert finding(organ, "rotation pairs that carry weight").value == 0
+    section = heads.examine(net, sample_of(net, tokens, 48), counts_of(tokens, 90), quiet)
+    assert finding(section, "attention entropy").value == pytest.approx(1)
+    assert finding(section, "loss without positions").value == pytest.approx(0, abs=1e-6)
+    assert "not learned" in finding(section, "loss without positions").meaning
+    assert finding(section, "rotation pairs that carry weight").value == 0
 
 
 def test_energy_lies_in_the_pair_that_has_it():
@@ -210,11 +210,11 @@ def test_energy_lies_in_the_pair_that_has_it():
 
 def test_a_needed_kv_head_and_an_idle_one():
     net = copying_net(1)
-    organ = groups.examine(net, sample_of(net, repeating(1)), quiet)
-    (needed, idle), *_ = organ.data["loss_without_kv_head"]
+    section = groups.examine(net, sample_of(net, repeating(1)), quiet)
+    (needed, idle), *_ = section.data["loss_without_kv_head"]
     assert needed["mean"] > 2 and idle == {"mean": 0, "half": 0}
-    assert finding(organ, "loss without a KV head").value == needed["mean"]
-    assert finding(organ, "loss when heads are regrouped").value > 2
+    assert finding(section, "loss without a KV head").value == needed["mean"]
+    assert finding(section, "loss when heads are regrouped").value > 2
 
 
 def test_duplicated_heads_and_interchangeable_groups():
@@ -230,17 +230,17 @@ def test_duplicated_heads_and_interchangeable_groups():
         for projection in (own.k_proj, own.v_proj):
             projection.weight.data[8:] = projection.weight.data[:8]
     sample = sample_of(net, np.random.default_rng(0).integers(0, 90, 600), 48)
-    organ = groups.examine(net, sample, quiet)
-    likeness = finding(organ, "likeness of heads that share keys")
+    section = groups.examine(net, sample, quiet)
+    likeness = finding(section, "likeness of heads that share keys")
     assert likeness.value == pytest.approx(1) and "4 of 4 pairs" in likeness.number
-    assert finding(organ, "likeness of query matrices").value == pytest.approx(1)
-    assert finding(organ, "loss when heads are regrouped").value == pytest.approx(0, abs=1e-6)
+    assert finding(section, "likeness of query matrices").value == pytest.approx(1)
+    assert finding(section, "loss when heads are regrouped").value == pytest.approx(0, abs=1e-6)
 
 
 def test_one_kv_head_has_nothing_to_be_regrouped_with():
     net = Ant(tiny(num_key_value_heads=1, num_attention_heads=1))
-    organ = groups.examine(net, sample_of(net, np.arange(600) % 90, 48), quiet)
-    assert [one.topic for one in organ.findings] == ["loss without a KV head"]
+    section = groups.examine(net, sample_of(net, np.arange(600) % 90, 48), quiet)
+    assert [one.topic for one in section.findings] == ["loss without a KV head"]
 
 
 def test_effective_rank():
@@ -254,11 +254,13 @@ def test_a_table_of_low_rank_and_rows_that_were_never_trained():
     tokens = np.random.default_rng(0).integers(0, 300, 4_000)
     with torch.no_grad():
         net.model.embed_tokens.weight[:300] = torch.randn(300, 3) @ torch.randn(3, 32)
-    organ = embedding.examine(net, sample_of(net, tokens, 48), counts_of(tokens, 400), quiet)
-    rank = finding(organ, "effective rank of the token table")
-    assert 1 < rank.value < 4 and effective_rank(torch.tensor(organ.data["spectrum_of_a_random_table"])) > 30
-    assert finding(organ, "overlap of frequent tokens").value > 2 * math.sqrt(2 / (32 * math.pi))
-    never = finding(organ, "rows that were never trained")
+    section = embedding.examine(net, sample_of(net, tokens, 48), counts_of(tokens, 400), quiet)
+    rank = finding(section, "effective rank of the token table")
+    assert (
+        1 < rank.value < 4 and effective_rank(torch.tensor(section.data["spectrum_of_a_random_table"])) > 30
+    )
+    assert finding(section, "overlap of frequent tokens").value > 2 * math.sqrt(2 / (32 * math.pi))
+    never = finding(section, "rows that were never trained")
     assert never.value == pytest.approx(0.25)
     as_initialised = float(never.number.split(";")[1].split("%")[0])
     assert 23 < as_initialised <= 25
@@ -267,12 +269,12 @@ def test_a_table_of_low_rank_and_rows_that_were_never_trained():
 def test_a_healthy_table_is_near_chance():
     torch.manual_seed(0)
     net, tokens = Ant(tiny(vocab_size=400)), np.random.default_rng(0).integers(0, 400, 4_000)
-    organ = embedding.examine(net, sample_of(net, tokens, 48), counts_of(tokens, 400), quiet)
-    assert finding(organ, "effective rank of the token table").value > 30
+    section = embedding.examine(net, sample_of(net, tokens, 48), counts_of(tokens, 400), quiet)
+    assert finding(section, "effective rank of the token table").value > 30
     chance = math.sqrt(2 / (32 * math.pi))
-    assert finding(organ, "overlap of frequent tokens").value == pytest.approx(chance, rel=0.05)
-    assert abs(finding(organ, "length of rows against frequency").value) < 0.2
-    assert finding(organ, "rows that were never trained").value == 0
+    assert finding(section, "overlap of frequent tokens").value == pytest.approx(chance, rel=0.05)
+    assert abs(finding(section, "length of rows against frequency").value) < 0.2
+    assert finding(section, "rows that were never trained").value == 0
 
 
 def saying_net(logits: torch.Tensor) -> Ant:
@@ -294,8 +296,8 @@ def test_collapse_to_frequent_tokens(sharper, meaning):
     tokens = np.random.default_rng(0).choice(300, 6_000, p=frequency.numpy())
     net = saying_net(sharper * frequency.log().float())
     counts = Counts((frequency * 1e6).long(), "this text")
-    organ = embedding.examine(net, sample_of(net, tokens, 48), counts, quiet)
-    found = finding(organ, "mass on the 10 most frequent tokens")
+    section = embedding.examine(net, sample_of(net, tokens, 48), counts, quiet)
+    found = finding(section, "mass on the 10 most frequent tokens")
     assert found.meaning.startswith(f"The model gives them {meaning}")
     expected = (sharper * frequency.log()).softmax(0)[:10].sum() - np.mean(tokens < 10)
     assert found.value == pytest.approx(expected.item(), abs=0.01)
@@ -341,9 +343,9 @@ def test_the_command_leaves_a_report(ring_model, tmp_path, capsys, monkeypatch):
     )
     shown = capsys.readouterr().out
     assert all(title in shown for title in ("Token table", "Heads and RoPE", "Grouped queries", "Loops"))
-    summary = shown.partition("Token table")[0].splitlines()
-    assert len(summary) == 10 and "dimensions of the token table are used" in shown
-    assert max(map(len, shown.splitlines())) <= 80
+    summary = [line for line in shown.splitlines() if line.startswith("- ")]
+    assert len(summary) == 9 and "dimensions of the token table are used" in shown
+    assert max(len(line) for line in shown.splitlines() if str(out) not in line) <= 80
     for name in ("embedding", "heads", "rope", "groups", "loops"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"({name}.png)" in (out / "autopsy.md").read_text()
@@ -352,7 +354,9 @@ def test_the_command_leaves_a_report(ring_model, tmp_path, capsys, monkeypatch):
     assert greedy["topic"] == "loops, greedy" and greedy["value"] > 0.9
     assert set(written["loops"]["data"]["longest"]["cycle"].split()) == set(RING)
     assert str(tmp_path) not in (out / "autopsy.md").read_text()
-    every = [one for organ in ("embedding", "heads", "groups", "loops") for one in written[organ]["findings"]]
+    every = [
+        one for section in ("embedding", "heads", "groups", "loops") for one in written[section]["findings"]
+    ]
     assert all(one["number"] and one["comparison"] and one["meaning"] and one["limits"] for one in every)
 
 

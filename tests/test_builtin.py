@@ -96,7 +96,7 @@ def test_a_file_that_does_not_parse_is_left_out(tmp_path, text):
 
 def test_a_package_description(tmp_path):
     text = "Name: ants\n\n# Ants\n\nThe [ants](https://a.org) of this package carry what you give them.\n"
-    text += "\n## License\n\nThe text of the licence is not for a reader of the corpus, and it is left out.\n"
+    text += "\n## License\n\nThe text of the license is not for a reader of the corpus, and it is left out.\n"
     found = read_prose(write(tmp_path / "METADATA", text))
     assert found == ["The ants of this package carry what you give them."]
 

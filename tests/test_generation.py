@@ -140,7 +140,7 @@ def test_seeds_decide(net, tokenizer):
 
 
 def only_says(net: Ant, token: int) -> Ant:
-    """A copy that finds `token` likeliest whatever came before."""
+    """A copy in which `token` is the most likely one whatever came before."""
     copy = Ant(ModelConfig(**{**net.config.to_dict(), "tie_word_embeddings": False}))
     copy.load_state_dict({**net.state_dict(), "lm_head.weight": torch.zeros_like(net.head_weight)})
     with torch.no_grad():
@@ -203,7 +203,7 @@ HUMAN = """Ants are found on almost every piece of land. They live in colonies t
 dozen individuals in small natural cavities to highly organised cities of millions. Most of them are
 workers, which look after the young, search for food, and defend the nest. A worker that has found food
 lays a trail of scent on the way home; others follow it, and strengthen it in turn when they come back
-loaded. When the food is exhausted no new marks are made, and the scent slowly disappears. This behaviour
+loaded. When the food is exhausted no new marks are made, and the scent slowly disappears. This behavior
 helps them deal with changes around them: when an obstacle blocks the path, the foragers leave it to
 explore new routes, and the shorter of two ways wins because its marks are renewed more often. "Who told
 you that?" asked the boy. "My father," she said, "and he saw it." """

@@ -68,7 +68,7 @@ def test_the_notebook_runs_and_goes_on_after_the_time_limit(tmp_path, monkeypatc
     assert (work / "full" / "config.json").exists() and not (work / "full" / "report.md").exists()
     assert not shown
 
-    # The next session: the data are there, and the runs go on.
+    # The next session: the data are there, and the runs continue.
     packed = (work / "data" / "meta.json").stat().st_mtime_ns
     namespace["HOURS"] = 1.0
     for cell in cells[cells.index(next(cell for cell in cells if 'train("full"' in cell)) :]:

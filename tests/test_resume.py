@@ -286,8 +286,8 @@ def test_a_half_saved_tokenizer_is_saved_again(config):  # noqa: F811
 def test_where_and_how_a_run_computes_may_change(config, interrupt):  # noqa: F811
     interrupt(signal.SIGTERM, STOP_AT)
     run = pretrain(config).run
-    anew = TrainConfig(resume=run, kernels="reference", micro_batch_size=4, precision="fp32")
-    result = pretrain(anew)
+    overridden = TrainConfig(resume=run, kernels="reference", micro_batch_size=4, precision="fp32")
+    result = pretrain(overridden)
     assert result.step == 8
     kept = json.loads((run / "config.json").read_text())["train"]
     assert (kept["kernels"], kept["micro_batch_size"], kept["precision"]) == ("reference", 4, "fp32")

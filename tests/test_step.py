@@ -223,7 +223,7 @@ def test_with_a_mask_a_document_does_not_see_the_ones_before():
         options = {"starts": starts} if masked else {}
         before, after = (net(x, **options)[0, 12:] for x in (ids, other))
         assert torch.equal(before, after) == masked
-    alone = net(ids[:, 12:])[0]  # elsewhere in the row, but turned by the same angles from one another
+    alone = net(ids[:, 12:])[0]  # elsewhere in the row, but rotated by the same angles from one another
     torch.testing.assert_close(net(ids, starts=starts)[0, 12:], alone)
 
 
@@ -294,7 +294,7 @@ def test_a_run_on_a_device_that_captures_is_the_run(
     high = {"scale": 2.0**24}
     monkeypatch.setattr(trainer, "LossScaler", lambda device, **state: LossScaler(device, **(state or high)))
     every = {"eval_every": 3, "checkpoint_every": 5, "sample_every": 0}
-    late = {"loop_loss": loop_loss, "loop_loss_share": 0.5}  # a step of its own, captured anew
+    late = {"loop_loss": loop_loss, "loop_loss_share": 0.5}  # a step of its own, captured again
     chosen = dataclasses.replace(config, steps=12, precision="fp16", **every, **late)
     plain = pretrain(dataclasses.replace(chosen, out=tmp_path / "plain")).run
     device = Device(monkeypatch)

@@ -15,7 +15,7 @@ from ant5m.errors import UserError
 
 if TYPE_CHECKING:
     from ant5m.data.shards import Shards
-    from ant5m.eval.autopsy import Autopsy, Counts, Organ
+    from ant5m.eval.autopsy import Autopsy, Counts, Section
 
 
 @dataclass
@@ -135,21 +135,21 @@ def _show(autopsy: "Autopsy", out: Path) -> None:
     )
     for line in summary(autopsy):
         console.print(f"- {line}", markup=False)
-    for organ in autopsy.organs:
-        console.print(_table(organ))
+    for section in autopsy.sections:
+        console.print(_table(section))
     console.print(
         f"Evidence, not verdicts: what each number does not show is in {escape(str(out))}/autopsy.md"
     )
 
 
-def _table(organ: "Organ") -> Table:
+def _table(section: "Section") -> Table:
     from ant5m.eval.autopsy.report import TITLES
 
-    table = Table(title=TITLES[organ.name], title_justify="left", show_lines=True, expand=True)
+    table = Table(title=TITLES[section.name], title_justify="left", show_lines=True, expand=True)
     table.add_column("finding", style="bold", ratio=2)
     table.add_column("number and what it means", ratio=5)
     table.add_column("beside", ratio=3)
-    for finding in organ.findings:
+    for finding in section.findings:
         text = f"[bold]{escape(finding.number)}[/bold]\n{escape(finding.meaning)}"
         table.add_row(escape(finding.topic), text, escape(finding.comparison))
     return table

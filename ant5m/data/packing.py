@@ -91,7 +91,7 @@ def pack(
     """Write the folder that `Shards.open` reads, and return its `meta.json`.
 
     Every document is followed by the end-of-text id. A document is for validation when its seeded hash falls
-    into the lowest `validation_fraction`: its neighbours do not matter, and equal documents stay together. A
+    into the lowest `validation_fraction`: its neighbors do not matter, and equal documents stay together. A
     document that is too long for one (see `ant5m.data.corpus`) has the hash of its first piece, so that all
     of it is in one split; only where the whole text is one document, each piece has its own. Where that
     leaves validation empty, the document with the lowest hash goes there. Every shard file but the

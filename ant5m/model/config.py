@@ -109,7 +109,7 @@ PRESETS = {
         num_attention_heads=4,
         num_key_value_heads=4,
     ),
-    # What the published evidence on models of this size favours (docs/better-model.md): a table of a sixth,
+    # What the published evidence on models of this size favors (docs/better-model.md): a table of a sixth,
     # 9 layers, few heads of a size that every backend has kernels for, no shared key/value heads.
     "ant-5m-best": ModelConfig(
         vocab_size=4_096,

@@ -1,7 +1,7 @@
 // The ops of ant5m._cpu. Each is compiled once per instruction set, in a namespace of that name; dispatch.cpp
 // holds the table of the one in use. Only pointers, shapes and strides come in: no torch, no numpy.
 //
-// Strides count elements; those named *_row are a matrix's distance between rows, whose elements are neighbours. No
+// Strides count elements; those named *_row are a matrix's distance between rows, whose elements are neighbors. No
 // pointer needs more alignment than its type. Outputs are contiguous unless they have a stride, and are written whole.
 // Results do not depend on `threads`. With `bf16` the factors of products are rounded to bf16, and their sums are in
 // fp32, where the instruction set has that (..._bf16); elsewhere it changes nothing.

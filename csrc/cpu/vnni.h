@@ -1,5 +1,5 @@
 // What a product multiplies, in units of 32 bits: a number in fp32, or a VNNI pair, two numbers in bf16 that are
-// neighbours along the product's depth and whose products are both added to a sum in fp32. So one microkernel does for
+// neighbors along the product's depth and whose products are both added to a sum in fp32. So one microkernel does for
 // both: of bf16 it sees half the depth.
 #pragma once
 #include "simd.h"

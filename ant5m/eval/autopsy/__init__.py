@@ -1,6 +1,6 @@
-"""Evidence about a trained model, organ by organ: its token table, its heads, its groups, its loops.
+"""Evidence about a trained model in four sections: token table, heads, grouped queries, loops.
 
-Numbers are measured on held-out text and stand beside a null: chance, the same shape with random weights, or
+Numbers are measured on held-out text, beside a baseline: chance, the same shape with random weights, or
 the text itself. They say what this model does, not what another architecture would have done.
 """
 
@@ -15,12 +15,12 @@ from ant5m.data.tokenizer import Tokenizer
 from ant5m.errors import UserError
 from ant5m.eval.autopsy import embedding, evidence, groups, heads, looping
 from ant5m.eval.autopsy.embedding import Counts
-from ant5m.eval.autopsy.evidence import Estimate, Finding, Organ, Step
+from ant5m.eval.autopsy.evidence import Estimate, Finding, Section, Step
 from ant5m.eval.loops import PROMPTS
 from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import check_tokenizer
 
-__all__ = ["Autopsy", "Counts", "Finding", "Organ", "examine"]
+__all__ = ["Autopsy", "Counts", "Finding", "Section", "examine"]
 
 MAX_WINDOW = 1_024
 """tokens of a window, where the context is longer"""
@@ -28,7 +28,7 @@ MAX_WINDOW = 1_024
 
 @dataclass(frozen=True)
 class Autopsy:
-    """All organs, and the text that they were seen on."""
+    """All sections, and the text that they were measured on."""
 
     name: str
     text: str
@@ -36,7 +36,7 @@ class Autopsy:
     window: int
     loss: Estimate
     """nats per token on these tokens"""
-    organs: list[Organ]
+    sections: list[Section]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -46,7 +46,7 @@ class Autopsy:
             "tokens": self.tokens,
             "window": self.window,
             "loss": self.loss.to_dict(),
-            **{organ.name: organ.to_dict() for organ in self.organs},
+            **{section.name: section.to_dict() for section in self.sections},
         }
 
 
@@ -86,11 +86,11 @@ def examine(
     with torch.inference_mode():
         inputs, targets = evidence.windows(shards, window, tokens)
         sample = evidence.sample(net, inputs.to(net.device), targets.to(net.device))
-    organs = [
+    sections = [
         embedding.examine(net, sample, counts, step),
         heads.examine(net, sample, counts, step),
         groups.examine(net, sample, step),
         looping.examine(net, tokenizer, shards, prompts, step),
     ]
     net.train(training)
-    return Autopsy(name, text, sample.tokens, window, evidence.estimate(sample.losses), organs)
+    return Autopsy(name, text, sample.tokens, window, evidence.estimate(sample.losses), sections)

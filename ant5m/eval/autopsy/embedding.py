@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ant5m.data.shards import Shards
-from ant5m.eval.autopsy.evidence import Estimate, Finding, Organ, Sample, Step, estimate
+from ant5m.eval.autopsy.evidence import Estimate, Finding, Sample, Section, Step, estimate
 from ant5m.model.ant import Ant
 
 TOPS = (10, 100, 1000)
@@ -40,13 +40,13 @@ def count_tokens(shards: Shards, vocab_size: int, where: str) -> Counts:
 
 
 def effective_rank(singular: Tensor) -> float:
-    """exp(entropy of the normalised singular values): Roy and Vetterli, "The effective rank" (2007)."""
+    """exp(entropy of the normalized singular values): Roy and Vetterli, "The effective rank" (2007)."""
     share = singular.double() / singular.double().sum()
     return torch.special.entr(share).sum().exp().item()
 
 
 @torch.inference_mode()
-def examine(net: Ant, sample: Sample, counts: Counts, step: Step) -> Organ:
+def examine(net: Ant, sample: Sample, counts: Counts, step: Step) -> Section:
     """The table of the inputs; where the head has its own, mass and bottleneck are the head's."""
     step("embedding: spectrum and rows")
     table, occurred = net.model.embed_tokens.weight.float(), counts.values.to(net.device)
@@ -71,7 +71,7 @@ def examine(net: Ant, sample: Sample, counts: Counts, step: Step) -> Organ:
         "spectrum_of_a_random_table": null.tolist(),
         "mass": {k: {name: value.to_dict() for name, value in one.items()} for k, one in mass.items()},
     }
-    return Organ("embedding", findings, {"embedding": figure}, data)
+    return Section("embedding", findings, {"embedding": figure}, data)
 
 
 def _rank(table: Tensor, spectrum: Tensor, null: Tensor) -> Finding:
@@ -143,21 +143,21 @@ def _correlation(x: Tensor, y: Tensor) -> float:
 def _untrained(net: Ant, table: Tensor, occurred: Tensor, where: str) -> Finding:
     never = occurred == 0
     share = never.double().mean().item()
-    still = (never & _as_initialised(table, net.config.initializer_range)).double().mean().item()
+    still = (never & _as_initialized(table, net.config.initializer_range)).double().mean().item()
     return Finding(
         "rows that were never trained",
         share,
         f"{share:.1%} of the rows belong to tokens that never occur; {still:.1%} of all also look as "
-        "initialised",
+        "initialized",
         "a few percent with a tokenizer of the same text: bytes and parts of words that never stand alone",
-        "As inputs these rows learnt nothing. With a tied head all rows are pushed away from what is said, "
-        "so they move without being learnt.",
-        f"Counted in {where}. 'As initialised': length and mean lie within three standard deviations of "
+        "As inputs these rows learned nothing. With a tied head all rows are pushed away from what is said, "
+        "so they move without being learned.",
+        f"Counted in {where}. 'As initialized': length and mean lie within three standard deviations of "
         f"draws with deviation {net.config.initializer_range}.",
     )
 
 
-def _as_initialised(table: Tensor, deviation: float) -> Tensor:
+def _as_initialized(table: Tensor, deviation: float) -> Tensor:
     """bool [V]: which rows could be fresh draws from N(0, deviation^2), by their mean square and mean."""
     size = table.shape[1]
     square = table.square().mean(-1) / deviation**2

@@ -30,7 +30,7 @@ class Finding:
     number: str
     """the same for people, with its uncertainty"""
     comparison: str
-    """the null: what the number would be by chance, without training, or in the text"""
+    """the baseline: what the number would be by chance, without training, or in the text"""
     meaning: str
     limits: str
     """what it does not show"""
@@ -39,8 +39,8 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Organ:
-    """One part of the model, examined."""
+class Section:
+    """The findings about one part of the model."""
 
     name: str
     findings: list[Finding]
@@ -143,14 +143,14 @@ def sample(net: Ant, input_ids: Tensor, targets: Tensor) -> Sample:
 
 
 def untrained(net: Ant) -> Ant:
-    """A net of the same shape that has learnt nothing; torch's own generator is left as it was."""
+    """A net of the same shape that has learned nothing; torch's own generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return Ant(net.config).to(net.device)
 
 
 def write_values(axis: Axes, values: Tensor, bright: float) -> None:
-    """Each value [rows, columns] into its cell of an image; black where the colour is brighter than half."""
+    """Each value [rows, columns] into its cell of an image; black where the color is brighter than half."""
     for (row, column), value in np.ndenumerate(values.numpy()):
         color = "black" if value > bright else "white"
         axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6.5, color=color)

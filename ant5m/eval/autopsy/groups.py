@@ -6,13 +6,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ant5m.eval.autopsy import forward
-from ant5m.eval.autopsy.evidence import Estimate, Finding, Organ, Sample, Step, untrained
+from ant5m.eval.autopsy.evidence import Estimate, Finding, Sample, Section, Step, untrained
 from ant5m.eval.autopsy.heads import ROWS, WINDOWS
 from ant5m.model.ant import Ant
 
 
 @torch.inference_mode()
-def examine(net: Ant, sample: Sample, step: Step) -> Organ:
+def examine(net: Ant, sample: Sample, step: Step) -> Section:
     """Likeness of heads, and the loss when a KV head is silenced or query heads read another one."""
     config = net.config
     step("groups: likeness of heads")
@@ -40,7 +40,7 @@ def examine(net: Ant, sample: Sample, step: Step) -> Organ:
         "loss_without_kv_head": [[one.to_dict() for one in layer] for layer in silenced],
         "loss_when_reading_the_next_kv_head": [one.to_dict() for one in swapped],
     }
-    return Organ("groups", findings, {"groups": _picture(patterns, silenced, swapped, group)}, data)
+    return Section("groups", findings, {"groups": _picture(patterns, silenced, swapped, group)}, data)
 
 
 @torch.inference_mode()

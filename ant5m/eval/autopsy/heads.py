@@ -15,8 +15,8 @@ from ant5m.eval.autopsy.embedding import Counts
 from ant5m.eval.autopsy.evidence import (
     Estimate,
     Finding,
-    Organ,
     Sample,
+    Section,
     Step,
     estimate,
     untrained,
@@ -53,7 +53,7 @@ class Looks:
 
 
 @torch.inference_mode()
-def examine(net: Ant, sample: Sample, counts: Counts, step: Step) -> Organ:
+def examine(net: Ant, sample: Sample, counts: Counts, step: Step) -> Section:
     """Patterns and scores on some windows, losses on all."""
     usual = forward.Attention.of(net, sample.length)
     looks = look(net, sample.input_ids[:WINDOWS], step)
@@ -90,7 +90,7 @@ def examine(net: Ant, sample: Sample, counts: Counts, step: Step) -> Organ:
         "unigram_loss_by_position": [{"from": a, "to": b, **one.to_dict()} for a, b, one in unigram],
     }
     figures = {"heads": _heads_picture(looks), "rope": _rope_picture(net, looks, pairs, costs, bins, unigram)}
-    return Organ("heads", findings, figures, data)
+    return Section("heads", findings, figures, data)
 
 
 @torch.inference_mode()
@@ -263,7 +263,7 @@ def _losses(costs: dict[str, Estimate]) -> Finding:
         "0: the model does not use RoPE",
         "The model uses the rotation: taking it away costs loss beyond the uncertainty."
         if used
-        else "No cost beyond the uncertainty: this model has not learnt to use the rotation.",
+        else "No cost beyond the uncertainty: this model has not learned to use the rotation.",
         "The weights were trained with RoPE and could not adapt: a model trained without it would lose less.",
         f"loss without the rotation: {off} nats per token",
     )

@@ -8,14 +8,14 @@ from matplotlib.figure import Figure
 from ant5m.data.shards import Shards
 from ant5m.data.tokenizer import Tokenizer
 from ant5m.eval import loops
-from ant5m.eval.autopsy.evidence import Finding, Organ, Step
+from ant5m.eval.autopsy.evidence import Finding, Section, Step
 from ant5m.eval.loops import LoopStatistics
 from ant5m.model.ant import Ant
 
 NEW_TOKENS = 256
 
 
-def examine(net: Ant, tokenizer: Tokenizer, shards: Shards, prompts: Sequence[str], step: Step) -> Organ:
+def examine(net: Ant, tokenizer: Tokenizer, shards: Shards, prompts: Sequence[str], step: Step) -> Section:
     """Every decoding over the prompts, and as many stretches of held-out text of the same length."""
     found = []
     prompts = [_fitting(prompt, tokenizer, net.config.max_position_embeddings // 2) for prompt in prompts]
@@ -28,7 +28,7 @@ def examine(net: Ant, tokenizer: Tokenizer, shards: Shards, prompts: Sequence[st
     looping = [one for one in found if one.longest]
     data = {"model": [one.to_dict() for one in found], "text": people.to_dict() if people else None}
     data["longest"] = max(looping, key=_stretch).to_dict()["longest"] if looping else None
-    return Organ("loops", findings, {"loops": _picture(found, people)}, data)
+    return Section("loops", findings, {"loops": _picture(found, people)}, data)
 
 
 def _fitting(prompt: str, tokenizer: Tokenizer, length: int) -> str:

@@ -5,14 +5,14 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ant5m.eval.autopsy import Autopsy, Finding, Organ
+from ant5m.eval.autopsy import Autopsy, Finding, Section
 from ant5m.files import write_file, write_json
 
 
 def write(autopsy: Autopsy, folder: Path) -> None:
     """Write everything; what an earlier autopsy left under these names is replaced."""
-    for organ in autopsy.organs:
-        for name, figure in organ.figures.items():
+    for section in autopsy.sections:
+        for name, figure in section.figures.items():
             write_file(folder / f"{name}.png", _png(figure))
     write_file(folder / "autopsy.md", markdown(autopsy))
     write_json(folder / "autopsy.json", autopsy.to_dict())
@@ -33,22 +33,22 @@ def markdown(autopsy: Autopsy) -> str:
         windows=autopsy.tokens // autopsy.window,
         window=f"{autopsy.window:,}",
         summary="\n".join(f"- {line}" for line in summary(autopsy)),
-        organs="\n\n".join(_organ(organ) for organ in autopsy.organs),
+        sections="\n\n".join(_section(section) for section in autopsy.sections),
     )
 
 
 def summary(autopsy: Autopsy) -> list[str]:
     """The main findings, a line each, beginning with the loss."""
     loss = f"loss {autopsy.loss.mean:.3f} ± {autopsy.loss.half:.3f} nats per token"
-    findings = (finding for organ in autopsy.organs for finding in organ.findings)
+    findings = (finding for section in autopsy.sections for finding in section.findings)
     return [loss, *(finding.summary for finding in findings if finding.summary)]
 
 
-def _organ(organ: Organ) -> str:
-    pictures = "\n\n".join(f"![{name}]({name}.png)" for name in organ.figures)
-    findings = "\n\n".join(_finding(finding) for finding in organ.findings)
-    parts = [f"## {TITLES[organ.name]}", pictures, findings]
-    if longest := organ.data.get("longest"):
+def _section(section: Section) -> str:
+    pictures = "\n\n".join(f"![{name}]({name}.png)" for name in section.figures)
+    findings = "\n\n".join(_finding(finding) for finding in section.findings)
+    parts = [f"## {TITLES[section.name]}", pictures, findings]
+    if longest := section.data.get("longest"):
         parts.append(_longest(longest))
     return "\n\n".join(parts)
 
@@ -88,5 +88,5 @@ these windows, so they hold for this text, not for another training seed.
 
 {summary}
 
-{organs}
+{sections}
 """

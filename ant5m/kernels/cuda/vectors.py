@@ -15,7 +15,7 @@ def bits(dtype: torch.dtype) -> int:
 
 
 def vector(size: int, *tensors: torch.Tensor) -> int:
-    """8, 4, 2 or 1: so many neighbours of a row of `size` can be read at once everywhere in these tensors."""
+    """8, 4, 2 or 1: so many neighbors of a row of `size` can be read at once everywhere in these tensors."""
     common = math.gcd(8, size)
     for x in tensors:
         strides = [stride for stride, count in zip(x.stride()[:-1], x.shape[:-1], strict=True) if count > 1]
