@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from ant5m.kernels import reference
+from ant5m.kernels.check import results as results_of
+from ant5m.kernels.registry import OPS
+from ant5m.kernels.samples import tensors_of, with_tensors
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -170,3 +173,34 @@ def with_gaps(x):
 def heads_first(x):
     """x [B, T, H, D] in the memory order [B, H, T, D]."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def check_op(name, backend, draw, layout=lambda x: x, tolerance=None):
+    """The op `name` of a backend, called as a training step calls it, beside its composition in float64:
+    outputs and every gradient; where its backend cannot run it, its own parts do."""
+    op = OPS[name]
+    tolerance = tolerance or {fp32: 1e-5, fp16: 6e-3, bf16: 3e-2}[draw.dtype]
+
+    def mine(*arguments):
+        return op(*arguments, backend=backend)
+
+    def truth(*arguments):
+        return op.composition(*arguments, backend="reference")
+
+    for arguments in op.samples(draw):
+        tensors = tensors_of(arguments)
+        given = with_tensors(arguments, [layout(x) for x in tensors])
+        wide = with_tensors(arguments, [x.double() if x.is_floating_point() else x for x in tensors])
+        if op.differentiable:
+            pairs = zip(results_of(mine, given), results_of(truth, wide), strict=True)
+        else:
+            with torch.no_grad():
+                outs, exact = mine(*given), truth(*wide)
+            pairs = zip(outs, exact, strict=True) if isinstance(outs, tuple) else [(outs, exact)]
+        for i, (got, expected) in enumerate(pairs):
+            assert got.shape == expected.shape, (name, i)
+            if not got.is_floating_point():
+                assert draw.dtype != fp32 or torch.equal(got, expected), (name, i)
+            elif got.numel():
+                off, usual = ((x.square().mean().sqrt()) for x in (got.double() - expected, expected))
+                assert off <= tolerance * (usual + 1e-2), (name, i, off, usual)

@@ -725,41 +725,6 @@ def test_what_it_cannot_run_says_why():
     assert "meta" in cpu.unsupported_reason([torch.zeros(2, device="meta")])
 
 
-@pytest.mark.parametrize(
-    ("name", "inputs"),
-    [
-        ("rms_norm", [torch.zeros(3, 4), torch.zeros(5)]),
-        ("rms_norm", [torch.zeros(3, 4), torch.zeros(4), 1e-5, torch.zeros(4)]),
-        ("rope", [torch.zeros(1, 3, 1, 4), torch.zeros(1, 3, 1, 4), torch.zeros(2, 2), torch.zeros(2, 2)]),
-        ("rope", [torch.zeros(1, 3, 1, 4), torch.zeros(1, 3, 1, 6), torch.zeros(3, 2), torch.zeros(3, 2)]),
-        ("qkv_rope", [torch.zeros(1, 3, 4), torch.zeros(12, 5), *angles(3, 2), [1, 1, 1]]),
-        ("qkv_rope", [torch.zeros(1, 3, 4), torch.zeros(12, 4), *angles(2, 2), [1, 1, 1]]),
-        ("attention", [torch.zeros(1, 3, 3, 4), torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 2, 4)]),
-        ("attention", [torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 2, 4), torch.zeros(1, 2, 2, 4)]),
-        ("attention", [torch.zeros(1, 3, 2, 4)] * 3 + [torch.zeros(1, 2, dtype=torch.int64)]),
-        ("tree_attention", [torch.zeros(1, 3, 2, 4)] * 3 + [torch.zeros(3, dtype=torch.int64)]),
-        ("logsumexp_argmax", [torch.zeros(3, 4), torch.zeros(9, 5)]),
-        ("rms_norm_linear", [torch.zeros(3, 4), torch.zeros(4), 1e-5, [torch.zeros(9, 5)]]),
-        (
-            "fused_post_attention",
-            [
-                *(torch.zeros(*shape) for shape in ((3, 4), (3, 6), (4, 5), (4,))),
-                1e-5,
-                *(torch.zeros(*shape) for shape in ((5, 4), (5, 4), (4, 5))),
-            ],
-        ),
-        ("swiglu", [torch.zeros(3, 4), torch.zeros(4)]),
-        ("swiglu", [torch.zeros(3), torch.zeros(3, dtype=torch.float64)]),
-        ("mlp", [torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(5, 4), torch.zeros(5, 4)]),
-        ("linear_cross_entropy", [torch.zeros(3, 4), torch.zeros(9, 5), torch.zeros(3, dtype=torch.int64)]),
-        ("linear_cross_entropy", [torch.zeros(3, 4), torch.zeros(9, 4), torch.zeros(3)]),
-    ],
-)
-def test_shapes_that_do_not_fit(name, inputs):
-    with pytest.raises(ValueError):
-        getattr(cpu, name)(*inputs)
-
-
 @pytest.mark.parametrize("target", [-1, 30])
 def test_a_target_outside_the_vocabulary(target):
     with pytest.raises(IndexError, match=str(target)):

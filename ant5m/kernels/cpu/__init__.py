@@ -5,8 +5,8 @@ of products are rounded to bf16 where the processor multiplies it, as they are f
 `bf16_products`; sums are in fp32.
 
 Each op is an `autograd.Function` around calls of `ant5m._cpu`, in a file of its own. What the C++ takes for
-granted is made true here: dtype, device, shapes, a last dimension without gaps. The number of threads is
-torch's; results do not depend on it. A shape or dtype that does not fit raises `ValueError`.
+granted of strides is made true here: a last dimension without gaps. What shapes fit is checked before, by
+`ant5m.kernels.ops`. The number of threads is torch's; results do not depend on it.
 """
 
 from ant5m.kernels.cpu.attention import attention, tree_attention

@@ -4,7 +4,6 @@ import torch
 
 from ant5m import _cpu
 from ant5m.kernels.cpu.arguments import address, dense, empty, matrix, stride
-from ant5m.kernels.cpu.support import check, check_dtypes
 
 
 def fused_post_attention(residual, attn_out, weight, norm, eps, gate, up, down):
@@ -12,12 +11,6 @@ def fused_post_attention(residual, attn_out, weight, norm, eps, gate, up, down):
 
     residual [..., D], attn_out [..., R], weight [D, R]; without gradients.
     """
-    check_dtypes(residual, attn_out, weight, norm, gate, up, down)
-    widths = weight.shape == (*residual.shape[-1:], *attn_out.shape[-1:])
-    fit = widths and residual.shape[:-1] == attn_out.shape[:-1]
-    check(fit, "residual {}, attn_out {} and weight {} do not fit", residual, attn_out, weight)
-    fit = gate.shape == up.shape == down.shape[::-1] and gate.shape[1:] == norm.shape == residual.shape[-1:]
-    check(fit, "residual {}, norm {}, gate {}, up {}, down {} do not fit", residual, norm, gate, up, down)
     rows, attn_rows = matrix(residual.detach().float()), matrix(attn_out.detach().float())
     weight, norm, gate, up, down = (dense(w) for w in (weight, norm, gate, up, down))
     out = empty(rows, *rows.shape)

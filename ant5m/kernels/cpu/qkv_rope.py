@@ -7,7 +7,6 @@ from ant5m.kernels.cpu.arguments import empty, gapless, matrix
 from ant5m.kernels.cpu.bf16 import in_bf16
 from ant5m.kernels.cpu.linear import product, product_gradients
 from ant5m.kernels.cpu.rope import rotate_into
-from ant5m.kernels.cpu.support import check, check_angles, check_dtypes
 
 
 class _QKVRope(torch.autograd.Function):
@@ -38,10 +37,6 @@ class _QKVRope(torch.autograd.Function):
 
 def qkv_rope(x, weight, cos, sin, heads):
     """q, k and v, side by side in x [B, T, D] @ weight [sum(heads) * d, D]^T; q and k rotated by `rope`."""
-    check_dtypes(x, weight, cos, sin)
-    fit = x.ndim == 3 and weight.shape[1:] == x.shape[-1:] and len(weight) % (2 * sum(heads)) == 0
-    check(fit, f"x {{}} and weight {{}} do not fit {heads} heads", x, weight)
-    check_angles(cos, sin, x.shape[1], len(weight) // sum(heads))
     bf16 = in_bf16(x, weight)
     parts = _QKVRope.apply(x.float(), weight.float(), cos.float(), sin.float(), heads, bf16)
     return tuple(part.to(x.dtype) for part in parts)

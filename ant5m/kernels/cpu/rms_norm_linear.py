@@ -4,15 +4,11 @@ import torch
 
 from ant5m import _cpu
 from ant5m.kernels.cpu.arguments import address, dense, empty, matrix, stride
-from ant5m.kernels.cpu.support import FEW_TOKENS, check, check_dtypes
+from ant5m.kernels.cpu.support import FEW_TOKENS
 
 
 def rms_norm_linear(x, norm, eps, weights):
     """rms_norm(x [..., D], norm [D], eps) times weights [R_i, D]^T side by side, without gradients."""
-    check_dtypes(x, norm, *weights)
-    for weight in weights:
-        fit = norm.shape == x.shape[-1:] == weight.shape[1:]
-        check(fit, "x {}, norm {} and weight {} do not fit", x, norm, weight)
     rows, norm, weights = matrix(x.detach().float()), dense(norm), [dense(weight) for weight in weights]
     if len(rows) >= FEW_TOKENS:  # for fewer, joining them would take longer than the products
         weights = [torch.cat(weights)]

@@ -5,7 +5,6 @@ from torch.autograd.function import once_differentiable
 
 from ant5m import _cpu
 from ant5m.kernels.cpu.arguments import address, attention_shape, empty, gapless, heads
-from ant5m.kernels.cpu.support import check, check_angles, check_dtypes, check_heads
 
 
 class _Rope(torch.autograd.Function):
@@ -45,9 +44,5 @@ def rotate_into(out_q, out_k, q, k, cos, sin, sign):
 
 
 def rope(q, k, cos, sin):
-    check_dtypes(q, k, cos, sin)
-    check_heads(q, k)
-    check(q.shape[3] % 2 == 0, "the head dimension of q {} is not even", q)
-    check_angles(cos, sin, q.shape[1], q.shape[3])
     rotated = _Rope.apply(q.float(), k.float(), cos.float(), sin.float())
     return rotated[0].to(q.dtype), rotated[1].to(k.dtype)

@@ -43,25 +43,3 @@ def needs_many_tokens(x, weight) -> str | None:
     if count_tokens(x) < FEW_TOKENS and torch.is_grad_enabled():
         return f"for fewer than {FEW_TOKENS} tokens torch's products are faster"
     return needs_fp32_products()
-
-
-def check(good, message, *tensors):
-    """Raise `ValueError` with the tensors' shapes put into the message unless `good`."""
-    if not good:
-        raise ValueError(message.format(*(list(x.shape) for x in tensors)))
-
-
-def check_dtypes(*tensors):
-    for x in tensors:
-        reason = unsupported_reason([x])
-        check(reason is None, reason)
-
-
-def check_heads(q, k):
-    fit = q.ndim == k.ndim == 4 and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
-    check(fit, "q {} and k {} do not fit", q, k)
-
-
-def check_angles(cos, sin, length, dim):
-    shape = [length, dim // 2]
-    check(list(cos.shape) == list(sin.shape) == shape, f"cos {{}} and sin {{}} must be {shape}", cos, sin)
