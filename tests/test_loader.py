@@ -111,22 +111,30 @@ def test_impossible_sizes(shards, batch_size, length, seed, rank):
 
 @pytest.mark.parametrize("limit", [None, 1, 8, 20, 24, 236, 237, 10_000])
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_evaluation_scores_every_token_once(shards, batch_size, limit):
+def test_evaluation_scores_tokens_once(shards, batch_size, limit):
     scored = []
     for input_ids, targets in sequences(shards, batch_size, LENGTH, limit_tokens=limit):
         assert input_ids.shape == targets.shape
         assert input_ids.shape[0] <= batch_size
         assert input_ids.shape[1] == LENGTH
         counted = targets != -100
-        assert torch.equal(input_ids[counted] + 1, targets[counted])
+        before = torch.where(targets == 0, shards.eos_token_id, targets - 1)
+        assert torch.equal(input_ids[counted], before[counted])  # the first token is behind an end-of-text
         assert (input_ids[~counted] == shards.eos_token_id).all()
         scored += targets[counted].tolist()
-    assert scored == list(range(1, min(limit or 237, 237) + 1))
+    assert len(scored) == len(set(scored)) == min(limit or 238, 238)
+    if (limit or 238) > 236:
+        assert scored == list(range(len(scored)))
+
+
+def test_a_part_is_spread_over_the_split(shards):
+    (_, targets), *_ = sequences(shards, 100, LENGTH, limit_tokens=4 * LENGTH)
+    assert targets[:, 0].tolist() == [0, 9 * LENGTH, 18 * LENGTH, 28 * LENGTH]
 
 
 def test_evaluation_refuses_nothing(shards, tmp_path):
     with pytest.raises(UserError, match="above 0"):
         next(sequences(shards, 1, LENGTH, limit_tokens=0))
     write_shards(tmp_path / "one", [[5]])
-    with pytest.raises(UserError, match="nothing to predict"):
-        next(sequences(Shards.open(tmp_path / "one"), 1, LENGTH))
+    (_, targets), *_ = sequences(Shards.open(tmp_path / "one"), 1, LENGTH)
+    assert targets[0].tolist() == [5] + [-100] * (LENGTH - 1)

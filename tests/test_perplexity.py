@@ -15,7 +15,16 @@ from ant5m.data.packing import pack
 from ant5m.data.shards import Shards
 from ant5m.data.tokenizer import Tokenizer, train_tokenizer
 from ant5m.errors import UserError
-from ant5m.eval.perplexity import Evaluation, encode_texts, evaluate, open_data, record, run_data
+from ant5m.eval.perplexity import (
+    Evaluation,
+    encode_texts,
+    evaluate,
+    evaluate_as_lm_eval,
+    open_data,
+    record,
+    rolling,
+    run_data,
+)
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
 
@@ -65,7 +74,7 @@ def test_texts_are_scored_to_the_last_token(net, tokenizer, corpus):
     eos = [tokenizer.eos_token_id]
     ids = eos + [token for text in DOCUMENTS for token in tokenizer.encode(text) + eos]
     shards = encode_texts(corpus, tokenizer)
-    assert shards.tokens[:].tolist() == ids
+    assert shards.tokens[:].tolist() == ids[1:]
     for batch_size, window in ((1, 32), (3, 32), (8, 7)):
         result = evaluate(net, shards, batch_size, window, text="ants")
         assert result.tokens == len(ids) - 1
@@ -78,7 +87,7 @@ def test_texts_are_scored_to_the_last_token(net, tokenizer, corpus):
 
 def test_masked_documents_are_scored_as_if_alone(net, tokenizer, corpus):
     shards, eos = encode_texts(corpus, tokenizer), tokenizer.eos_token_id
-    ids, nats = shards.tokens[:].tolist(), 0.0
+    ids, nats = [eos, *shards.tokens[:].tolist()], 0.0
     for start in range(0, len(ids) - 1, 32):
         window = ids[start : start + 33]
         # An end-of-text token still sees its document, and begins none.
@@ -92,9 +101,11 @@ def test_masked_documents_are_scored_as_if_alone(net, tokenizer, corpus):
 def test_a_part_leaves_words_and_bytes_unknown(net, tokenizer, corpus):
     shards = encode_texts(corpus, tokenizer)
     result = evaluate(net, shards, limit_tokens=40)
-    assert result.tokens == 40 and result.nats == pytest.approx(
-        nats_by_hand(net, shards.tokens[:41].tolist(), 32)
+    first, last = [0, *shards.tokens[:32].tolist()], (shards.num_tokens // 32 - 1) * 32
+    expected = nats_by_hand(net, first, 32) + nats_by_hand(
+        net, shards.tokens[last - 1 : last + 8].tolist(), 32
     )
+    assert result.tokens == 40 and result.nats == pytest.approx(expected)
     assert (result.words, result.bytes, result.word_perplexity, result.bits_per_byte) == (None,) * 4
     assert evaluate(net, shards, limit_tokens=10**9) == evaluate(net, shards)
 
@@ -117,6 +128,7 @@ def test_three_numbers():
             "bytes",
             "window",
             "document_mask",
+            "lost_bytes",
         )
     }
     assert Evaluation("text", 1e5, 10, 1, 1, 32).word_perplexity == math.inf
@@ -134,9 +146,9 @@ def test_shards(net, tokenizer, corpus, tmp_path):
     shards, text = open_data([tmp_path / "data"], tokenizer)
     assert shards.split == "validation" and "validation split" in text
     result = evaluate(net, shards)
-    assert result.tokens == shards.num_tokens - 1
+    assert result.tokens == shards.num_tokens
     assert result.bytes == shards.counts["bytes"] < len("".join(DOCUMENTS).encode())
-    assert result.nats == pytest.approx(nats_by_hand(net, shards.tokens[:].tolist(), 32), rel=1e-5)
+    assert result.nats == pytest.approx(nats_by_hand(net, [0, *shards.tokens[:].tolist()], 32), rel=1e-5)
     other = train_tokenizer(DOCUMENTS * 20, vocab_size=290)
     with pytest.raises(UserError, match="another tokenizer"):
         open_data([tmp_path / "data"], other)
@@ -210,3 +222,35 @@ def test_shards_of_an_earlier_reading_of_the_tokenizer_are_known(tmp_path, corpu
     assert now.fingerprint == tokenizer.fingerprint != packed_with
     assert now.has_fingerprint(packed_with) and now.has_fingerprint(now.fingerprint)
     assert not now.has_fingerprint("0" * 64) and not tokenizer.has_fingerprint(packed_with)
+
+
+def test_packed_text_is_scored_as_plain_text_is(net, tokenizer, corpus, tmp_path):
+    pack(corpus, tokenizer, tmp_path / "packed", validation_fraction=0.5)
+    shards = Shards.open(tmp_path / "packed", "validation")
+    documents = [tokenizer.decode(ids) for ids in shards.documents()]
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    plain, packed = encode_texts(Corpus.open([tmp_path / "plain.jsonl"]), tokenizer), evaluate(net, shards)
+    assert evaluate(net, plain, text=packed.text) == packed
+    assert packed.tokens == shards.num_tokens and packed.bytes == len("".join(documents).encode())
+
+
+def test_lm_evals_convention_is_lm_evals(net, tokenizer, corpus):
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    from ant5m.eval.harness import AntLM
+
+    for length in (1, 31, 32, 33, 64, 70):
+        windows = get_rolling_token_windows(list(range(length)), 99, 32, 1)
+        expected = [tuple(map(list, make_disjoint_window(window))) for window in windows]
+        assert [tuple(map(list, one)) for one in rolling(list(range(length)), 99, 32)] == expected
+    found = evaluate_as_lm_eval(net, encode_texts(corpus, tokenizer), tokenizer)
+    asked = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in DOCUMENTS]
+    nats = -sum(AntLM(net=net, tokenizer=tokenizer).loglikelihood_rolling(asked))
+    assert found.nats == pytest.approx(nats, rel=1e-6)
+    assert found.bytes == len("".join(DOCUMENTS).encode()) and found.byte_perplexity == pytest.approx(
+        math.exp(nats / found.bytes)
+    )
+    ours = evaluate(net, encode_texts(corpus, tokenizer))
+    assert ours.tokens == found.tokens + len(DOCUMENTS)  # an end-of-text token a document

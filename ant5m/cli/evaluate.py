@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ant5m.eval.boards import BoardScore
     from ant5m.eval.comparison import Difference
-    from ant5m.eval.perplexity import Evaluation
+    from ant5m.eval.perplexity import Evaluation, LmEvalPerplexity
     from ant5m.eval.results import Contaminated, TaskResult
 
 
@@ -107,12 +107,13 @@ class Evaluate:
                 progress=progress,
                 document_mask=run is not None and perplexity.masks_documents(run),
             )
+            harness = perplexity.evaluate_as_lm_eval(net, shards, tokenizer, progress)
         if run:
             perplexity.record(run, folder.name, evaluation, held_out=not self.data)
         if self.json:
-            _print_json({**evaluation.to_dict(), "model": str(folder)})
+            _print_json({**evaluation.to_dict(), "lm_eval": harness.to_dict(), "model": str(folder)})
         else:
-            Console().print(_table(evaluation, folder))
+            Console().print(_table(evaluation, harness, folder))
 
     def _run_tasks(self, device: "torch.device") -> None:
         from ant5m.eval import comparison, tasks
@@ -245,24 +246,29 @@ def _progress(unit: str) -> Progress:
     )
 
 
-def _table(evaluation: "Evaluation", folder: Path) -> Table:
+def _table(evaluation: "Evaluation", harness: "LmEvalPerplexity", folder: Path) -> Table:
     table = Table(
         title=escape(f"{folder} on {evaluation.text}"),
         caption=f"{evaluation.tokens:,} tokens{_size(evaluation)}; "
         f"windows of {evaluation.window:,} tokens that do not overlap"
-        + (", in which no document sees another" if evaluation.document_mask else ""),
+        + (", in which no document sees another" if evaluation.document_mask else "")
+        + ". Ours: one stream, with an end-of-text token behind every document, which is scored, too. "
+        "lm-eval's: each document by itself, without it",
         title_justify="left",
         caption_justify="left",
     )
     table.add_column("measure", style="bold")
-    table.add_column("value", justify="right")
+    for heading in ("ours", "lm-eval's"):
+        table.add_column(heading, justify="right")
     table.add_column("unit")
-    table.add_row("loss", f"{evaluation.loss:.4f}", "nats per token")
-    table.add_row("token perplexity", f"{evaluation.token_perplexity:,.2f}", "exp(loss); same tokenizer only")
-    table.add_row("word perplexity", _number(evaluation.word_perplexity, 2), "exp(nats / words)")
-    table.add_row(
-        "bits per byte", _number(evaluation.bits_per_byte, 4), "nats / (ln 2 x bytes); any tokenizer"
-    )
+    theirs = (harness.word_perplexity, harness.byte_perplexity, harness.bits_per_byte)
+    table.add_row("loss", f"{evaluation.loss:.4f}", "", "nats per token")
+    table.add_row("token perplexity", f"{evaluation.token_perplexity:,.2f}", "", "exp(loss)")
+    known = [None if evaluation.lost_bytes else value for value in theirs]
+    word, byte, bits = (_number(value, digits) for value, digits in zip(known, (2, 4, 4), strict=True))
+    table.add_row("word perplexity", _number(evaluation.word_perplexity, 2), word, "exp(nats / words)")
+    table.add_row("byte perplexity", "", byte, "exp(nats / bytes)")
+    table.add_row("bits per byte", _number(evaluation.bits_per_byte, 4), bits, "nats / (ln 2 x bytes)")
     return table
 
 

@@ -135,30 +135,32 @@ def document_starts(input_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
 def sequences(
     shards: Shards, batch_size: int, sequence_length: int, limit_tokens: int | None = None
 ) -> Iterator[Batch]:
-    """A split in reading order: every token after the first is a target exactly once.
+    """A split in reading order: every token is a target exactly once, the first one behind an end-of-text.
 
     Yields (input_ids, targets), int64 [rows, sequence_length] with rows <= batch_size. What is missing in the
-    last row is padded: inputs with the end-of-text id, targets with -100. `limit_tokens` stops after so many
-    targets.
+    last row is padded: inputs with the end-of-text id, targets with -100. With `limit_tokens` there are only
+    so many targets, in windows that are spread evenly over the split, always the same ones.
     """
     if batch_size < 1 or sequence_length < 1 or (limit_tokens is not None and limit_tokens < 1):
         raise UserError("batch_size, sequence_length and limit_tokens must be above 0")
-    scored = shards.num_tokens - 1 if limit_tokens is None else min(limit_tokens, shards.num_tokens - 1)
-    if scored < 1:
-        raise UserError(f"the {shards.split} split of {shards.folder} has nothing to predict: pack more text")
+    there = shards.num_tokens
+    scored = there if limit_tokens is None else min(limit_tokens, there)
+    tokens = shards.tokens.behind(shards.eos_token_id)
+    count, full = -(-scored // sequence_length), there // sequence_length
+    numbers = np.arange(count) if count > full else np.linspace(0, full - 1, count).astype(np.int64)
+    starts = numbers * sequence_length
     whole, rest = divmod(scored, sequence_length)
     for first in range(0, whole, batch_size):
-        starts = np.arange(first, min(first + batch_size, whole), dtype=np.int64) * sequence_length
-        yield _gather(shards.tokens, starts, sequence_length)
+        yield _gather(tokens, starts[first : min(first + batch_size, whole)], sequence_length)
     if rest:
-        yield _padded(shards, whole * sequence_length, rest, sequence_length)
+        yield _padded(tokens, int(starts[-1]), rest, sequence_length, shards.eos_token_id)
 
 
-def _padded(shards: Shards, start: int, rest: int, length: int) -> Batch:
+def _padded(tokens: Tokens, start: int, rest: int, length: int, filler: int) -> Batch:
     """One row [1, length] whose first `rest` tokens have targets."""
-    inputs = torch.full((1, length), shards.eos_token_id, dtype=torch.int64)
+    inputs = torch.full((1, length), filler, dtype=torch.int64)
     targets = torch.full((1, length), IGNORE, dtype=torch.int64)
-    window = torch.from_numpy(shards.tokens[start : start + rest + 1].astype(np.int64))
+    window = torch.from_numpy(tokens[start : start + rest + 1].astype(np.int64))
     inputs[0, :rest] = window[:-1]
     targets[0, :rest] = window[1:]
     return inputs, targets

@@ -96,6 +96,10 @@ class Tokens:
             return np.empty(0, TOKEN)
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
+    def behind(self, token: int) -> "Tokens":
+        """The same with one token before the first."""
+        return Tokens([np.array([token], TOKEN), *self._parts])
+
     def gather(
         self, starts: NDArray[np.int64], length: int, inputs: NDArray[np.int64], targets: NDArray[np.int64]
     ) -> None:

@@ -6,7 +6,8 @@ per byte divide by what is in the text whatever the tokenizer, so they compare a
 
 import itertools
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from ant5m.data.shards import COUNTS, META, TOKEN, Shards, Tokens
 from ant5m.data.spelling import check_no_end_of_text, describe_lost, lost_bytes, spells_everything
 from ant5m.data.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 from ant5m.errors import UserError
+from ant5m.eval.scoring import Request, score
 from ant5m.files import read_json, write_json
 from ant5m.model.ant import Ant
 
@@ -99,19 +101,22 @@ def evaluate(
     progress: "Progress | None" = None,
     document_mask: bool = False,
 ) -> Evaluation:
-    """Score every token of a split but its first, in windows that do not overlap.
+    """Score every token of a split, in windows that do not overlap; the first one behind an end-of-text
+    token.
 
-    A window begins without context, so the loss lies a little above that of a sliding one. Computes in the
-    net's dtype, or in that of an autocast around the call.
+    The end-of-text token behind every document is scored, too. A window begins without context, so the loss
+    lies a little above that of a sliding one. Computes in the net's dtype, or in that of an autocast around
+    the call.
 
     Args:
         sequence_length: of a window; default: the model's context.
-        limit_tokens: score only so many; words and bytes are unknown then.
+        limit_tokens: score only so many, in windows spread evenly over the split, always the same ones; words
+            and bytes are unknown then.
         text: what the split is, for people; default: its name and folder.
         document_mask: for a net that was trained so: no document sees another in its window.
     """
     window = sequence_length or net.config.max_position_embeddings
-    scored = shards.num_tokens - 1
+    scored = shards.num_tokens
     if limit_tokens is not None:
         scored = min(scored, limit_tokens)
     bar = progress.add_task("evaluating", total=scored) if progress else None
@@ -128,7 +133,7 @@ def evaluate(
             if progress and bar is not None:
                 progress.update(bar, completed=tokens)
     net.train(training)
-    whole = tokens == shards.num_tokens - 1 and not shards.lost_bytes
+    whole = tokens == shards.num_tokens and not shards.lost_bytes
     return Evaluation(
         text=text or f"{shards.split} split of {shards.folder}",
         nats=nats,
@@ -139,6 +144,70 @@ def evaluate(
         document_mask=document_mask,
         lost_bytes=shards.lost_bytes,
     )
+
+
+@dataclass(frozen=True)
+class LmEvalPerplexity:
+    """A text as lm-eval's perplexity tasks count it: each document by itself behind the BOS token, its
+    end-of-text token not scored, words split at white space by `re`, in windows that do not overlap."""
+
+    nats: float
+    tokens: int
+    words: int
+    bytes: int
+
+    @property
+    def word_perplexity(self) -> float:
+        return _exp(self.nats / self.words)
+
+    @property
+    def byte_perplexity(self) -> float:
+        return _exp(self.nats / self.bytes)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / (math.log(2) * self.bytes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "word_perplexity": self.word_perplexity,
+            "byte_perplexity": self.byte_perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "tokens": self.tokens,
+            "words": self.words,
+            "bytes": self.bytes,
+        }
+
+
+def evaluate_as_lm_eval(
+    net: Ant, shards: Shards, tokenizer: Tokenizer, progress: "Progress | None" = None
+) -> LmEvalPerplexity:
+    """The documents of a split by lm-eval's convention (`loglikelihood_rolling` of its `hf` model)."""
+    most = net.config.max_position_embeddings
+    nats, tokens, words, size = 0.0, 0, 0, 0
+    bar = progress.add_task("as lm-eval counts", total=shards.num_tokens) if progress else None
+    documents = shards.documents()
+    while batch := list(itertools.islice(documents, ENCODE_AT_ONCE)):
+        requests = [one for ids in batch for one in rolling(ids.tolist(), tokenizer.bos_token_id, most)]
+        nats -= sum(one.log_likelihood for one in score(net, requests))
+        texts = [tokenizer.decode(ids) for ids in batch]
+        tokens += sum(map(len, batch))
+        words += sum(len(re.split(r"\s+", text)) for text in texts)
+        size += sum(len(text.encode()) for text in texts)
+        if progress and bar is not None:
+            progress.update(bar, completed=tokens)
+    return LmEvalPerplexity(nats, tokens, words, size)
+
+
+def rolling(ids: Sequence[int], prefix: int, most: int) -> Iterator[Request]:
+    """The windows of a document: `most` tokens each, the first behind `prefix`; the last begins earlier, so
+    that it is as long, but scores only what is left."""
+    if ids:
+        yield Request([prefix], ids[:most])
+    for start in range(most, len(ids), most):
+        end = min(start + most, len(ids))
+        yield Request(ids[max(0, end - most - 1) : start], ids[start:end])
 
 
 def open_data(
@@ -167,16 +236,16 @@ def open_data(
 def encode_texts(corpus: Corpus, tokenizer: Tokenizer, allow_loss: bool = False) -> Shards:
     """The documents of a corpus as one split in memory (two bytes a token).
 
-    As in packed data an end-of-text token stands behind every document; here one stands before the first too,
-    so that every token of the text is scored. Raises `UserError` when the vocabulary does not fit uint16, or
-    when the tokenizer loses bytes of the text that `allow_loss` does not allow.
+    As in packed data an end-of-text token stands behind every document. Raises `UserError` when the
+    vocabulary does not fit uint16, or when the tokenizer loses bytes of the text that `allow_loss` does not
+    allow.
     """
     if tokenizer.vocab_size > MAX_VOCAB_SIZE:
         raise UserError(
             f"a vocabulary of {tokenizer.vocab_size:,} is too large to evaluate: at most {MAX_VOCAB_SIZE:,}"
         )
     eos = tokenizer.eos_token_id
-    parts = [np.array([eos], TOKEN)]
+    parts = [np.empty(0, TOKEN)]
     counts = dict.fromkeys(COUNTS, 0)
     lossless, total_lost = spells_everything(tokenizer), 0
     documents = corpus.documents()

@@ -169,7 +169,7 @@ def count_bigram(run: TrainConfig, variant: Variant) -> float:
     what = f"a bigram, {variant.model.vocab_size:,} entries"
     steps = track(range(run.steps), what, console=Console(stderr=True))
     batches = (_whole(*loader.next()) for _ in steps)
-    text = validation.tokens[: validation.num_tokens].astype(np.int64)
+    text = validation.tokens.behind(validation.eos_token_id)[:].astype(np.int64)
     return bigram_bits_per_byte(batches, text, variant.model.vocab_size, validation.counts["bytes"])
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Validate(Periodic):
-    """Logs the loss over the first `eval_tokens` of the validation split."""
+    """Logs the loss over `eval_tokens` of the validation split, in windows spread over it."""
 
     def __init__(self, settings: Settings, shards: Shards):
         super().__init__(settings.eval_every)

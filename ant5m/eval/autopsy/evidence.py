@@ -74,8 +74,13 @@ class Estimate:
         return abs(self.mean) > self.half
 
 
+def within(value: Estimate) -> str:
+    """A share or ratio with its uncertainty."""
+    return f"{value.mean:.2f} ± {value.half:.2f}"
+
+
 def estimate(values: Tensor) -> Estimate:
-    """Mean of values [W, T] of tokens, with a t-interval over the windows.
+    """Mean of values [W, N] of a window's tokens or heads, with a t-interval over the windows.
 
     Tokens of a window are of one document or a few: blocks of 64 of them, taken as independent, gave
     intervals that held the mean of all windows 57 % of the time, not 95 (`ant-5m`, 8 of 165 windows).
@@ -108,6 +113,11 @@ class Sample:
     @property
     def tokens(self) -> int:
         return self.input_ids.numel()
+
+    def spread(self, count: int) -> Tensor:
+        """The inputs of so many windows [W, T], spread evenly over them all."""
+        chosen = np.linspace(0, len(self.input_ids) - 1, min(count, len(self.input_ids))).astype(int)
+        return self.input_ids[chosen.tolist()]
 
     def cost(self, net: Ant, attend: forward.Attend, first: int = 0) -> Estimate:
         """How much the loss rises, in nats per token, when heads attend otherwise from layer `first` on."""

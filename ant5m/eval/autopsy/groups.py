@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ant5m.eval.autopsy import forward
-from ant5m.eval.autopsy.evidence import Estimate, Finding, Sample, Section, Step, untrained
+from ant5m.eval.autopsy.evidence import Estimate, Finding, Sample, Section, Step, estimate, untrained, within
 from ant5m.eval.autopsy.heads import ROWS, WINDOWS
 from ant5m.model.ant import Ant
 
@@ -16,9 +16,10 @@ def examine(net: Ant, sample: Sample, step: Step) -> Section:
     """Likeness of heads, and the loss when a KV head is silenced or query heads read another one."""
     config = net.config
     step("groups: likeness of heads")
-    patterns = overlaps(net, sample.input_ids[:WINDOWS])
+    by_window = overlaps(net, sample.spread(WINDOWS))
+    patterns = by_window.mean(0)
     other = untrained(net)
-    random = overlaps(other, sample.input_ids[:WINDOWS])
+    random = overlaps(other, sample.spread(WINDOWS)).mean(0)
     weights, random_weights = _likeness(net), _likeness(other)
     silenced = [
         [_silenced(net, sample, layer, head, step) for head in range(config.num_key_value_heads)]
@@ -29,7 +30,7 @@ def examine(net: Ant, sample: Sample, step: Step) -> Section:
         swapped = [_swapped(net, sample, layer, step) for layer in range(config.num_hidden_layers)]
     group = config.num_attention_heads // config.num_key_value_heads
     findings = [
-        *_likenesses(patterns, random, weights, random_weights, group),
+        *_likenesses(by_window, random, weights, random_weights, group),
         _ablation(silenced),
         *_regrouping(swapped),
     ]
@@ -45,7 +46,7 @@ def examine(net: Ant, sample: Sample, step: Step) -> Section:
 
 @torch.inference_mode()
 def overlaps(net: Ant, input_ids: Tensor) -> Tensor:
-    """[layers, H, H]: how much of their attention two heads share, mean of sum_j min(p_j, p'_j); 1: all."""
+    """[W, layers, H, H]: share of the attention that two heads have in common, mean of sum_j min(p, p')."""
     usual = forward.Attention.of(net, input_ids.shape[1])
     length = input_ids.shape[1]
     rows = torch.linspace(length // 4, length - 1, min(ROWS, length), device=net.device).long().unique()
@@ -54,12 +55,12 @@ def overlaps(net: Ant, input_ids: Tensor) -> Tensor:
     def watch(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         pattern = forward.scores(*usual.queries_and_keys(q, k), rows).softmax(-1)
         heads = pattern.shape[1]
-        shared = [torch.minimum(pattern[:, [one]], pattern).sum(-1).mean((0, 2)) for one in range(heads)]
-        found.append(torch.stack(shared).cpu())
+        shared = [torch.minimum(pattern[:, [one]], pattern).sum(-1).mean(2) for one in range(heads)]
+        found.append(torch.stack(shared, 1).cpu())
         return usual(layer, q, k, v)
 
     forward.hidden(net, net.model.embed_tokens(input_ids), watch)
-    return torch.stack(found)
+    return torch.stack(found, 1)
 
 
 def _likeness(net: Ant) -> Tensor:
@@ -103,29 +104,29 @@ def _swapped(net: Ant, sample: Sample, layer: int, step: Step) -> Estimate:
 
 
 def split(likeness: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """The values [layers, pairs] of pairs of heads within a group, and of pairs across groups."""
+    """The values [..., layers, pairs] of pairs of heads within a group, and of pairs across groups."""
     heads = likeness.shape[-1]
     of = torch.arange(heads) // group
     pair = torch.ones(heads, heads, dtype=torch.bool).triu(1)
     same = of[:, None] == of
-    return likeness[:, pair & same], likeness[:, pair & ~same]
+    return likeness[..., pair & same], likeness[..., pair & ~same]
 
 
 def _likenesses(
-    patterns: Tensor, random: Tensor, weights: Tensor, random_weights: Tensor, group: int
+    by_window: Tensor, random: Tensor, weights: Tensor, random_weights: Tensor, group: int
 ) -> list[Finding]:
-    if patterns.shape[-1] == 1:
+    if by_window.shape[-1] == 1:
         return []
-    (within, across), (null_within, null_across) = split(patterns, group), split(random, group)
+    (inside, across), (null_within, null_across) = split(by_window, group), split(random, group)
     same, other = split(weights, group)
-    chief = within if within.numel() else across
+    chief = (inside if inside.numel() else across).mean(0)
     copies = int((chief > 0.95).sum())
     return [
         Finding(
             "likeness of heads that share keys",
             chief.mean().item(),
-            f"attention shared within groups {_mean(within)}, across groups {_mean(across)}; {copies} of "
-            f"{chief.numel()} pairs {'within groups ' if within.numel() else ''}are near copies (above 0.95)",
+            f"attention shared within groups {_over(inside)}, across groups {_over(across)}; {copies} of "
+            f"{chief.numel()} pairs {'within groups ' if inside.numel() else ''}are near copies (above 0.95)",
             f"random weights: within {_mean(null_within)}, across {_mean(null_across)} (they look everywhere "
             "alike, so they share most)",
             "Sharing keys makes heads look at the same places only if within is well above across; near "
@@ -142,6 +143,11 @@ def _likenesses(
             "Rotations are not resolved: heads that are rotated copies may score differently under RoPE.",
         ),
     ]
+
+
+def _over(values: Tensor) -> str:
+    """The mean of values [W, ...] with an interval over the windows."""
+    return within(estimate(values.flatten(1))) if values.numel() else "no pairs"
 
 
 def _mean(values: Tensor) -> str:

@@ -20,14 +20,15 @@ from ant5m.eval.autopsy.evidence import (
     Step,
     estimate,
     untrained,
+    within,
     write_values,
 )
 from ant5m.model.ant import Ant
 
 ROWS = 64
 """query positions of a window that are looked at, spread evenly"""
-WINDOWS = 4
-"""windows that are looked at for this; losses are of all"""
+WINDOWS = 8
+"""windows, spread over them all, that are looked at for this; losses are of all"""
 SHIFT = 1_000
 """positions; RoPE must not care"""
 
@@ -50,15 +51,17 @@ class Looks:
     """RMS change of the scores when positions are shuffled, over their RMS; both within a row"""
     pairs: Tensor
     """[layers, H, D / 2]: share of the variance of the scores within a row that comes from each pair"""
+    means: dict[str, Estimate]
+    """`entropy`, `distance`, `first` and `shuffled` over all heads, with an interval over the windows"""
 
 
 @torch.inference_mode()
 def examine(net: Ant, sample: Sample, counts: Counts, step: Step) -> Section:
     """Patterns and scores on some windows, losses on all."""
     usual = forward.Attention.of(net, sample.length)
-    looks = look(net, sample.input_ids[:WINDOWS], step)
+    looks = look(net, sample.spread(WINDOWS), step)
     step("heads: the same shape with random weights")
-    random = look(untrained(net), sample.input_ids[:WINDOWS], lambda what: None)
+    random = look(untrained(net), sample.spread(WINDOWS), lambda what: None)
     costs = {}
     for name, changed in _positions(usual, sample.length).items():
         step(f"RoPE: {name}")
@@ -112,9 +115,9 @@ def look(net: Ant, input_ids: Tensor, step: Step) -> Looks:
         score = forward.scores(turned_q, turned_k, rows)
         pattern = score.softmax(-1)
         away = (rows[:, None] - places).clamp(min=0).to(pattern.dtype)
-        found["entropy"].append(torch.special.entr(pattern).sum(-1).mean((0, 2)))
-        found["distance"].append((pattern * away).sum(-1).mean((0, 2)))
-        found["first"].append(pattern[..., 0].mean((0, 2)))
+        found["entropy"].append(torch.special.entr(pattern).sum(-1).mean(2))
+        found["distance"].append((pattern * away).sum(-1).mean(2))
+        found["first"].append(pattern[..., 0].mean(2))
         for name, other in (("shifted", far), ("shuffled", mixed)):
             moved = forward.scores(*other.queries_and_keys(q, k), rows)
             change = _variance(moved - score, mask) / _variance(score, mask).clamp(min=1e-30)
@@ -124,7 +127,9 @@ def look(net: Ant, input_ids: Tensor, step: Step) -> Looks:
 
     forward.hidden(net, net.model.embed_tokens(input_ids), watch)
     alike = mask / mask.sum(-1, keepdim=True)
-    values = {name: torch.stack(each).cpu() for name, each in found.items()}
+    windows = {name: torch.stack(each).cpu() for name, each in found.items()}  # [layers, W, H] but for pairs
+    pairs = windows.pop("pairs")
+    values = {name: each.mean(1) for name, each in windows.items()}
     most = torch.special.entr(alike).sum(-1).mean().cpu()
     middle = (alike * (rows[:, None] - places)).sum(-1).mean().cpu()
     return Looks(
@@ -134,15 +139,19 @@ def look(net: Ant, input_ids: Tensor, step: Step) -> Looks:
         first_alike=alike[:, 0].mean().item(),
         shifted=values["shifted"],
         shuffled=values["shuffled"],
-        pairs=values["pairs"],
+        pairs=pairs,
+        means={
+            name: estimate(windows[name].transpose(0, 1).flatten(1) / scale)
+            for name, scale in (("entropy", most), ("distance", middle), ("first", 1), ("shuffled", 1))
+        },
     )
 
 
 def _variance(score: Tensor, mask: Tensor) -> Tensor:
-    """Mean square [H] of scores [W, H, R, T] about the mean of what a row sees, which softmax ignores."""
+    """Mean square [W, H] of scores [W, H, R, T] about the mean of what a row sees, which softmax ignores."""
     score = score.masked_fill(~mask, 0)
     square = score.square().sum(-1) - score.sum(-1).square() / mask.sum(-1)
-    return square.clamp(min=0).sum((0, 2)) / (mask.sum() * score.shape[0])
+    return square.clamp(min=0).sum(2) / mask.sum()
 
 
 def _pair_energy(q: Tensor, k: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
@@ -152,7 +161,7 @@ def _pair_energy(q: Tensor, k: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
     for pair in range(half):
         own = [pair, pair + half]
         part = q[:, :, rows][..., own] @ k[..., own].transpose(-1, -2)
-        energy.append(_variance(part, mask))
+        energy.append(_variance(part, mask).mean(0))
     total = torch.stack(energy, -1)
     return total / total.sum(-1, keepdim=True).clamp(min=1e-30)
 
@@ -198,13 +207,13 @@ def _span(values: Tensor) -> str:
 
 
 def _entropy(looks: Looks, random: Looks) -> Finding:
-    value = looks.entropy.mean().item()
+    value = looks.means["entropy"]
     wide = (looks.entropy > 0.95).double().mean().item()
     return Finding(
         "attention entropy",
-        value,
-        f"{value:.2f} of the largest possible (heads: {_span(looks.entropy)}); {wide:.0%} of the heads look "
-        "nearly everywhere alike (above 0.95)",
+        value.mean,
+        f"{within(value)} of the largest possible (heads: {_span(looks.entropy)}); {wide:.0%} of the heads "
+        "look nearly everywhere alike (above 0.95)",
         f"{random.entropy.mean().item():.2f} with random weights",
         "Low: a head picks few positions. Near 1: it averages over the whole past, and its queries and keys "
         "do next to nothing.",
@@ -213,13 +222,13 @@ def _entropy(looks: Looks, random: Looks) -> Finding:
 
 
 def _distance(looks: Looks) -> Finding:
-    value = looks.distance.mean().item()
+    value = looks.means["distance"]
     near = (looks.distance < 0.25).double().mean().item()
     return Finding(
         "mean distance of attention",
-        value,
-        f"{value:.2f} times that of looking everywhere alike (heads: {_span(looks.distance)}); {near:.0%} of "
-        "the heads look at the near past (below 0.25)",
+        value.mean,
+        f"{within(value)} times that of looking everywhere alike (heads: {_span(looks.distance)}); "
+        f"{near:.0%} of the heads look at the near past (below 0.25)",
         "1: everywhere alike",
         "Below 1 a head prefers the recent past, above 1 the distant one (often the first token).",
         "Distance says where a head looks, not what for.",
@@ -227,11 +236,11 @@ def _distance(looks: Looks) -> Finding:
 
 
 def _sink(looks: Looks) -> Finding:
-    value, most = looks.first.mean().item(), looks.first.max().item()
+    value, most = looks.means["first"], looks.first.max().item()
     return Finding(
         "attention on the first token",
-        value,
-        f"{value:.1%} on average, {most:.1%} in the head with the most",
+        value.mean,
+        f"{100 * value.mean:.1f} ± {100 * value.half:.1f} % on average, {most:.1%} in the head with the most",
         f"{looks.first_alike:.1%} when looking everywhere alike",
         "A share far above chance is an attention sink: where a head looks when it has nothing to look for.",
         "Sinks are usual in trained models (Xiao et al. 2024) and no sign of damage.",
@@ -239,12 +248,12 @@ def _sink(looks: Looks) -> Finding:
 
 
 def _sensitivity(looks: Looks, random: Looks) -> Finding:
-    value, shifted = looks.shuffled.mean().item(), looks.shifted.max().item()
+    value, shifted = looks.means["shuffled"], looks.shifted.max().item()
     deaf = (looks.shuffled < 0.1).double().mean().item()
     return Finding(
         "sensitivity of scores to position",
-        value,
-        f"shuffled positions change the scores by {value:.2f} of their size (heads: "
+        value.mean,
+        f"shuffled positions change the scores by {within(value)} of their size (heads: "
         f"{_span(looks.shuffled)}); {deaf:.0%} of the heads hardly notice (below 0.1)",
         f"{random.shuffled.mean().item():.2f} with random weights; {math.sqrt(2):.2f} if old and new scores "
         f"had nothing in common; moving all positions by {SHIFT:,}: at most {shifted:.1e} (RoPE: exactly 0)",
