@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -20,6 +21,7 @@ from ant5m.export.card import ModelCard
 from ant5m.export.huggingface import export
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
+from ant5m.train.forecast import describe_duration
 
 SURFACE = {
     "tokenizer train": "out vocab-size sample-mb max-documents text-column on-error",
@@ -39,6 +41,7 @@ SURFACE = {
     "compare": "study arms data out cache tokens seeds sequence-length batch-size optimizer learning-rate "
     "muon-learning-rate rate-factors validation-fraction workers device precision kernels",
     "push": "MODEL REPO license language public",
+    "completion": "SHELL",
     "export": "MODEL OUT format type name license language",
 }
 
@@ -140,9 +143,48 @@ def test_overview(capsys):
         assert run(words) == 0
         page = capsys.readouterr().out
         assert all(f"ant5m {command}" in page for command in COMMANDS)
-    assert run(["tokenizer", "--help"]) == 0
-    page = capsys.readouterr().out
-    assert "tokenizer train" in page and "doctor" not in page
+    for words in (["tokenizer", "--help"], ["tokenizer"], ["help", "tokenizer"]):
+        assert run(words) == 0
+        page = capsys.readouterr().out
+        assert "tokenizer train" in page and "doctor" not in page
+    assert run(["help"]) == 0
+    assert "ant5m doctor" in capsys.readouterr().out
+    run(["help", "doctor"])
+    assert "--device-memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("trian --model x", "train"),
+        ("tokeniser train", "tokenizer train"),
+        ("data pak", "data pack"),
+        ("tokenzier", "tokenizer"),
+    ],
+)
+def test_a_slip_is_understood(words, meant, capsys):
+    assert run(words.split()) == 2
+    assert f"did you mean 'ant5m {meant}'?" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("tr", "train"),
+        ("tokenizer |", "train health"),
+        ("train --mi", "--micro-batch-size"),
+        ("data pack x --see", "--seed"),
+        ("generate --mo", ""),
+    ],
+)
+def test_completion(typed, completed, capsys):
+    assert run(["completion", "bash"]) == 0
+    words = " ".join(f"'{word.strip('|')}'" for word in ["ant5m", *typed.split()])
+    asked = f"COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _ant5m; echo ${{COMPREPLY[*]}}"
+    script = capsys.readouterr().out + asked
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == completed
 
 
 @pytest.mark.parametrize("words", [["no"], ["no", "--help"], ["tokenizer", "no"], ["--model", "x"]])
@@ -301,16 +343,32 @@ def test_doctor_command(capsys, monkeypatch):
     assert run(["doctor", "ant-5m-wide", "--max-params", "5M", "--device-memory", "16GB"]) == 0
     page = capsys.readouterr().out
     assert "9,817,856 parameters" in page and "published correction" in page
-    assert run(["doctor", "ant-5m", "--json"]) == 0
+    assert run(["doctor", "ant-5m", "--device-memory", "8GB", "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert sum(values["parameters"].values()) == 4_730_240
     assert values["config"]["hidden_size"] == 128 and values["memory"]["device"] > 0
     assert {finding["severity"] for finding in values["findings"]} == {"warning", "note"}
+    assert values["training"] is None
 
 
 def test_doctor_reads_files(model, capsys):
     assert run(["doctor", model, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["config"]["hidden_size"] == 16
+    values = json.loads(capsys.readouterr().out)
+    assert values["config"]["hidden_size"] == 16
+    speed, runs = values["training"]["tokens_per_second"], values["training"]["runs"]
+    optimal = 20 * sum(values["parameters"].values())
+    assert [row["tokens"] for row in runs] == sorted([optimal, 10**7, 10**8, 10**9])
+    for row in runs:
+        assert row["seconds"] == pytest.approx(row["tokens"] / speed)
+        assert row["batch_size"] % row["micro_batch_size"] == 0
+    assert run(["doctor", model]) == 0
+    page = capsys.readouterr().out
+    assert "tokens/s, measured now" in page and f"{optimal:,} *" in page
+
+
+def test_durations():
+    told = [describe_duration(seconds) for seconds in (1, 89, 90, 5_399, 5_400, 129_599, 129_600)]
+    assert told == ["1 s", "89 s", "2 min", "90 min", "1.5 hours", "36.0 hours", "1.5 days"]
 
 
 def test_generate_command(model, capsys):

@@ -329,6 +329,7 @@ def test_command_line(config, capsys, monkeypatch):
     assert call(flags) == 0
     output = capsys.readouterr()
     assert "bits per byte" in output.out and "one" in output.out and "study.md" in output.err
+    assert "of training for 2 runs, by a few steps of each model measured now" in output.err
 
 
 @pytest.mark.parametrize(

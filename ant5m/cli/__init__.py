@@ -21,6 +21,7 @@ sys.excepthook = _interrupted_early
 
 import ast
 import dataclasses
+import difflib
 import errno
 import functools
 import importlib
@@ -69,6 +70,7 @@ COMMANDS = {
     "compare": ("ant5m.cli.compare:Compare", "a controlled experiment: models, seeds, intervals, verdicts"),
     "push": ("ant5m.cli.push:Push", "put a trained model on the Hugging Face hub"),
     "export": ("ant5m.cli.export:Export", "write a Hugging Face folder from a checkpoint"),
+    "completion": ("ant5m.cli.completion:Completion", "let bash or zsh complete commands and flags"),
 }
 
 OK, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141  # 128 + SIGINT, 128 + SIGPIPE
@@ -91,6 +93,8 @@ def call(words: list[str], program: str | None = None) -> int:
     if words == ["--version"]:
         print(f"ant5m {ant5m.__version__}")
         return OK
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
     name = next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)
     if name is None:
         return _unknown(words)
@@ -131,9 +135,14 @@ def _print_in_any_encoding() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _load(name: str, flags: list[str], program: str):
+def load_command(name: str) -> typing.Any:
+    """The dataclass of a command."""
     module, _, cls = COMMANDS[name][0].partition(":")
-    command = getattr(importlib.import_module(module), cls)
+    return getattr(importlib.import_module(module), cls)
+
+
+def _load(name: str, flags: list[str], program: str):
+    command = load_command(name)
     _improve_help(command)
     # tyro would drop the examples at the end of the docstring, and give every switch a --no- twin.
     return tyro.cli(
@@ -203,11 +212,20 @@ def _unknown(words: list[str]) -> int:
     table = Table.grid(padding=(0, 2))
     for name in group or COMMANDS:
         table.add_row(f"[bold]ant5m {name}[/bold]", COMMANDS[name][1])
-    if not asked or (group and asked == [words[0]] and words != asked):
+    if not asked or (group and asked == [words[0]]):
         Console().print(table, "\n[dim]ant5m COMMAND --help shows the flags and examples of a command.[/dim]")
         return OK
     _stderr().print(table)
-    return _fail(f"there is no command '{' '.join(asked)}': use one of the above")
+    return _fail(f"there is no command '{' '.join(asked)}': {_suggestion(asked)}")
+
+
+def _suggestion(asked: list[str]) -> str:
+    """The command that was probably meant."""
+    known = {" ".join(name.split()[:count]) for name in COMMANDS for count in (1, 2)}
+    for words in (asked[:2], asked[:1]):
+        if near := difflib.get_close_matches(" ".join(words), known, n=1):
+            return f"did you mean 'ant5m {near[0]}'?"
+    return "use one of the above"
 
 
 def _stderr() -> Console:

@@ -3,24 +3,33 @@
 import itertools
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ant5m.errors import UserError
 from ant5m.model.config_file import load_config
 
 if TYPE_CHECKING:
+    from ant5m.model.config import ModelConfig
     from ant5m.model.doctor import Diagnosis
+
+RUNS = (10_000_000, 100_000_000, 1_000_000_000)
+"""training tokens for which the time is told"""
+TOKENS_PER_PARAMETER = 20
+"""a run of so many is told too: compute-optimal by Hoffmann et al., "Training Compute-Optimal Large Language
+Models", 2022"""
 
 _STYLE = {"ok": "green", "note": "cyan", "warning": "yellow", "failure": "bold red"}
 
 
 @dataclass
 class Doctor:
-    """Examine an architecture before training it: parameters, FLOPs, memory and weak points.
+    """Examine an architecture before training it: parameters, FLOPs, memory, time on this machine and weak
+    points.
 
     Examples:
 
@@ -35,7 +44,8 @@ class Doctor:
     max_params: str | None = None
     """upper limit for the number of parameters, like 5M or 4_950_000"""
     device_memory: str = "detected"
-    """memory that a batch must fit into, like 16GB or 15GiB; "detected": that of this machine"""
+    """memory that a batch must fit into, like 16GB or 15GiB (no time is measured then); "detected": that of
+    this machine"""
     json: bool = False
     """print JSON and nothing else"""
 
@@ -50,16 +60,57 @@ class Doctor:
         else:
             device, memory = self.device_memory, doctor.parse_bytes(self.device_memory)
         diagnosis = doctor.examine(config, envelope, memory)
+        # Another device's memory says that another device is meant.
+        training = _time_training(config) if self.device_memory == "detected" else None
         if self.json:
-            print(json.dumps(diagnosis.to_dict(), indent=2))
+            print(json.dumps({**diagnosis.to_dict(), "training": training}, indent=2))
         else:
-            _show(diagnosis, self.model, device)
+            _show(diagnosis, self.model, device, training)
 
 
-def _show(diagnosis: "Diagnosis", name: str, device: str) -> None:
+def _time_training(config: "ModelConfig") -> dict[str, Any] | None:
+    """Device, tokens a second, and for some numbers of tokens the batch, micro-batch and seconds of
+    `ant5m train`; None where the model is too large for a step here."""
+    from ant5m.device import choose_device
+    from ant5m.model.costs import count_parameters
+    from ant5m.train.config import TrainConfig
+    from ant5m.train.forecast import Forecast
+    from ant5m.train.plan import batch_for_tokens, check_memory, micro_batch
+
+    device, length = choose_device("auto"), config.max_position_embeddings
+    try:
+        check_memory(config, 1, device)
+    except UserError:
+        return None
+    forecast = Forecast.measure(config, device, TrainConfig())
+    optimal = TOKENS_PER_PARAMETER * sum(count_parameters(config).values())
+    runs = []
+    for tokens in sorted({*RUNS, optimal}):
+        batch = batch_for_tokens(tokens, length)
+        rows = micro_batch(config, batch, length, device, forecast.precision, tokens)
+        runs.append(
+            {
+                "tokens": tokens,
+                "batch_size": batch,
+                "micro_batch_size": rows,
+                "seconds": forecast.seconds(tokens),
+            }
+        )
+    return {"device": forecast.device, "tokens_per_second": forecast.tokens_per_second, "runs": runs}
+
+
+def _show(diagnosis: "Diagnosis", name: str, device: str, training: dict[str, Any] | None) -> None:
     console = Console()
     console.print(_costs(diagnosis, name))
     console.print(_memory(diagnosis, device))
+    if training:
+        speed = f"{training['tokens_per_second']:,.0f} tokens/s, measured now"
+        console.print(f"Training on {escape(training['device'])}: {speed}", style="italic", soft_wrap=True)
+        console.print(_training(training, diagnosis.config.max_position_embeddings))
+        console.print(
+            f"without validation and checkpoints; *: {TOKENS_PER_PARAMETER} tokens a parameter",
+            style="dim italic",
+        )
     console.print(_findings(diagnosis))
 
 
@@ -102,6 +153,22 @@ def _memory(diagnosis: "Diagnosis", device: str) -> Table:
         tokens = memory[f"batch_tokens_{precision}"]
         batch = f"{tokens // context:,} x {context:,}" if tokens else "not one sequence fits"
         table.add_row(label, f"{per_token / 1e3:.1f} kB", f"{per_token * context / 1e6:.1f} MB", batch)
+    return table
+
+
+def _training(training: dict[str, Any], context: int) -> Table:
+    from ant5m.train.forecast import describe_duration
+
+    table = Table()
+    for heading in ("training tokens", "batch", "micro-batch", "time"):
+        table.add_column(heading, justify="right")
+    for run in training["runs"]:
+        table.add_row(
+            f"{run['tokens']:,}" + ("" if run["tokens"] in RUNS else " *"),
+            f"{run['batch_size']:,} x {context:,}",
+            f"{run['micro_batch_size']:,} x {context:,}",
+            describe_duration(run["seconds"]),
+        )
     return table
 
 

@@ -35,6 +35,7 @@ from ant5m.study.report import write_report
 from ant5m.study.statistics import RULE
 from ant5m.study.studies import STUDIES, Variant
 from ant5m.train.config import TrainConfig
+from ant5m.train.forecast import Forecast, describe_duration
 from ant5m.train.metrics import read_metrics
 from ant5m.train.plan import batch_for_tokens, check_memory
 from ant5m.train.pretraining import pretrain
@@ -88,6 +89,7 @@ def _compare(config: CompareConfig, variants: list[Variant], materials: Material
     jobs = plan_jobs(config, variants, materials)
     waiting = [job for job in jobs if not job.result.exists()]
     progress = StudyProgress(config.folder, len(jobs), len(waiting))
+    progress.announce(forecast_seconds(config, variants, waiting))
     bigrams = count_bigrams(config, variants, jobs)
     report(config, variants, materials, jobs, bigrams)
     for stopped in _run_all(waiting, config, progress):
@@ -125,6 +127,12 @@ class StudyProgress:
         self._started = time.monotonic()
         self._console.print(f"{folder}: {runs} runs, {self._begun} of them done", markup=False)
 
+    def announce(self, seconds: float) -> None:
+        """What the runs will cost, before the first."""
+        if self._waiting:
+            took = f"about {describe_duration(seconds)} of training for {self._waiting} runs"
+            self._console.print(f"{took}, by a few steps of each model measured now", markup=False)
+
     def run_begins(self, job: Job) -> None:
         assert job.run.out
         self._begun += 1
@@ -140,6 +148,33 @@ class StudyProgress:
             return ""
         seconds = (now - self._started) / self._ended * (self._waiting - self._ended)
         return f", about {seconds / 60:,.0f} min left" if seconds >= 90 else f", about {seconds:.0f} s left"
+
+
+def forecast_seconds(config: CompareConfig, variants: list[Variant], jobs: list[Job]) -> float:
+    """Of all these runs, from a few steps of each variant on the device."""
+    device = choose_device(config.device)
+    before = kernels.selected()
+    kernels.select(config.kernels or before)
+    try:
+        seconds = sum(
+            sum(_tokens(job, variant) for job in jobs if job.variant == variant.name)
+            / Forecast.measure(variant.model, device, _first(jobs, variant).run).tokens_per_second
+            for variant in variants
+            if any(job.variant == variant.name for job in jobs)
+        )
+    finally:
+        kernels.select(before)
+    # Workers share a CPU, and have a GPU each.
+    return seconds / (min(config.workers, torch.cuda.device_count()) if device.type == "cuda" else 1)
+
+
+def _first(jobs: list[Job], variant: Variant) -> Job:
+    return next(job for job in jobs if job.variant == variant.name)
+
+
+def _tokens(job: Job, variant: Variant) -> int:
+    assert job.run.steps and job.run.batch_size
+    return job.run.steps * job.run.batch_size * variant.model.max_position_embeddings
 
 
 def count_bigrams(config: CompareConfig, variants: list[Variant], jobs: list[Job]) -> dict[str, float]:

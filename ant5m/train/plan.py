@@ -16,7 +16,7 @@ from ant5m.train.config import TrainConfig
 from ant5m.train.loss_scaler import LossScaler
 from ant5m.train.optimizer import Optimizer
 from ant5m.train.schedule import Schedule
-from ant5m.train.step import WARM_UP, Step, make_step
+from ant5m.train.step import WARM_UP, CapturedStep, Step, make_step
 
 LEARNING_RATE = 4e-3
 BUILTIN_LEARNING_RATE = 1.2e-2
@@ -24,6 +24,8 @@ BUILTIN_LEARNING_RATE = 1.2e-2
 CPU_MICRO_TOKENS = 4_096
 """tokens computed at once on a CPU: more does not go faster, it only takes memory"""
 LEAST_BATCH_TOKENS = 2_048
+PROBE_SECONDS = 3.0
+"""of measured steps, at most three: a slow step needs no repetition"""
 GPU_PROBE_TOKENS = 65_536
 """computed at once to measure a GPU's speed: with few, it would wait for the launches"""
 
@@ -75,14 +77,19 @@ def measure_speed(net: Ant, config: TrainConfig, precision: str) -> float:
     scaler = LossScaler(net.device) if precision == "fp16" else None
     optimizer, schedule = Optimizer(twin, config.optimizer, precision=precision), Schedule(WARM_UP + 4)
     step = make_step(Step(twin, optimizer, schedule, rows, config.grad_clip, precision, scaler))
-    warm_up = 1 if net.device.type == "cpu" else WARM_UP + 1
-    for number in range(warm_up + 3):
-        if number == warm_up:
-            start = time.monotonic()
-        stats = step(tokens, tokens)
-        assert stats is not None
-        stats.tolist()  # waits for the device
-    return (time.monotonic() - start) / 3 / tokens.numel()
+    for _ in range(1 if net.device.type == "cpu" else WARM_UP + 1):
+        _take(step, tokens)
+    start, taken, elapsed = time.monotonic(), 0, 0.0
+    while taken < 3 and elapsed < PROBE_SECONDS:
+        _take(step, tokens)
+        taken, elapsed = taken + 1, time.monotonic() - start
+    return elapsed / taken / tokens.numel()
+
+
+def _take(step: Step | CapturedStep, tokens: torch.Tensor) -> None:
+    stats = step(tokens, tokens)
+    assert stats is not None
+    stats.tolist()  # waits for the device
 
 
 def default_learning_rate(config: TrainConfig) -> float:
