@@ -15,10 +15,15 @@ from ant5m.errors import UserError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_device(name: str) -> torch.device:
-    """From auto, cpu, cuda or cuda:1 to a device that is there, else `UserError`."""
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """From auto, cpu, cuda or cuda:1 to a device that is there, else `UserError`.
+
+    Of several processes on one machine each takes the GPU of its number (`local_rank`).
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if local_rank and name == "cuda":
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:

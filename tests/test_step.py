@@ -17,6 +17,7 @@ from ant5m.data.shards import Tokens
 from ant5m.kernels import dispatch
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
+from ant5m.ranks import Ranks
 from ant5m.train import pretrain, pretraining, trainer
 from ant5m.train import step as module
 from ant5m.train.loss_scaler import LossScaler
@@ -245,20 +246,22 @@ class Device:
             monkeypatch.setattr(torch.cuda, name, lambda *args, **kwargs: self)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-        monkeypatch.setattr(module, "_record", self._record)
-        self._fails = fails
+        device = self
 
-    def _record(self, run, stream):
-        self.log.append("capture")
-        if self._fails:
-            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        class Graph:
+            def __init__(self, run, stream, errors):
+                device.log.append("capture")
+                if fails:
+                    raise RuntimeError("operation not permitted\nwhen stream is capturing")
+                self.run = run
 
-        def replay():
-            self.log.append("replay")
-            with NoWaiting():
-                return run()
+            def __call__(self):
+                device.log.append("replay")
+                with NoWaiting():
+                    self.result = self.run()
+                return self.result
 
-        return replay
+        monkeypatch.setattr(module, "_Graph", Graph)
 
     def wait_stream(self, other): ...
 
@@ -280,6 +283,34 @@ def test_the_captured_step_is_the_step(monkeypatch):
     counted = torch.stack(numbers)[:, 2]
     assert 0 < counted.sum() < 10, "some steps overflow, some do not"
     assert same(state(plain), state(captured.step))
+
+
+class Twins(Ranks):
+    """Two ranks that always have the same sequences."""
+
+    def __init__(self):
+        super().__init__(0, 2)
+
+    alone = False
+
+    def sum(self, x):
+        x *= 2
+
+    def most(self, *values):
+        return list(values)
+
+
+def test_among_ranks_two_graphs_are_the_step(monkeypatch):
+    """What is exchanged is exchanged between them: gradients and loss, in one sum a step."""
+    device = Device(monkeypatch)
+    plain, twin = make(precision="fp32"), make(precision="fp32")  # halves of fp16 may vanish, of fp32 not
+    twin.ranks = Twins()
+    captured = CapturedStep(twin)
+    for batch in batches(10):
+        torch.testing.assert_close(plain(*batch), captured(*batch), rtol=0, atol=0, equal_nan=True)
+    assert captured.captured and device.log.count("capture") == 2
+    assert device.log.count("replay") == 2 * (10 - WARM_UP)
+    assert same(state(plain), state(twin))
 
 
 @pytest.mark.parametrize("loop_loss, captures", [("none", 1), ("unlikelihood", 2)])

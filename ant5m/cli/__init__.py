@@ -42,6 +42,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import ant5m
+from ant5m import torchrun
 from ant5m.errors import DISK_FULL, UserError
 
 # command -> ("module:Class", what it does)
@@ -110,7 +111,7 @@ def guarded(action: Callable[[], object]) -> int:
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        _stderr().print("interrupted", style="yellow")
+        stderr().print("interrupted", style="yellow")
         return INTERRUPTED
     except BrokenPipeError:  # whoever reads what we print has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left has somewhere to go
@@ -215,7 +216,7 @@ def _unknown(words: list[str]) -> int:
     if not asked or (group and asked == [words[0]]):
         Console().print(table, "\n[dim]ant5m COMMAND --help shows the flags and examples of a command.[/dim]")
         return OK
-    _stderr().print(table)
+    stderr().print(table)
     return _fail(f"there is no command '{' '.join(asked)}': {_suggestion(asked)}")
 
 
@@ -228,16 +229,17 @@ def _suggestion(asked: list[str]) -> str:
     return "use one of the above"
 
 
-def _stderr() -> Console:
-    return Console(stderr=True, soft_wrap=True, highlight=False)
+def stderr() -> Console:
+    """Where messages go. Of several processes that train together only the first one speaks."""
+    return Console(stderr=True, soft_wrap=True, highlight=False, quiet=torchrun.rank() > 0)
 
 
 def _warn(message, category, filename, lineno, file=None, line=None) -> None:
-    _stderr().print(f"[yellow]warning:[/yellow] {_one_line(str(message))}")
+    stderr().print(f"[yellow]warning:[/yellow] {_one_line(str(message))}")
 
 
 def _fail(message: str) -> int:
-    _stderr().print(f"[bold red]error:[/bold red] {_one_line(message)}")
+    stderr().print(f"[bold red]error:[/bold red] {_one_line(message)}")
     return BAD_INPUT
 
 
@@ -247,4 +249,4 @@ def _one_line(message: str) -> str:
     return escape(shown)
 
 
-__all__ = ["call", "guarded", "main", "main_train"]
+__all__ = ["call", "guarded", "main", "main_train", "stderr"]

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
+from ant5m.cli import guarded, stderr
 from ant5m.train.config import TrainConfig
 
 
@@ -30,20 +30,42 @@ class Train:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
     def run(self) -> None:
-        from ant5m.train.pretraining import pretrain
-        from ant5m.train.stop import EXIT_CODES
+        from ant5m.train.launch import count_processes, launch
 
-        result = pretrain(self.config)
-        console = Console(stderr=True, soft_wrap=True, highlight=False)
-        if result.stopped:
-            console.print(
-                f"{result.stopped} at step {result.step:,} of {result.steps:,}, saved. Go on with: "
-                f"ant5m train --resume {result.run}",
-                markup=False,
-            )
-            sys.exit(EXIT_CODES[result.stopped])
-        assert result.evaluation
-        numbers = f"validation loss {result.evaluation.loss:.4f}"
-        if result.evaluation.bits_per_byte is not None:
-            numbers += f", {result.evaluation.bits_per_byte:.4f} bits per byte"
-        console.print(f"done: {numbers}. Read {result.run / 'report.md'}", markup=False)
+        count = count_processes(self.config)
+        code = launch(_work, self.config, count) if count > 1 else _train(self.config)
+        if code:
+            sys.exit(code)
+
+
+def _work(config: TrainConfig) -> int:
+    """`_train` in one of several processes, and its exit code whatever happens; but a process that has lost
+    another one ends."""
+    codes = []
+    return guarded(lambda: codes.append(_train(config))) or codes[0]
+
+
+def _train(config: TrainConfig) -> int:
+    from ant5m.ranks import PeerLost
+    from ant5m.train.pretraining import pretrain
+    from ant5m.train.stop import EXIT_CODES
+
+    console = stderr()
+    try:
+        result = pretrain(config)
+    except PeerLost as error:
+        console.print(str(error), markup=False)
+        sys.exit(1)
+    if result.stopped:
+        console.print(
+            f"{result.stopped} at step {result.step:,} of {result.steps:,}, saved. Go on with: "
+            f"ant5m train --resume {result.run}",
+            markup=False,
+        )
+        return EXIT_CODES[result.stopped]
+    assert result.evaluation
+    numbers = f"validation loss {result.evaluation.loss:.4f}"
+    if result.evaluation.bits_per_byte is not None:
+        numbers += f", {result.evaluation.bits_per_byte:.4f} bits per byte"
+    console.print(f"done: {numbers}. Read {result.run / 'report.md'}", markup=False)
+    return 0

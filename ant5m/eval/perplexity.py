@@ -24,6 +24,7 @@ from ant5m.errors import UserError
 from ant5m.eval.scoring import Request, score
 from ant5m.files import read_json, write_json
 from ant5m.model.ant import Ant
+from ant5m.ranks import Ranks
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -100,6 +101,7 @@ def evaluate(
     text: str | None = None,
     progress: "Progress | None" = None,
     document_mask: bool = False,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Score every token of a split, in windows that do not overlap; the first one behind an end-of-text
     token.
@@ -114,25 +116,34 @@ def evaluate(
             and bytes are unknown then.
         text: what the split is, for people; default: its name and folder.
         document_mask: for a net that was trained so: no document sees another in its window.
+        ranks: share the batches among themselves; each gets the sum that one process would have, bit for bit.
     """
+    ranks = ranks or Ranks()
     window = sequence_length or net.config.max_position_embeddings
     scored = shards.num_tokens
     if limit_tokens is not None:
         scored = min(scored, limit_tokens)
     bar = progress.add_task("evaluating", total=scored) if progress else None
-    nats, tokens = 0.0, 0
+    sums: list[float] = []  # of each batch, 0 for those of other ranks
+    tokens = 0
     training = net.training
     net.eval()
     with torch.inference_mode():
-        for input_ids, targets in sequences(shards, batch_size, window, limit_tokens):
+        for number, (input_ids, targets) in enumerate(sequences(shards, batch_size, window, limit_tokens)):
             count = int((targets != IGNORE).sum())
+            tokens += count
+            sums.append(0.0)
+            if number % ranks.size != ranks.rank:
+                continue
             ids = input_ids.to(net.device)
             starts = document_starts(ids, shards.eos_token_id) if document_mask else None
-            nats += net(ids, targets.to(net.device), starts=starts).item() * count
-            tokens += count
+            sums[-1] = net(ids, targets.to(net.device), starts=starts).item() * count
             if progress and bar is not None:
                 progress.update(bar, completed=tokens)
     net.train(training)
+    joined = torch.tensor(sums, dtype=torch.float64)
+    ranks.sum(joined)
+    nats = sum(joined.tolist())
     whole = tokens == shards.num_tokens and not shards.lost_bytes
     return Evaluation(
         text=text or f"{shards.split} split of {shards.folder}",

@@ -21,18 +21,23 @@ if TYPE_CHECKING:
 class Callback:
     """Does nothing; override what is needed.
 
-    Whether one is due, and what it does, may depend only on what all processes of a run know alike: the step,
-    its state, what was logged.
+    Whether one is due may depend only on what all ranks know alike: the step, its state, what was logged.
     """
 
     name = ""
     """of its state in a checkpoint; for those that have a state"""
+    everywhere = False
+    """whether all ranks call it; else rank 0 alone does, as is right for what writes or prints"""
 
     def on_start(self, trainer: "Trainer") -> None:
         """Before the first step; `trainer.step` are behind it when the run is resumed."""
 
     def is_due(self, step: int) -> bool:
         """Whether `act` is to be called behind this step (never behind the last one)."""
+        return False
+
+    def is_overdue(self) -> bool:
+        """As `is_due`, by the clock: all ranks take it as due when it is overdue on one."""
         return False
 
     def act(self, trainer: "Trainer") -> None:
@@ -65,17 +70,11 @@ class Periodic(Callback):
 
     def __init__(self, every: int):
         self.every = every
-        self._last = 0
-
-    def on_start(self, trainer: "Trainer") -> None:
-        self._last = trainer.step  # what was due then has been done
 
     def is_due(self, step: int) -> bool:
-        # Behind a step that fp16 skipped the same number comes again.
-        return self.every > 0 and step % self.every == 0 and step > self._last
+        return self.every > 0 and step % self.every == 0
 
     def act(self, trainer: "Trainer") -> None:
-        self._last = trainer.step
         self.run(trainer)
 
     def run(self, trainer: "Trainer") -> None:

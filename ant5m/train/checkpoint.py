@@ -9,6 +9,7 @@ import base64
 import hashlib
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,21 +31,30 @@ if TYPE_CHECKING:
     from ant5m.train.trainer import Trainer
 
 
+SAVE_SECONDS = 15 * 60.0
+"""between two checkpoints, at most: what a crash costs"""
+
+
 class SaveCheckpoints(Periodic):
     """Writes a checkpoint now and then, and when the training ends or stops; keeps the last ones."""
 
     def __init__(self, settings: Settings, run: Run, tokenizer_fingerprint: str):
         super().__init__(settings.checkpoint_every)
+        self._saved_at = time.monotonic()
         self._run, self._keep = run, settings.keep_last
         self._tokenizer = tokenizer_fingerprint
 
     def on_start(self, trainer: "Trainer") -> None:
         remove_remains(self._run.checkpoints)
 
+    def is_overdue(self) -> bool:
+        return time.monotonic() - self._saved_at >= SAVE_SECONDS
+
     def run(self, trainer: "Trainer") -> None:
         state = {"tokenizer": self._tokenizer, **trainer.state_dict()}
         save_checkpoint(self._run.checkpoints, state.pop("step"), trainer.net, trainer.optimizer, state)
         prune_checkpoints(self._run.checkpoints, self._keep)
+        self._saved_at = time.monotonic()
 
     def on_end(self, trainer: "Trainer") -> None:
         self.run(trainer)

@@ -31,9 +31,9 @@ class TrainConfig:
     out: Path | None = None
     """run folder to create; default: runs/MODEL-NUMBER"""
     resume: Path | None = None
-    """run folder to continue with its settings, or hub:OWNER/NAME of a pushed one; only device, precision,
-    kernels, data, max-minutes, micro-batch-size, push and track may be overridden (a flag at its default
-    counts as not given)"""
+    """run folder to continue with its settings, or hub:OWNER/NAME of a pushed one; only device, processes,
+    precision, kernels, data, max-minutes, micro-batch-size, push and track may be overridden (a flag at its
+    default counts as not given)"""
 
     steps: Count | None = None
     """optimizer steps of the whole run"""
@@ -87,6 +87,9 @@ class TrainConfig:
     """seed of the initial weights and of the data order"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1"""
+    processes: Count | None = None
+    """processes that train together; default: one for each GPU, which must be equal; inside torchrun those
+    that it started"""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the hardware supports it, else fp16 on a GPU and fp32 on a CPU; on a CPU, bf16 is used
     for the inputs of matrix products only"""

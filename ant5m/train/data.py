@@ -18,9 +18,11 @@ class TrainingData:
     tokenizer: Tokenizer
 
     @classmethod
-    def open(cls, run: Run) -> "TrainingData":
-        """Raises `UserError` where the parts do not belong together, or to the run."""
-        train, validation = Shards.open(run.shards), Shards.open(run.shards, "validation")
+    def open(cls, run: Run, verify: bool = True) -> "TrainingData":
+        """`verify`: compare the shards' hashes. Raises `UserError` where the parts do not belong together,
+        or to the run."""
+        train = Shards.open(run.shards, verify=verify)
+        validation = Shards.open(run.shards, "validation", verify)
         known = run.data.get("fingerprint")
         if known not in (None, train.fingerprint):
             raise UserError(f"{run.shards} is not the data of {run.folder}: resume with the same data")

@@ -13,6 +13,7 @@ class EarlyStop(Callback):
     """Ends the training after `patience` validations in a row without a new lowest loss; 0: never."""
 
     name = "early_stop"
+    everywhere = True
 
     def __init__(self, patience: int):
         self._patience = patience

@@ -41,6 +41,8 @@ only: so the losses of a run compare before and after it sets in"""
 class AddLoopLoss(Callback):
     """Adds the loss against loops from its share of the run on."""
 
+    everywhere = True
+
     def __init__(self, settings: "Settings"):
         self._settings = settings
         self._first = settings.steps - round(settings.loop_loss_share * settings.steps)

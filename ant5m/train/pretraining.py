@@ -8,11 +8,12 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
-from ant5m import kernels
+from ant5m import kernels, torchrun
 from ant5m.data.loader import Loader
 from ant5m.data.tokenizer import Tokenizer
 from ant5m.device import choose_device, choose_precision, describe_device, peak_flops
@@ -22,6 +23,7 @@ from ant5m.export import hub
 from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import STATE, check_tokenizer, checkpoints, latest_checkpoint
 from ant5m.model.costs import count_flops
+from ant5m.ranks import Ranks, join
 from ant5m.train.callback import Callback
 from ant5m.train.checkpoint import SaveCheckpoints, load_checkpoint
 from ant5m.train.config import TrainConfig
@@ -36,7 +38,7 @@ from ant5m.train.push import PREFIX, PushCheckpoints, fetch_run
 from ant5m.train.report import count_epochs, finish
 from ant5m.train.run import Run
 from ant5m.train.samples import WriteSamples
-from ant5m.train.settings import Settings, resolve
+from ant5m.train.settings import OVERRIDABLE, Settings, resolve
 from ant5m.train.stop import Stop
 from ant5m.train.tracker import Tracker, check_tracker
 from ant5m.train.trainer import NonFiniteLoss, Trainer
@@ -62,25 +64,69 @@ class Result:
 def pretrain(config: TrainConfig) -> Result:
     """Start a run, or continue the one that `config.resume` names, and leave a run folder behind.
 
+    Inside torchrun all processes train one model together.
+
     Raises `UserError` when something asked for is impossible or not there (nothing is written then), and when
-    the training diverges (the last good checkpoint stays).
+    the training diverges (the last good checkpoint stays); `PeerLost` when another process died.
     """
     started = time.monotonic()
-    if str(config.resume).startswith(PREFIX):
-        config = dataclasses.replace(config, resume=fetch_run(str(config.resume), config.out), out=None)
-    run = Run.open(config.resume, config) if config.resume else Run.create(config)
+    ranks = join()
+    run = None
     try:
-        device = choose_device(run.config.device)
+        run = Run.of_rank_0(lambda: _open(config), ranks)
+        device = choose_device(run.config.device, torchrun.local_rank())
         if device.type == "cuda" and device.index is not None:
             # Whatever asks the current device, as the check of the kernels does, means this one.
             torch.cuda.set_device(device)
+        with _selected(run.config.kernels):
+            return _pretrain(run, device, started, ranks)
+    except UserError as error:
+        ranks.fail(error)
+        raise
+    finally:
+        if run is not None:
+            run.release()
+        ranks.leave()
+
+
+def _open(config: TrainConfig) -> Run:
+    """The run, with all that can be refused checked, and the built-in text packed where it was given none."""
+    from_hub = str(config.resume).startswith(PREFIX)
+    if torchrun.restarts() and (config.resume is None or from_hub):
+        config = _restarted(config)
+    elif from_hub:
+        config = dataclasses.replace(config, resume=fetch_run(str(config.resume), config.out), out=None)
+    run = Run.open(config.resume, config) if config.resume else Run.create(config)
+    try:
         check_tracker(run.config.track)
         if run.config.push:
             _claim_repository(run.config.push)
-        with _selected(run.config.kernels):
-            return _pretrain(run, device, started)
-    finally:
+        check_memory(run.model, run.config.batch_size or 1, choose_device(run.config.device))
+        if run.config.data is None:
+            _pack_text(run)
+    except BaseException:
         run.release()
+        raise
+    return run
+
+
+def _pack_text(run: Run) -> None:
+    if run.config.tokenizer and not run.has_tokenizer:
+        check_tokenizer(Tokenizer.load(run.config.tokenizer), run.model)
+    run.claim()
+    run.write()
+    with _interruptible(run, "stopped while the text was prepared. Go on"):
+        pack_default_text(run)
+
+
+def _restarted(config: TrainConfig) -> TrainConfig:
+    """What to do when torchrun starts the processes again: continue the run that they began."""
+    if config.out is None:
+        raise UserError("torchrun starts a run again after a crash: name its folder with --out")
+    if not (config.out / "config.json").exists():
+        return config
+    given = {name: getattr(config, name) for name in OVERRIDABLE}
+    return TrainConfig(resume=config.out, **given)
 
 
 def _claim_repository(repo: str) -> None:
@@ -102,26 +148,27 @@ def _selected(backend: str | None) -> Iterator[None]:
         kernels.select(before)
 
 
-def _pretrain(run: Run, device: torch.device, started: float) -> Result:
+def _pretrain(run: Run, device: torch.device, started: float, ranks: Ranks) -> Result:
     limit = run.config.max_minutes
     deadline = started + 60 * limit if limit else None
     precision = choose_precision(run.config.precision, device)
-    check_memory(run.model, run.config.batch_size or 1, device)
-    data = _prepare_data(run)
+    data = TrainingData.open(run, verify=torchrun.local_rank() == 0)
     torch.manual_seed(run.config.seed)
     net = Ant(run.model).to(device)
-    measure = functools.partial(measure_speed, net, run.config, precision)
-    settings = resolve(run.config, run.model, data.train.num_tokens, device, precision, measure, deadline)
-    trainer = _make_trainer(run, settings, net, data)
+    num_tokens = data.train.num_tokens
+    measure = functools.partial(_measure_speed, net, run.config, precision, ranks)
+    settings = resolve(run.config, run.model, num_tokens, device, precision, measure, deadline, ranks)
+    trainer = _make_trainer(run, settings, net, data, ranks)
     _resume(run, trainer, data.tokenizer)
-    _write_run(run, settings, data)
-    _introduce(run, settings, net)
+    if ranks.is_first:
+        _write_run(run, settings, data)
+        _introduce(run, settings, net, ranks)
     with Stop(deadline) as stop:
-        _fit(run, trainer, stop)
-    run.ran |= kernels.choices()
-    run.write()
+        stopped = _fit(run, trainer, stop)
+    if ranks.is_first:
+        run.ran |= kernels.choices()
+        run.write()
     evaluation = _finish(run, trainer, data) if trainer.complete else None
-    stopped = None if trainer.complete else stop.reason
     return Result(
         run.folder,
         trainer.step,
@@ -132,25 +179,28 @@ def _pretrain(run: Run, device: torch.device, started: float) -> Result:
     )
 
 
-def _prepare_data(run: Run) -> TrainingData:
-    """That of the run; without one, made from the built-in text in the run folder."""
-    if run.config.data is None:
-        if run.config.tokenizer and not run.has_tokenizer:
-            check_tokenizer(Tokenizer.load(run.config.tokenizer), run.model)
-        run.claim()
-        run.write()
-        with _interruptible(run, "stopped while the text was prepared. Go on"):
-            pack_default_text(run)
-    return TrainingData.open(run)
+def _measure_speed(net: Ant, config: TrainConfig, precision: str, ranks: Ranks) -> float:
+    """Seconds per training token of all ranks together; the slowest decides."""
+    seconds = measure_speed(net, config, precision)
+    if ranks.alone:
+        return seconds
+    (slowest,) = ranks.most(round(seconds * 1e15))
+    return slowest / 1e15 / ranks.size
 
 
-def _make_trainer(run: Run, settings: Settings, net: Ant, data: TrainingData) -> Trainer:
-    resident = net.device if keeps_tokens(data.train.num_tokens, net.device) else None
+def _make_trainer(run: Run, settings: Settings, net: Ant, data: TrainingData, ranks: Ranks) -> Trainer:
     loader = Loader(
-        data.train, settings.batch_size, settings.sequence_length, settings.seed, resident=resident
+        data.train,
+        settings.batch_size // ranks.size,
+        settings.sequence_length,
+        settings.seed,
+        ranks.rank,
+        ranks.size,
+        resident=net.device if keeps_tokens(data.train.num_tokens, net.device) else None,
     )
     eos_token_id = data.train.eos_token_id if settings.document_mask else None
-    return Trainer(settings, net, loader, eos_token_id, _make_callbacks(run, settings, net, data))
+    callbacks = _make_callbacks(run, settings, net, data)
+    return Trainer(settings, net, loader, eos_token_id, callbacks, ranks)
 
 
 def _make_callbacks(run: Run, settings: Settings, net: Ant, data: TrainingData) -> list[Callback]:
@@ -175,19 +225,34 @@ def _make_callbacks(run: Run, settings: Settings, net: Ant, data: TrainingData) 
 
 
 def _resume(run: Run, trainer: Trainer, tokenizer: Tokenizer) -> None:
-    """Load the run's newest good checkpoint, where it has any."""
-    folder = latest_checkpoint(run.folder)
-    if folder is None:
-        if checkpoints(run.checkpoints):
-            raise UserError(f"no checkpoint in {run.checkpoints} is good: start a new run")
+    """Load the run's newest good checkpoint, where it has any. Rank 0 reads it: other machines may not see
+    it."""
+
+    def load() -> dict[str, Any] | None:
+        folder = latest_checkpoint(run.folder)
+        if folder is None:
+            if checkpoints(run.checkpoints):
+                raise UserError(f"no checkpoint in {run.checkpoints} is good: start a new run")
+            return None
+        state = load_checkpoint(folder, trainer.net, trainer.optimizer)
+        if not tokenizer.has_fingerprint(state["tokenizer"]):
+            raise UserError(f"{folder} was trained with another tokenizer than {run.tokenizer}")
+        return state
+
+    ranks = trainer.ranks
+    state = ranks.first(load)
+    if state is None:
         return
-    state = load_checkpoint(folder, trainer.net, trainer.optimizer)
-    if not tokenizer.has_fingerprint(state["tokenizer"]):
-        raise UserError(f"{folder} was trained with another tokenizer than {run.tokenizer}")
+    if not ranks.alone:
+        weights = ranks.share_tensors(dict(trainer.net.state_dict()))
+        moments = ranks.share_tensors(trainer.optimizer.tensors())
+        if not ranks.is_first:
+            trainer.net.load_state_dict(weights)
+            trainer.optimizer.load_tensors(moments)
     try:
         trainer.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:  # of a state.json without a manifest
-        raise UserError(f"{folder / STATE} is damaged ({first_line(error)})") from None
+        raise UserError(f"the {STATE} of {run.folder} is damaged ({first_line(error)})") from None
 
 
 def _write_run(run: Run, settings: Settings, data: TrainingData) -> None:
@@ -204,8 +269,9 @@ def _write_run(run: Run, settings: Settings, data: TrainingData) -> None:
         data.tokenizer.save(run.tokenizer, run.model.max_position_embeddings)
 
 
-def _introduce(run: Run, settings: Settings, net: Ant) -> None:
+def _introduce(run: Run, settings: Settings, net: Ant, ranks: Ranks) -> None:
     where = torch.cuda.get_device_name(net.device) if net.device.type == "cuda" else "the CPU"
+    where = where if ranks.alone else f"{ranks.size} x {where}"
     parameters, unique = sum(p.numel() for p in net.parameters()), run.data["train"]["tokens"]
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print(
@@ -217,9 +283,9 @@ def _introduce(run: Run, settings: Settings, net: Ant) -> None:
     )
 
 
-def _fit(run: Run, trainer: Trainer, stop: Stop) -> None:
+def _fit(run: Run, trainer: Trainer, stop: Stop) -> str | None:
     try:
-        trainer.fit(stop)
+        return trainer.fit(stop)
     except NonFiniteLoss as error:
         good = latest_checkpoint(run.folder)
         rescue = f"the last good checkpoint is {good}" if good else "there is no checkpoint before it"

@@ -27,7 +27,9 @@ from ant5m.train.validation import validate
 
 def finish(run: Run, trainer: Trainer, data: TrainingData) -> Evaluation:
     """Evaluate on the whole validation split, let the model write, export it and write the report."""
-    evaluation = validate(trainer.net, data.validation, trainer.settings)
+    evaluation = validate(trainer.net, data.validation, trainer.settings, ranks=trainer.ranks)
+    if not trainer.ranks.is_first:
+        return evaluation
     checkpoint = run.checkpoints / f"step-{trainer.step:08d}"
     record(run.folder, checkpoint.name, evaluation, held_out=True)
     samples = final_samples(trainer.net, data.tokenizer, trainer.settings.seed)

@@ -6,6 +6,7 @@ import itertools
 import platform
 import re
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ant5m.errors import UserError
 from ant5m.files import is_unused, lock, read_json, remove_asides, write_json
 from ant5m.model.config import ModelConfig
 from ant5m.model.config_file import load_config
+from ant5m.ranks import Ranks
 from ant5m.train.config import TrainConfig
 from ant5m.train.settings import override
 
@@ -39,7 +41,7 @@ class Run:
         if config.sequence_length is not None:
             # A model's context is what it was trained on.
             model = dataclasses.replace(model, max_position_embeddings=config.sequence_length)
-        folder = config.out or _next_folder(config.model)
+        folder = config.out or next_folder(config.model)
         _refuse_content(folder)
         return cls(folder, _absolute(config), model, {})
 
@@ -77,7 +79,7 @@ class Run:
                 self.release()
                 if self.config.out is not None:
                     raise
-                self.folder = _next_folder(self.config.model)
+                self.folder = next_folder(self.config.model)
 
     def _hold(self) -> None:
         self._held.enter_context(lock(self.folder))
@@ -109,14 +111,31 @@ class Run:
 
     def write(self) -> None:
         """Write config.json: everything needed to repeat the run."""
-        values = {
+        write_json(self.folder / "config.json", {**self.to_dict(), "versions": versions()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; the folder is not among them."""
+        return {
             "model": self.model.to_dict(),
             "train": self.config.to_dict(),
             "data": self.data,
             "ran": self.ran,
-            "versions": versions(),
         }
-        write_json(self.folder / "config.json", values)
+
+    @classmethod
+    def of_rank_0(cls, make: "Callable[[], Run]", ranks: Ranks) -> "Run":
+        """The run that rank 0 makes."""
+        made: list[Run] = []
+
+        def describe() -> dict[str, Any]:
+            made.append(make())
+            return {"folder": str(made[0].folder.absolute()), **made[0].to_dict()}
+
+        values = ranks.first(describe)
+        if made:
+            return made[0]
+        config, model = TrainConfig.from_dict(values["train"]), ModelConfig.from_dict(values["model"])
+        return cls(Path(values["folder"]), config, model, values["data"], values["ran"])
 
 
 @dataclass
@@ -154,7 +173,8 @@ def _commit(folder: Path) -> str | None:
         return None
 
 
-def _next_folder(model: str) -> Path:
+def next_folder(model: str) -> Path:
+    """runs/MODEL-NUMBER, the first that is not there."""
     name = re.sub(r"[^\w.-]", "-", Path(model).stem if model.endswith(".json") else Path(model).name)
     return next(folder for n in itertools.count(1) if not (folder := Path("runs") / f"{name}-{n}").exists())
 

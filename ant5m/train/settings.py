@@ -14,11 +14,13 @@ import torch
 
 from ant5m.errors import UserError
 from ant5m.model.config import ModelConfig
+from ant5m.ranks import Ranks
 from ant5m.train.config import TrainConfig, check_steps
 from ant5m.train.plan import batch_for_steps, batch_for_tokens, default_learning_rate, micro_batch
 
 OVERRIDABLE = (
     "device",
+    "processes",
     "precision",
     "kernels",
     "micro_batch_size",
@@ -136,25 +138,41 @@ def resolve(
     precision: str,
     seconds_per_token: Callable[[], float],
     deadline: float | None = None,
+    ranks: Ranks | None = None,
 ) -> Settings:
-    """Decide what `config` leaves open.
+    """Decide what `config` leaves open, alike on all ranks.
 
     Args:
         num_tokens: of the training split.
         precision: that the device trains in.
         seconds_per_token: measures the training speed; called only when time decides.
         deadline: of `max_minutes`, on `time.monotonic()`.
+        ranks: each takes an equal part of every batch; the one with the least memory decides the micro-batch.
+
+    Raises `UserError` where the batch that was asked for cannot be shared out.
     """
+    ranks = ranks or Ranks()
     length = model.max_position_embeddings
     steps, batch = config.steps, config.batch_size
+    least = (config.micro_batch_size or 1) * ranks.size
+    if batch is not None and batch % least:
+        each = f" of --micro-batch-size {config.micro_batch_size}" if config.micro_batch_size else ""
+        raise UserError(
+            f"--batch-size ({batch}) must be a multiple of {least} for {ranks.size} processes{each}: "
+            f"take {_multiple(batch, least)}"
+        )
     if steps is None:
         tokens = config.tokens or _tokens(config, num_tokens, seconds_per_token, deadline)
-        batch = batch or _multiple(batch_for_tokens(tokens, length), config.micro_batch_size)
+        batch = batch or _multiple(batch_for_tokens(tokens, length), least)
         steps = max(1, round(tokens / (batch * length)))
     check_steps(steps)
-    batch = batch or _multiple(batch_for_steps(steps, length), config.micro_batch_size)
+    batch = batch or _multiple(batch_for_steps(steps, length), least)
     rows = config.micro_batch_size
-    rows = rows or micro_batch(model, batch, length, device, precision, num_tokens, config.loop_loss)
+    if rows is None:
+        share = batch // ranks.size
+        rows = micro_batch(model, share, length, device, precision, num_tokens, config.loop_loss)
+        (negative,) = ranks.most(-rows)
+        rows = -negative
     tenth = max(1, steps // 10)
     eval_every = config.eval_every or tenth
     decided = {
@@ -163,20 +181,20 @@ def resolve(
         "micro_batch_size": rows,
         "sequence_length": length,
         "learning_rate": config.learning_rate or default_learning_rate(config),
-        "device": device,
-        "precision": precision,
         "eval_every": eval_every,
         "eval_tokens": config.eval_tokens or max(length, round(0.015 * steps * batch * length)),
         "sample_every": eval_every if config.sample_every is None else config.sample_every,
         "checkpoint_every": config.checkpoint_every or tenth,
     }
     asked = {field.name: getattr(config, field.name) for field in dataclasses.fields(Settings)}
-    return Settings(**{**asked, **decided})
+    here = {"device": device, "precision": precision}
+    # Rank 0's, because clocks differ.
+    return Settings(**{**asked, **ranks.share(decided), **here})
 
 
-def _multiple(batch: int, rows: int | None) -> int:
-    """`batch`, rounded up to a multiple of a micro-batch that was asked for."""
-    return batch if rows is None else -(-batch // rows) * rows
+def _multiple(batch: int, least: int) -> int:
+    """`batch`, rounded up to a multiple of `least`."""
+    return -(-batch // least) * least
 
 
 def _tokens(

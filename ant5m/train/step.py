@@ -19,6 +19,7 @@ import torch
 from ant5m.data.loader import document_starts
 from ant5m.device import DTYPES, autocast, casts
 from ant5m.model.ant import Ant
+from ant5m.ranks import Ranks
 from ant5m.train.half_precision_weights import half_precision_weights
 from ant5m.train.loss_scaler import LossScaler
 from ant5m.train.losses import LoopLoss
@@ -48,6 +49,7 @@ class Step:
         eos_token_id: keeps attention inside the documents that end with it; None: inside the sequence.
         loop_loss: adds to the gradient of the cross-entropy.
         on_update: called behind the optimizer with 1, or 0 where the step was skipped; see `Callback`.
+        ranks: each takes a step on its own sequences; gradients and losses are averaged over all of them.
     """
 
     def __init__(
@@ -63,8 +65,10 @@ class Step:
         eos_token_id: int | None = None,
         loop_loss: LoopLoss | None = None,
         on_update: Sequence[Callable[[torch.Tensor], None]] = (),
+        ranks: Ranks | None = None,
     ):
         self.net, self.optimizer, self.scaler = net, optimizer, scaler
+        self.ranks = ranks or Ranks()
         self.micro_batch_size, self.grad_clip, self.precision = micro_batch_size, grad_clip, precision
         self.eos_token_id, self.loop_loss, self.on_update = eos_token_id, loop_loss, on_update
         self._parameters = list(net.parameters())
@@ -78,17 +82,23 @@ class Step:
     ) -> StepStats | None:
         """Take one step on int64 [B, T] on the device. None, and nothing has changed, when it was aborted
         between micro-batches."""
-        loss = self.gradients(input_ids, targets, should_abort)
-        return None if loss is None else self.update(loss)
+        result = self.gradients(input_ids, targets, should_abort)
+        if result is None:
+            return None
+        self.ranks.sum(result)
+        return self.update(result)
 
     def gradients(
         self, input_ids: torch.Tensor, targets: torch.Tensor, should_abort: Callable[[], bool] = _never
     ) -> torch.Tensor | None:
         """Leave the gradient of the mean loss, times the loss scale, in the parameters; returns the loss,
         0-dim. None, and no gradients, when it was aborted.
+
+        Among several ranks these are this rank's parts of the sums, and what is returned is all of them in
+        one buffer (fp32 [parameters + 1], the loss last), so that one message sums them.
         """
         size = self.micro_batch_size
-        share = size / len(input_ids)
+        share = size / (len(input_ids) * self.ranks.size)
         weights = self._half_precision_weights()
         loss = torch.zeros((), device=self.net.device)
         for part, part_targets in zip(input_ids.split(size), targets.split(size), strict=True):
@@ -98,7 +108,19 @@ class Step:
             part_loss = self._loss(weights, part, part_targets)
             (part_loss * (share if self.scaler is None else self.scaler.scale * share)).backward()
             loss += part_loss.detach() * share
-        return loss
+        return loss if self.ranks.alone else torch.cat([x.flatten() for x in (*self._gradients(), loss)])
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [p.grad for p in self._parameters if p.grad is not None]
+
+    def _unpack(self, joined: torch.Tensor) -> torch.Tensor:
+        """Make the gradients views of the buffer, and return the loss."""
+        sizes = [x.numel() for x in self._gradients()]
+        *parts, loss = torch.split(joined, [*sizes, 1])
+        with_gradient = (p for p in self._parameters if p.grad is not None)
+        for parameter, part in zip(with_gradient, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+        return loss.reshape(())
 
     def _half_precision_weights(self) -> dict[str, torch.Tensor]:
         """The matrices of the layers in the products' dtype; their gradients arrive in fp32."""
@@ -122,10 +144,12 @@ class Step:
                 return forward(input_ids, targets=targets)
             return self.loop_loss(forward, input_ids, targets)
 
-    def update(self, loss: torch.Tensor) -> StepStats:
-        """Unscale and clip the gradients, take the optimizer's step, and forget them."""
+    def update(self, result: torch.Tensor) -> StepStats:
+        """Unscale and clip the gradients, take the optimizer's step, and forget them. `result`: of
+        `gradients`, summed over the ranks."""
+        loss = result if self.ranks.alone else self._unpack(result)
         if self.scaler is not None:
-            self.scaler.unscale([p.grad for p in self._parameters if p.grad is not None])
+            self.scaler.unscale(self._gradients())
         norm = clip(self._parameters, self.grad_clip)
         counted = torch.ones_like(norm) if self.scaler is None else torch.isfinite(norm).to(norm.dtype)
         factor = self._factors.index_select(0, self._done).squeeze(0)
@@ -144,7 +168,8 @@ class CapturedStep:
     """A `Step` as one CUDA graph: the first calls run as they are, the next one is captured and replayed.
 
     Every call is a step of the training. Where the capture fails, a warning says why, and steps go on as
-    they are.
+    they are. Among several ranks it is two graphs with the sum between them: a sum inside a graph can hang
+    when the process group is destroyed (pytorch#115388).
     """
 
     def __init__(self, step: Step):
@@ -193,27 +218,55 @@ class CapturedStep:
         return stats
 
     def _capture(self) -> None:
+        reason = ""
         try:
-            self._replay = _record(self._run, self._stream)
+            replay = self._record_step()
         except RuntimeError as error:
             self.step.optimizer.zero_grad()
             reason = str(error).strip().splitlines()[0]
+        if any(self.step.ranks.most(bool(reason))):
+            reason = reason or "it failed in another process"
             warnings.warn(f"the step could not be captured as a CUDA graph: {reason}", stacklevel=2)
+            return
+        self._replay = replay
+
+    def _record_step(self) -> Callable[[], StepStats]:
+        if self.step.ranks.alone:
+            return _Graph(self._run, self._stream, "global")
+        # NCCL's watchdog thread asks for events of its own meanwhile: only this thread's calls are captured.
+        gradients = _Graph(self._run_gradients, self._stream, "thread_local")
+        update = _Graph(lambda: self.step.update(gradients.result), self._stream, "thread_local")
+
+        def replay() -> StepStats:
+            self.step.ranks.sum(gradients())
+            return update()
+
+        return replay
+
+    def _run_gradients(self) -> torch.Tensor:
+        assert self._batch is not None
+        result = self.step.gradients(*self._batch)
+        assert result is not None
+        return result
 
 
-def _record(run: Callable[[], StepStats], stream: torch.cuda.Stream) -> Callable[[], StepStats]:
-    """Capture `run`, which only queues work on fixed memory then, and return what does the work."""
-    graph = torch.cuda.CUDAGraph()
-    # The outer context brings the stream back where the capture fails; torch's own does not.
-    current = torch.cuda.current_stream(stream.device)
-    with torch.cuda.stream(current), torch.cuda.graph(graph, stream=stream):
-        stats = run()
+class _Graph:
+    """A CUDA graph of `run`, which only queues work on fixed memory; calling it does that work again.
 
-    def replay() -> StepStats:
-        graph.replay()
-        return stats
+    `result` is what `run` returned: the memory that every call fills anew.
+    """
 
-    return replay
+    def __init__(self, run: Callable[[], torch.Tensor], stream: torch.cuda.Stream, errors: str):
+        self._graph = torch.cuda.CUDAGraph()
+        # The outer context brings the stream back where the capture fails; torch's own does not.
+        current = torch.cuda.current_stream(stream.device)
+        graph = torch.cuda.graph(self._graph, stream=stream, capture_error_mode=errors)
+        with torch.cuda.stream(current), graph:
+            self.result = run()
+
+    def __call__(self) -> torch.Tensor:
+        self._graph.replay()
+        return self.result
 
 
 def make_step(step: Step) -> Step | CapturedStep:

@@ -6,8 +6,12 @@ import threading
 import time
 from types import FrameType
 
+from ant5m import torchrun
+
 NOTICE = b"\nsaving; Ctrl-C again stops without saving\n"
-EXIT_CODES = {"interrupted": 130, "terminated": 143, "time limit": 0}
+EXIT_CODES = {"time limit": 0, "terminated": 143, "interrupted": 130}
+REASONS = (None, *EXIT_CODES)
+"""by their number in `Stop.code`"""
 
 
 class Stop:
@@ -32,6 +36,11 @@ class Stop:
             return "time limit"
         return self._signal
 
+    @property
+    def code(self) -> int:
+        """The reason as a number, 0 for none: what ranks agree on."""
+        return REASONS.index(self.reason)
+
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -45,6 +54,6 @@ class Stop:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal == "interrupted":
             raise KeyboardInterrupt
-        if number == signal.SIGINT:
+        if number == signal.SIGINT and torchrun.rank() == 0:
             os.write(2, NOTICE)  # not print, which the signal may have interrupted
         self._signal = "interrupted" if number == signal.SIGINT else "terminated"

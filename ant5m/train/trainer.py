@@ -10,6 +10,7 @@ from ant5m import kernels
 from ant5m.data.loader import Loader
 from ant5m.errors import UserError
 from ant5m.model.ant import Ant
+from ant5m.ranks import Ranks
 from ant5m.train.callback import Callback
 from ant5m.train.checkpoint import random_state, set_random_state
 from ant5m.train.loss_scaler import LossScaler
@@ -18,7 +19,7 @@ from ant5m.train.optimizer import Optimizer
 from ant5m.train.schedule import Schedule
 from ant5m.train.settings import Settings
 from ant5m.train.step import CapturedStep, Step, StepStats, make_step
-from ant5m.train.stop import Stop
+from ant5m.train.stop import REASONS, Stop
 
 READ_SECONDS = 1.0
 """between two readings of the loss from the device: each one waits for it"""
@@ -43,9 +44,13 @@ class Trainer:
         loader: Loader,
         eos_token_id: int | None = None,
         callbacks: Sequence[Callback] = (),
+        ranks: Ranks | None = None,
     ):
-        """`eos_token_id`: keeps attention inside documents, which end with it; None: inside sequences."""
+        """`eos_token_id`: keeps attention inside documents, which end with it; None: inside sequences.
+        `loader`: gives this rank's share of each batch."""
         self.settings, self.net, self.loader, self.callbacks = settings, net, loader, callbacks
+        self.ranks = ranks or Ranks()
+        self._active = [c for c in callbacks if c.everywhere or self.ranks.is_first]
         self.eos_token_id = eos_token_id
         self.optimizer = Optimizer(
             net,
@@ -75,28 +80,34 @@ class Trainer:
         self._read_at = time.monotonic()
         self._read_tokens = 0
 
-    def fit(self, stop: Stop) -> None:
-        """Train to the last step, or until `stop` or a callback asks to end.
+    def fit(self, stop: Stop) -> str | None:
+        """Train to the last step, or until a callback ends the training or `stop`, of any rank, asks to end:
+        its reason is returned then.
 
         Raises `NonFiniteLoss` when the training diverged, and `UserError` where memory does not suffice.
         """
         self._read_at = time.monotonic()
         self._read_tokens = self.tokens
+        reason = None
         try:
-            for callback in self.callbacks:
+            for callback in self._active:
                 callback.on_start(self)
-            while not self.complete and not stop.reason:
+            while not self.complete:
+                reason = self._agree(stop)
+                if reason:
+                    break
                 if self._train_step(stop):
                     self._between_steps()
             self.flush_metrics()
             self._check_weights()
-            for callback in self.callbacks:
+            for callback in self._active:
                 callback.on_end(self)
         except torch.OutOfMemoryError:
             raise self._too_large() from None
         finally:
-            for callback in self.callbacks:
+            for callback in self._active:
                 callback.close()
+        return reason
 
     @property
     def complete(self) -> bool:
@@ -113,7 +124,7 @@ class Trainer:
 
     def log(self, kind: str, **values: Any) -> None:
         """Tell all callbacks what happened at the present step."""
-        for callback in self.callbacks:
+        for callback in self._active:
             callback.on_log(self, kind, values)
 
     def state_dict(self) -> dict[str, Any]:
@@ -145,18 +156,29 @@ class Trainer:
             if callback.name in states:
                 callback.load_state_dict(states[callback.name])
 
+    def _agree(self, stop: Stop) -> str | None:
+        """Why to stop now, the same on all ranks; what is due by the clock of one of them is done on all."""
+        reading = time.monotonic() - self._read_at >= READ_SECONDS
+        overdue = (callback in self._active and callback.is_overdue() for callback in self.callbacks)
+        code, reads, *acts = self.ranks.most(stop.code, reading, *overdue)
+        if reads or any(acts):
+            self.flush_metrics()
+        self._act([callback for callback, due in zip(self.callbacks, acts, strict=True) if due])
+        return REASONS[code]
+
     def _train_step(self, stop: Stop) -> bool:
         """One optimizer step; False when it was aborted to stop."""
         before = self.loader.state_dict()
         input_ids, targets = (_to_device(x, self.net.device) for x in self.loader.next())
         if self._take_step is None:
             self._take_step = self._make_step()
-        stats = self._take_step(input_ids, targets, lambda: stop.reason is not None)
+        # One rank cannot leave a step without the others.
+        stats = self._take_step(input_ids, targets, lambda: self.ranks.alone and stop.reason is not None)
         if stats is None:
             # The step is taken again as a whole when the run is resumed.
             self.loader.load_state_dict(before)
             return False
-        self.tokens += input_ids.numel()
+        self.tokens += input_ids.numel() * self.ranks.size
         self._unread.append((stats, self.tokens))
         return True
 
@@ -173,6 +195,7 @@ class Trainer:
             self.eos_token_id,
             self._loop_loss,
             [c.on_update for c in self.callbacks if type(c).on_update is not Callback.on_update],
+            self.ranks,
         )
         return make_step(step)
 
@@ -180,20 +203,22 @@ class Trainer:
         # With a loss scale the device decides whether a step counts: this is the most it can be.
         reached = self.step + len(self._unread)
         last = self.settings.steps
-        if reached == last or any(callback.is_due(reached) for callback in self.callbacks):
-            self.flush_metrics()
-            self._act()
-        elif time.monotonic() - self._read_at >= READ_SECONDS:
-            self.flush_metrics()
+        if reached < last and not any(callback.is_due(reached) for callback in self.callbacks):
+            return
+        before = self.step
+        self.flush_metrics()
+        # Where fp16 skipped all steps since, what was due has been done; what the last step owes is done
+        # when the run is finished.
+        if before < self.step < last:
+            self._act([callback for callback in self.callbacks if callback.is_due(self.step)])
 
-    def _act(self) -> None:
-        # What the last step owes is done when the run is finished.
-        due = [c for c in self.callbacks if self.step < self.settings.steps and c.is_due(self.step)]
+    def _act(self, due: list[Callback]) -> None:
         if due:
             self._check_weights()
         for callback in due:
-            callback.act(self)
-            self._add_elapsed()
+            if callback in self._active:
+                callback.act(self)
+                self._add_elapsed()
 
     def flush_metrics(self) -> None:
         """Bring what the steps tell over from the device, and log it."""
@@ -234,6 +259,11 @@ class Trainer:
     def _check_weights(self) -> None:
         if not torch.isfinite(torch.nn.utils.get_total_norm(list(self.net.parameters()))):
             raise self._diverged("the weights are NaN or infinite", self.step)
+        if not self.ranks.agree(_sum_of_bits(self.net)):
+            raise UserError(
+                f"the processes hold different weights at step {self.step}: a device or a driver is faulty. "
+                "Resume from the last checkpoint, and test the GPUs one by one with --device cuda:0"
+            )
 
     def _diverged(self, what: str, step: int) -> NonFiniteLoss:
         return NonFiniteLoss(f"training diverged at step {step}: {what}")
@@ -245,6 +275,12 @@ class Trainer:
             f"the device has no memory for {rows} sequences of {self.settings.sequence_length:,} tokens at "
             f"once: start a new run with {remedy}" + (", or resume this one with it" if rows > 1 else "")
         )
+
+
+def _sum_of_bits(net: Ant) -> int:
+    """Differs where weights differ."""
+    sums = [p.detach().view(torch.int32).sum(dtype=torch.int64) for p in net.parameters()]
+    return int(torch.stack(sums).sum())
 
 
 def _to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:

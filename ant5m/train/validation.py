@@ -6,6 +6,7 @@ from ant5m.data.shards import Shards
 from ant5m.device import autocast
 from ant5m.eval.perplexity import Evaluation, evaluate
 from ant5m.model.ant import Ant
+from ant5m.ranks import Ranks
 from ant5m.train.callback import Periodic
 from ant5m.train.settings import Settings
 
@@ -16,17 +17,27 @@ if TYPE_CHECKING:
 class Validate(Periodic):
     """Logs the loss over `eval_tokens` of the validation split, in windows spread over it."""
 
+    everywhere = True
+
     def __init__(self, settings: Settings, shards: Shards):
         super().__init__(settings.eval_every)
         self._settings, self._shards = settings, shards
 
     def run(self, trainer: "Trainer") -> None:
-        result = validate(trainer.net, self._shards, self._settings, self._settings.eval_tokens)
+        limit = self._settings.eval_tokens
+        result = validate(trainer.net, self._shards, self._settings, limit, trainer.ranks)
         trainer.log("validation", loss=result.loss, tokens=result.tokens)
 
 
-def validate(net: Ant, shards: Shards, settings: Settings, limit_tokens: int | None = None) -> Evaluation:
-    """Perplexities on the validation split, on a GPU in the precision of the training."""
+def validate(
+    net: Ant,
+    shards: Shards,
+    settings: Settings,
+    limit_tokens: int | None = None,
+    ranks: Ranks | None = None,
+) -> Evaluation:
+    """Perplexities on the validation split, on a GPU in the precision of the training; a collective of
+    `ranks`."""
     with autocast(settings.precision, net.device):
         return evaluate(
             net,
@@ -35,4 +46,5 @@ def validate(net: Ant, shards: Shards, settings: Settings, limit_tokens: int | N
             sequence_length=settings.sequence_length,
             limit_tokens=limit_tokens,
             document_mask=settings.document_mask,
+            ranks=ranks,
         )

@@ -1,0 +1,116 @@
+"""Starts the processes of a run on one machine, one for each GPU, through torch's elastic launcher.
+
+Inside torchrun nothing is started: whoever has several machines starts one process a GPU that way.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import multiprocessing
+import os
+import signal
+import uuid
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from ant5m import torchrun
+from ant5m.errors import UserError
+from ant5m.train.config import TrainConfig
+from ant5m.train.run import next_folder
+
+MAX_RESTARTS = 3
+STOPPED = "ANT5M_STOPPED"
+"""environment variable that keeps a process from starting again when the launcher was stopped: its exit
+code"""
+
+
+def count_processes(config: TrainConfig) -> int:
+    """How many processes `ant5m train` starts: one for each GPU of the machine, or `config.processes`; 1:
+    none beside itself.
+
+    Raises `UserError` when the GPUs differ, or there are fewer than processes.
+    """
+    if torchrun.is_parent():
+        return 1
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.device not in ("auto", "cuda") or gpus == 0:
+        return config.processes or 1
+    count = config.processes or gpus
+    if count > gpus:
+        raise UserError(f"--processes {count} needs as many GPUs, and this machine has {gpus}")
+    names = [torch.cuda.get_device_name(number) for number in range(count)]
+    if len(set(names)) > 1:
+        listed = ", ".join(f"cuda:{number} is a {name}" for number, name in enumerate(names))
+        raise UserError(
+            f"the GPUs differ, and all would wait for the slowest ({listed}): choose one with --device "
+            "cuda:0, or equal ones with CUDA_VISIBLE_DEVICES"
+        )
+    return count
+
+
+def launch(train: Callable[[TrainConfig], int], config: TrainConfig, count: int) -> int:
+    """Call `train` (a function of a module) in `count` processes, and return rank 0's exit code.
+
+    Where one dies all are started again, `MAX_RESTARTS` times, and continue from the last checkpoint. A
+    `train` that returns, with whatever code, is not called again.
+    """
+    if config.resume is None:
+        config = dataclasses.replace(config, out=config.out or next_folder(config.model))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    plan = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=MAX_RESTARTS,
+        signals_to_handle="SIGQUIT",
+    )
+    try:
+        with _passing_signals_on():
+            codes: dict[int, int] = elastic_launch(plan, _work)(train, config)
+            return codes[0]
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        raise UserError(
+            f"process {rank} of {count} died ({_describe(failure.exitcode)}), and again after {MAX_RESTARTS} "
+            "restarts; what it wrote is above. Continue from the last checkpoint with: "
+            f"ant5m train --resume {config.resume or config.out}"
+        ) from None
+
+
+@contextlib.contextmanager
+def _passing_signals_on() -> Iterator[None]:
+    """Send SIGINT and SIGTERM to the processes, which save and return. torch's launcher would wait for them
+    to end without taking what they return."""
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        os.environ[STOPPED] = str(128 + number)
+        for process in multiprocessing.active_children():
+            if process.pid:
+                os.kill(process.pid, number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        os.environ.pop(STOPPED, None)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _work(train: Callable[[TrainConfig], int], config: TrainConfig) -> int:
+    if STOPPED in os.environ:  # before this process was ready to save
+        return int(os.environ[STOPPED])
+    # A terminal sends Ctrl-C to its whole group, and the launcher passes it on: once is enough.
+    os.setsid()
+    return train(config)
+
+
+def _describe(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"

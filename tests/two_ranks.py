@@ -1,0 +1,64 @@
+"""One of several processes that train together, for tests: `python two_ranks.py RANK SIZE PORT JOBS.json`.
+
+A job is {"config": ..., "spoil": how, "stop_at": step}: "nan" makes the loss of rank 1 NaN at its third step,
+"overflow" makes its gradients overflow fp16 there; at `stop_at` rank 1 gets SIGTERM. Prints one JSON line for
+each job: the result, or the error.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from ant5m.errors import UserError
+from ant5m.train import TrainConfig, pretrain
+from ant5m.train.step import Step
+from ant5m.train.trainer import Trainer
+
+
+def main(rank: int, size: int, port: int, jobs: Path) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
+    for number, job in enumerate(json.loads(jobs.read_text())):
+        os.environ["MASTER_PORT"] = str(port + number)
+        Step._loss = spoilt(Step._loss, job.get("spoil", ""), call=3 if rank == 1 else 0)
+        Trainer._train_step = terminated(Trainer._train_step, job.get("stop_at") if rank == 1 else None)
+        try:
+            result = pretrain(TrainConfig.from_dict(job["config"]))
+            told = [result.step, result.stopped, result.evaluation and result.evaluation.nats]
+        except UserError as error:
+            told = str(error)
+        Step._loss, Trainer._train_step = Step._loss.original, Trainer._train_step.original
+        print(json.dumps(told), flush=True)
+
+
+def spoilt(original, how, call):
+    """`Step._loss` that goes wrong the `call`-th time."""
+    factor = {"": 1.0, "nan": float("nan"), "overflow": 1e30}[how]
+    calls = []
+
+    def loss(self, *arguments):
+        calls.append(0)
+        return original(self, *arguments) * (factor if len(calls) == call else 1.0)
+
+    loss.original = original
+    return loss
+
+
+def terminated(original, step):
+    """`Trainer._train_step` during which SIGTERM comes, at this step."""
+
+    def train_step(self, stop):
+        if self.step + len(self._unread) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, stop)
+
+    train_step.original = original
+    return train_step
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*map(int, sys.argv[1:4]), Path(sys.argv[4]))
