@@ -17,3 +17,7 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """What an error of somebody else's says, in one line; its name when it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class PeerLost(RuntimeError):
+    """Another process that takes part in the work is gone, or cannot be reached any more."""

@@ -16,16 +16,12 @@ import torch
 import torch.distributed as dist
 
 from ant5m import torchrun
-from ant5m.errors import UserError
+from ant5m.errors import PeerLost, UserError
 
 TIMEOUT = timedelta(days=1)
 """of one exchange. Long, because the others wait while rank 0 packs text or writes a report; a rank that
 died is noticed at once, and torchrun ends the others when a machine is cut off."""
 _ERROR = "error"
-
-
-class PeerLost(RuntimeError):
-    """Another process of the run is gone, or cannot be reached any more."""
 
 
 class Ranks:

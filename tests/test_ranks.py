@@ -13,7 +13,7 @@ from ant5m import ranks, torchrun
 TOGETHER = """
 import os, sys, time, torch
 from ant5m import ranks
-from ant5m.errors import UserError
+from ant5m.errors import PeerLost, UserError
 
 me = ranks.join()
 print("rank", me.rank, "of", me.size, me.is_first, me.alone)
@@ -49,7 +49,7 @@ if me.rank == 1:
 time.sleep(0.2)
 try:
     me.most(1)
-except (ranks.PeerLost, UserError) as error:
+except (PeerLost, UserError) as error:
     print("lost", error)
 """
 

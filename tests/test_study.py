@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from test_ranks import free_port
 
 from ant5m.cli import call
 from ant5m.data.corpus import Corpus
@@ -463,3 +465,62 @@ def test_a_study_has_one_process_and_goes_on_where_a_kill_came_early(tmp_path, m
         "ant-5m.json",
         "ant-5m-fit.json",
     }
+
+
+def test_inside_torchrun_each_process_takes_the_next_run(config, tmp_path):
+    """The same study.json but for times, whoever trains which run; also after one of two was killed."""
+    together = tmp_path / "together"
+    flags = ["compare", *config.models, "--data", *config.data, "--cache", config.cache, "--out", together]
+    flags += [
+        "--tokens",
+        256,
+        "--seeds",
+        2,
+        "--batch-size",
+        2,
+        "--validation-fraction",
+        0.1,
+        "--device",
+        "cpu",
+    ]
+
+    def start(rank, port):
+        place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return subprocess.Popen(
+            [sys.executable, "-m", "ant5m", *map(str, flags)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **place},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    port = free_port()
+    killed = [start(rank, port) for rank in range(2)]
+    while not list(together.glob("variants/*/config.json")):
+        assert killed[0].poll() is None, killed[0].communicate()
+        time.sleep(0.05)
+    killed[1].kill()
+    _, lost = killed[0].communicate(timeout=120)
+    # Unless rank 0 had no run left to wait for, it says that it lost the other.
+    assert killed[0].returncode == 1 and "another process" in lost, lost
+    port = free_port()
+    processes = [start(rank, port) for rank in range(2)]
+    printed = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    assert "done. Read" in printed[0][1] and printed[1] == ("", "")
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each of them has
+    try:
+        assert experiment.compare(config) is None
+    finally:
+        torch.set_num_threads(before)
+    ours, theirs = (json.loads((out / "study.json").read_text()) for out in (config.folder, together))
+    assert _without_times(ours) == _without_times(theirs)
+
+
+def _without_times(value):
+    """Of a study.json: all that does not depend on the clock or the folder."""
+    if isinstance(value, dict):
+        return {k: _without_times(v) for k, v in value.items() if "second" not in k and k != "out"}
+    return [_without_times(v) for v in value] if isinstance(value, list) else value

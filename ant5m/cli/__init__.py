@@ -42,8 +42,8 @@ from rich.markup import escape
 from rich.table import Table
 
 import ant5m
-from ant5m import torchrun
-from ant5m.errors import DISK_FULL, UserError
+from ant5m.console import stderr
+from ant5m.errors import DISK_FULL, PeerLost, UserError
 
 # command -> ("module:Class", what it does)
 COMMANDS = {
@@ -74,7 +74,7 @@ COMMANDS = {
     "completion": ("ant5m.cli.completion:Completion", "let bash or zsh complete commands and flags"),
 }
 
-OK, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141  # 128 + SIGINT, 128 + SIGPIPE
+OK, PEER_LOST, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141  # 128 + SIGINT, 128 + SIGPIPE
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -110,6 +110,9 @@ def guarded(action: Callable[[], object]) -> int:
         action()
     except UserError as error:
         return _fail(str(error))
+    except PeerLost as error:
+        stderr().print(str(error), markup=False)
+        return PEER_LOST
     except KeyboardInterrupt:
         stderr().print("interrupted", style="yellow")
         return INTERRUPTED
@@ -229,11 +232,6 @@ def _suggestion(asked: list[str]) -> str:
     return "use one of the above"
 
 
-def stderr() -> Console:
-    """Where messages go. Of several processes that train together only the first one speaks."""
-    return Console(stderr=True, soft_wrap=True, highlight=False, quiet=torchrun.rank() > 0)
-
-
 def _warn(message, category, filename, lineno, file=None, line=None) -> None:
     stderr().print(f"[yellow]warning:[/yellow] {_one_line(str(message))}")
 
@@ -249,4 +247,4 @@ def _one_line(message: str) -> str:
     return escape(shown)
 
 
-__all__ = ["call", "guarded", "main", "main_train", "stderr"]
+__all__ = ["call", "guarded", "main", "main_train"]

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ant5m import torchrun
+from ant5m.console import stderr
 from ant5m.study.config import CompareConfig
 
 
@@ -36,10 +38,12 @@ class Compare:
         from ant5m.train.stop import EXIT_CODES
 
         stopped = compare(self.config)
-        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console = stderr()
         if stopped:
             console.print(f"{stopped}, saved. Repeat the command to go on.", markup=False)
             sys.exit(EXIT_CODES[stopped])
+        if torchrun.rank() > 0:
+            return
         values = json.loads((self.config.folder / "study.json").read_text(encoding="utf-8"))
         Console().print(_table(values))
         for one in values["verdicts"]:

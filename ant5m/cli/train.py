@@ -6,7 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from ant5m.cli import guarded, stderr
+from ant5m.cli import PEER_LOST, guarded
+from ant5m.console import stderr
 from ant5m.train.config import TrainConfig
 
 
@@ -39,23 +40,21 @@ class Train:
 
 
 def _work(config: TrainConfig) -> int:
-    """`_train` in one of several processes, and its exit code whatever happens; but a process that has lost
-    another one ends."""
+    """`_train` as one of several processes. Its exit code is returned, and all is over; where it ends with an
+    error because it lost another process, all are started again."""
     codes = []
-    return guarded(lambda: codes.append(_train(config))) or codes[0]
+    code = guarded(lambda: codes.append(_train(config)))
+    if code == PEER_LOST:
+        sys.exit(code)
+    return code or codes[0]
 
 
 def _train(config: TrainConfig) -> int:
-    from ant5m.ranks import PeerLost
     from ant5m.train.pretraining import pretrain
     from ant5m.train.stop import EXIT_CODES
 
     console = stderr()
-    try:
-        result = pretrain(config)
-    except PeerLost as error:
-        console.print(str(error), markup=False)
-        sys.exit(1)
+    result = pretrain(config)
     if result.stopped:
         console.print(
             f"{result.stopped} at step {result.step:,} of {result.steps:,}, saved. Go on with: "

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
-from ant5m import kernels
+from ant5m import kernels, torchrun
+from ant5m.console import stderr
 from ant5m.data.corpus import Corpus
 from ant5m.data.loader import Loader
 from ant5m.data.shards import Shards
@@ -28,6 +29,7 @@ from ant5m.errors import UserError
 from ant5m.eval.loops import PROMPTS, LoopStatistics, measure_loops
 from ant5m.files import is_unused, lock, read_json, write_json
 from ant5m.model.checkpoint import load_with_tokenizer
+from ant5m.ranks import Ranks, join
 from ant5m.study.bigram import bigram_bits_per_byte
 from ant5m.study.config import TRAINING, CompareConfig
 from ant5m.study.materials import Materials
@@ -40,7 +42,7 @@ from ant5m.train.metrics import read_metrics
 from ant5m.train.plan import batch_for_tokens, check_memory
 from ant5m.train.pretraining import pretrain
 from ant5m.train.run import versions
-from ant5m.train.stop import Stop
+from ant5m.train.stop import REASONS, Stop
 
 PLAN, BIGRAMS, RESULT = "plan.json", "bigrams.json", "result.json"
 SIGNAL_SECONDS = 1.0
@@ -71,7 +73,21 @@ def compare(config: CompareConfig) -> str | None:
     They are written anew after every run. Returns None when all is done, else why it stopped (a key of
     `ant5m.train.stop.EXIT_CODES`); the same call goes on. Raises `UserError` when something asked for is
     impossible, or the folder holds another experiment.
+
+    Inside torchrun each process takes the next run and trains it alone, on its own GPU; all of them need the
+    folder.
     """
+    ranks = join()
+    try:
+        return _compare_together(config, ranks) if not ranks.alone else _compare_alone(config)
+    except UserError as error:
+        ranks.fail(error)
+        raise
+    finally:
+        ranks.leave()
+
+
+def _compare_alone(config: CompareConfig) -> str | None:
     variants = config.design()
     corpus = Corpus.open(config.data)
     materials = Materials(config.cache or config.folder, corpus, config.validation_fraction)
@@ -84,6 +100,19 @@ def compare(config: CompareConfig) -> str | None:
 
 
 def _compare(config: CompareConfig, variants: list[Variant], materials: Materials) -> str | None:
+    jobs, waiting, progress, bigrams = _prepare(config, variants, materials)
+    for stopped in _run_all(waiting, config, progress):
+        if stopped:
+            return stopped
+        progress.run_ended()
+        report(config, variants, materials, jobs, bigrams)
+    return None
+
+
+def _prepare(
+    config: CompareConfig, variants: list[Variant], materials: Materials
+) -> tuple[list[Job], list[Job], "StudyProgress", dict[str, float]]:
+    """All that comes before the first run: the jobs, those that wait, and the bigrams."""
     _write_plan(config, variants, materials)
     materials.prepare({variant.model.vocab_size for variant in variants})
     jobs = plan_jobs(config, variants, materials)
@@ -92,12 +121,45 @@ def _compare(config: CompareConfig, variants: list[Variant], materials: Material
     progress.announce(forecast_seconds(config, variants, waiting))
     bigrams = count_bigrams(config, variants, jobs)
     report(config, variants, materials, jobs, bigrams)
-    for stopped in _run_all(waiting, config, progress):
-        if stopped:
-            return stopped
-        progress.run_ended()
-        report(config, variants, materials, jobs, bigrams)
-    return None
+    return jobs, waiting, progress, bigrams
+
+
+def _compare_together(config: CompareConfig, ranks: Ranks) -> str | None:
+    """Rank 0 prepares and reports; every rank takes the next run that waits, until none is left."""
+    if config.workers > 1:
+        raise UserError("--workers is for one machine: inside torchrun its processes are the workers")
+    variants = config.design()
+    materials = Materials(config.cache or config.folder, Corpus.open(config.data), config.validation_fraction)
+    with contextlib.ExitStack() as held:
+
+        def prepare() -> tuple[list[str], dict[str, float]]:
+            check(config, variants)
+            _refuse_content(config)
+            for folder in {config.folder.resolve(), materials.folder.resolve()}:
+                held.enter_context(lock(folder))
+            _, waiting, _, bigrams = _prepare(config, variants, materials)
+            return [job.result.parent.name for job in waiting], bigrams
+
+        names, bigrams = ranks.first(prepare)
+        jobs = plan_jobs(config, variants, materials)
+        waiting = [job for job in jobs if job.result.parent.name in names]
+        stopped = _run_tickets(waiting, ranks, config.device)
+        if ranks.is_first:
+            report(config, variants, materials, jobs, bigrams)
+    return stopped
+
+
+def _run_tickets(waiting: list[Job], ranks: Ranks, device: str) -> str | None:
+    """Run jobs that no other rank has taken; returns, on all ranks alike, why one of them stopped."""
+    device = f"cuda:{torchrun.local_rank()}" if choose_device(device).type == "cuda" else device
+    stopped = None
+    while stopped is None and (number := ranks.ticket("run")) < len(waiting):
+        job = waiting[number]
+        stderr().print(f"run {number + 1} of {len(waiting)}: {job.result.parent.name}", markup=False)
+        job = dataclasses.replace(job, run=dataclasses.replace(job.run, device=device))
+        stopped = run_job(job)
+    (code,) = ranks.most(REASONS.index(stopped))
+    return REASONS[code]
 
 
 def check(config: CompareConfig, variants: list[Variant]) -> None:
@@ -121,7 +183,7 @@ class StudyProgress:
     """Says which run of how many begins, and about how long all of them will take."""
 
     def __init__(self, folder: Path, runs: int, waiting: int):
-        self._console = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._console = stderr()
         self._runs, self._waiting = runs, waiting
         self._begun, self._ended = runs - waiting, 0
         self._started = time.monotonic()
@@ -357,9 +419,9 @@ def run_job(job: Job, threads: int = 0) -> str | None:
     out = job.run.out
     assert out
     if (out / "config.json").exists():
-        trained = pretrain(TrainConfig(resume=out, device=job.run.device))
+        trained = pretrain(TrainConfig(resume=out, device=job.run.device), Ranks())
     else:
-        trained = pretrain(job.run)
+        trained = pretrain(job.run, Ranks())
     if trained.stopped:
         return trained.stopped
     assert trained.evaluation

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from ant5m import kernels, torchrun
+from ant5m.console import stderr
 from ant5m.data.loader import Loader
 from ant5m.data.tokenizer import Tokenizer
 from ant5m.device import choose_device, choose_precision, describe_device, peak_flops
@@ -61,16 +61,16 @@ class Result:
     """what it ran on and in which precision, for people"""
 
 
-def pretrain(config: TrainConfig) -> Result:
+def pretrain(config: TrainConfig, ranks: Ranks | None = None) -> Result:
     """Start a run, or continue the one that `config.resume` names, and leave a run folder behind.
 
-    Inside torchrun all processes train one model together.
+    Inside torchrun all processes train one model together, except where `ranks` says who takes part.
 
     Raises `UserError` when something asked for is impossible or not there (nothing is written then), and when
     the training diverges (the last good checkpoint stays); `PeerLost` when another process died.
     """
     started = time.monotonic()
-    ranks = join()
+    ranks = ranks or join()
     run = None
     try:
         run = Run.of_rank_0(lambda: _open(config), ranks)
@@ -273,7 +273,7 @@ def _introduce(run: Run, settings: Settings, net: Ant, ranks: Ranks) -> None:
     where = torch.cuda.get_device_name(net.device) if net.device.type == "cuda" else "the CPU"
     where = where if ranks.alone else f"{ranks.size} x {where}"
     parameters, unique = sum(p.numel() for p in net.parameters()), run.data["train"]["tokens"]
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = stderr()
     console.print(
         f"{run.folder}: {run.config.model}, {parameters:,} parameters, on {where} in {settings.precision}\n"
         f"{settings.steps:,} steps of {settings.batch_size} x {settings.sequence_length:,} tokens = "
@@ -316,6 +316,6 @@ def _interruptible(run: Run, what: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console = stderr()
         console.print(f"{what} with: ant5m train --resume {run.folder}", markup=False)
         raise

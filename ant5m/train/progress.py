@@ -3,10 +3,10 @@
 import time
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ant5m.console import stderr
 from ant5m.train.callback import Callback
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class TrainingProgress(Callback):
         self._done = self._first = 0
         self._flops_per_token = flops_per_token
         self._peak = peak
-        self._console = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._console = stderr()
         self._started = self._last_line = time.monotonic()
         columns = ("step {task.completed:,.0f}/{task.total:,.0f}", "{task.fields[numbers]}")
         self._bar = Progress(
