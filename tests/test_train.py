@@ -8,6 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from ant5m import kernels
 from ant5m.cli import call
 from ant5m.data.corpus import Corpus
 from ant5m.data.packing import pack
+from ant5m.data.shards import Shards
 from ant5m.data.tokenizer import train_tokenizer
 from ant5m.errors import UserError
 from ant5m.eval.perplexity import masks_documents, record
@@ -29,7 +31,6 @@ from ant5m.train.checkpoint import prune_checkpoints
 from ant5m.train.loss_scaler import LossScaler
 from ant5m.train.metrics import read_metrics
 from ant5m.train.run import Run
-from ant5m.train.samples import PROMPTS
 from ant5m.train.settings import BUILTIN_EPOCHS, resolve
 from ant5m.train.stop import Stop
 
@@ -345,12 +346,41 @@ def test_paths_may_be_strings(config):
     assert result.run == config.out and result.step == 8
 
 
-def test_a_context_too_short_for_the_standard_prompts(config):
+def test_samples_begin_with_words_of_held_out_documents(config, material):
+    result = pretrain(dataclasses.replace(config, steps=4, sample_every=2))
+    tokenizer = load(result.run)[1]
+    shards = Shards.open(config.data, "validation")
+    prompts = [sample["prompt"] for sample in of_kind(result.run, "sample")[0]["samples"]]
+    assert len(prompts) == 4
+    text = [json.loads(line)["text"] for line in (material / "text.jsonl").read_text().splitlines()]
+    held_out = [one for one in text if is_in(tokenizer.encode(one), shards.tokens[:])]
+    assert all(any(one.startswith(prompt + " ") for one in held_out) for prompt in prompts)
+    assert all(len(prompt.split()) == 4 for prompt in prompts)
+
+
+def is_in(ids, tokens):
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, len(ids))
+    return bool((windows == ids).all(1).any())
+
+
+def test_bits_per_byte_stand_beside_the_loss(config, capsys):
+    """Over the whole split they are those of the evaluation."""
+    result = pretrain(dataclasses.replace(config, steps=4, eval_every=2, eval_tokens=10**6))
+    (line,) = of_kind(result.run, "validation")
+    counts = Shards.open(config.data, "validation").counts
+    expected = line["loss"] * counts["tokens"] / (math.log(2) * counts["bytes"])
+    assert line["bits_per_byte"] == pytest.approx(expected) and line["tokens"] == counts["tokens"]
+    output = capsys.readouterr().err
+    assert f"validation loss {line['loss']:.3f}, {expected:.3f} bits per byte" in output
+    assert "bits/byte)  lr" in output
+
+
+def test_a_context_too_short_for_whole_prompts(config):
     result = pretrain(dataclasses.replace(config, sequence_length=4, steps=4, eval_every=2, sample_every=2))
     assert (result.run / "hf" / "model.safetensors").exists()
     tokenizer = load(result.run)[1]
     prompts = [sample["prompt"] for sample in of_kind(result.run, "sample")[0]["samples"]]
-    assert 0 < len(prompts) < len(PROMPTS)
+    assert prompts and all(len(prompt.split()) < 4 for prompt in prompts)
     assert all(len(tokenizer.encode(prompt)) < 4 for prompt in prompts)
 
 

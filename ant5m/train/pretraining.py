@@ -42,7 +42,7 @@ from ant5m.train.settings import OVERRIDABLE, Settings, resolve
 from ant5m.train.stop import Stop
 from ant5m.train.tracker import Tracker, check_tracker
 from ant5m.train.trainer import NonFiniteLoss, Trainer
-from ant5m.train.validation import Validate
+from ant5m.train.validation import Validate, bytes_per_token
 
 
 @dataclass(frozen=True)
@@ -215,10 +215,12 @@ def _make_callbacks(run: Run, settings: Settings, net: Ant, data: TrainingData) 
         *track,
         MetricsFile(run),
         TensorBoard(run),
-        TrainingProgress(settings.steps, flops, peak_flops(net.device, settings.precision)),
+        TrainingProgress(
+            settings.steps, flops, peak_flops(net.device, settings.precision), bytes_per_token(data.train)
+        ),
         Validate(settings, data.validation),
         EarlyStop(settings.early_stop),
-        WriteSamples(settings, data.tokenizer),
+        WriteSamples(settings, data.tokenizer, data.validation),
         SaveCheckpoints(settings, run, data.tokenizer.fingerprint),
         *push,
     ]

@@ -1,5 +1,6 @@
 """What a run shows on stderr: a bar on a terminal, elsewhere a plain line now and then."""
 
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +23,17 @@ class TrainingProgress(Callback):
     Args:
         steps: of the whole run.
         flops_per_token: of a training step. peak: FLOP/s of the device, or None when not known.
+        bytes_per_token: of the training text; None when not known.
     """
 
-    def __init__(self, steps: int, flops_per_token: float, peak: float | None):
+    def __init__(
+        self, steps: int, flops_per_token: float, peak: float | None, bytes_per_token: float | None = None
+    ):
         self.steps = steps
         self._done = self._first = 0
         self._flops_per_token = flops_per_token
         self._peak = peak
+        self._bytes_per_token = bytes_per_token
         self._console = stderr()
         self._started = self._last_line = time.monotonic()
         columns = ("step {task.completed:,.0f}/{task.total:,.0f}", "{task.fields[numbers]}")
@@ -57,13 +62,17 @@ class TrainingProgress(Callback):
         if kind == "train":
             self._update(step, values["loss"], values["learning_rate"], values["tokens_per_second"])
         elif kind == "validation":
-            self._print(f"step {step:,}: validation loss {values['loss']:.3f}")
+            bits = f", {values['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in values else ""
+            self._print(f"step {step:,}: validation loss {values['loss']:.3f}{bits}")
         elif kind == "sample":
             first = values["samples"][0]
             self._print(f"step {step:,}: " + " ".join(f"{first['prompt']}{first['text']}".split()))
 
     def _update(self, step: int, loss: float, learning_rate: float, tokens_per_second: float) -> None:
-        numbers = f"loss {loss:.3f}  lr {learning_rate:.1e}  {tokens_per_second:,.0f} tokens/s"
+        numbers = f"loss {loss:.3f}"
+        if self._bytes_per_token:
+            numbers += f" ({loss / (math.log(2) * self._bytes_per_token):.3f} bits/byte)"
+        numbers += f"  lr {learning_rate:.1e}  {tokens_per_second:,.0f} tokens/s"
         if self._peak:
             numbers += f"  MFU {tokens_per_second * self._flops_per_token / self._peak:.1%}"
         self._done = step

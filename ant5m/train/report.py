@@ -32,7 +32,7 @@ def finish(run: Run, trainer: Trainer, data: TrainingData) -> Evaluation:
         return evaluation
     checkpoint = run.checkpoints / f"step-{trainer.step:08d}"
     record(run.folder, checkpoint.name, evaluation, held_out=True)
-    samples = final_samples(trainer.net, data.tokenizer, trainer.settings.seed)
+    samples = final_samples(trainer.net, data.tokenizer, data.validation, trainer.settings.seed)
     lines = read_metrics(run.folder / "metrics.jsonl")
     final = {"kind": "validation", "step": trainer.step, "loss": evaluation.loss, "tokens": evaluation.tokens}
     plot_loss([*lines, final], run.folder / "loss.png")

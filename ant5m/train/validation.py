@@ -1,5 +1,6 @@
 """The loss on held-out text, in the precision of the training."""
 
+import math
 from typing import TYPE_CHECKING
 
 from ant5m.data.shards import Shards
@@ -26,7 +27,15 @@ class Validate(Periodic):
     def run(self, trainer: "Trainer") -> None:
         limit = self._settings.eval_tokens
         result = validate(trainer.net, self._shards, self._settings, limit, trainer.ranks)
-        trainer.log("validation", loss=result.loss, tokens=result.tokens)
+        size = bytes_per_token(self._shards)
+        bits = {} if size is None else {"bits_per_byte": result.loss / (math.log(2) * size)}
+        trainer.log("validation", loss=result.loss, tokens=result.tokens, **bits)
+
+
+def bytes_per_token(shards: Shards) -> float | None:
+    """Mean over a split: with it a loss per token becomes one per byte, exact over the whole split and close
+    over evenly spread parts of it. None where the tokenizer lost bytes."""
+    return None if shards.lost_bytes else shards.counts["bytes"] / shards.counts["tokens"]
 
 
 def validate(
