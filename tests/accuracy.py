@@ -165,6 +165,21 @@ def check_head(op, rows, size, vocab, dtype, scale=1.0, layout=lambda x: x):
     )
 
 
+def check_small_probabilities(op):
+    """Gradients in fp16 of rows in which each entry but the target has a probability of e^-18, a quarter of the
+    smallest half."""
+    hidden, weight = torch.zeros(4, 8), torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    hidden[:, 0], weight[:, 0], weight[0] = 18, 0, 0
+    weight[0, 0] = 1
+    inputs = [x.to(DEVICE, fp16).requires_grad_() for x in (hidden, weight)]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    targets = torch.zeros(4, dtype=torch.long, device=DEVICE)
+    loss = op(*inputs, targets) * 2.0**16  # as a loss scale does
+    exact = F.cross_entropy(wide[0] @ wide[1].T, targets) * 2.0**16
+    got, right = (torch.autograd.grad(x, leaves) for x, leaves in ((loss, inputs), (exact, wide)))
+    assert error(got[0][:, 1:], right[0][:, 1:]) < 1e-2 and error(got[1][1:], right[1][1:]) < 1e-2
+
+
 def with_gaps(x):
     """x's values where no two of them are neighbors in the last dimension."""
     return torch.stack((x, x), -1)[..., 0]

@@ -5,6 +5,7 @@ of attention alone.
 
 import copy
 import functools
+import math
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from accuracy import (
     check_rms_norm,
     check_rope,
     check_rope_packed,
+    check_small_probabilities,
     check_swiglu,
     draw,
     error,
@@ -292,6 +294,23 @@ def test_mlp(tokens, size, width):
 
 def test_mlp_of_more_than_a_block():
     check_mlp(ops.mlp, (257,), 64, 36, fp16, with_gaps)
+
+
+def test_scores_and_logits_far_below_zero():
+    """-40,000 all of them: the mean of the values, and the logarithm of the vocabulary."""
+    v = draw(2, 33, 2, 16).half()
+    q, k = torch.full((2, 33, 8, 16), 100.0), torch.full((2, 33, 2, 16), -100.0)
+    out = ops.attention(q.to(DEVICE).half(), k.to(DEVICE).half(), v)
+    mean = v.double().cumsum(1) / torch.arange(1, 34, device=DEVICE)[:, None, None]
+    assert error(out, mean.repeat_interleave(4, 2)) < 2e-3
+    hidden, weight = torch.full((37, 16), 100.0), torch.full((1_003, 16), -25.0)
+    targets = torch.zeros(37, dtype=torch.long, device=DEVICE)
+    loss = ops.linear_cross_entropy(hidden.to(DEVICE).half(), weight.to(DEVICE).half(), targets)
+    assert abs(loss - math.log(1_003)) < 5e-3
+
+
+def test_gradients_of_small_probabilities():
+    check_small_probabilities(ops.linear_cross_entropy)
 
 
 def halves(*shape, seed=0):

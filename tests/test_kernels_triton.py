@@ -7,6 +7,7 @@ test_in_the_interpreter.
 
 import dataclasses
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from accuracy import (
     check_rms_norm,
     check_rope,
     check_rope_packed,
+    check_small_probabilities,
     check_swiglu,
     draw,
     error,
@@ -374,7 +376,11 @@ def test_linear_cross_entropy_under_autocast():
 def test_offsets_beyond_32_bits():
     """Rows of a batch, and of gradients, 2^31 elements apart; the memory between is never touched."""
     try:
-        memory = torch.empty(2**31 + 4_096, dtype=fp16, device=DEVICE) if DEVICE == "cuda" else _untouched()
+        memory = (
+            torch.empty(2**31 + 4_096, dtype=fp16, device=DEVICE)
+            if DEVICE == "cuda"
+            else _untouched(2**31 + 4_096)
+        )
     except RuntimeError:
         pytest.skip("no room for 4 GiB of addresses")
 
@@ -421,9 +427,83 @@ def test_offsets_beyond_32_bits():
     agree(lambda x: ops.mlp(x, *weights), block, *(1, 2, 64))
 
 
-def _untouched():
+@runs_here
+def test_position_offsets_beyond_32_bits():
+    """Positions 2^25 elements apart, so that those of the second tile are 2^31 away from the first."""
+    try:
+        memory = (
+            torch.empty(70 << 25, dtype=fp16, device=DEVICE) if DEVICE == "cuda" else _untouched(70 << 25)
+        )
+    except RuntimeError:
+        pytest.skip("no room for 5 GB of addresses")
+
+    def apart(heads, at):
+        view = memory.data.as_strided((1, 70, heads, 16), (0, 1 << 25, 16, 1), at)
+        return view.copy_(draw(1, 70, heads, 16, seed=at))
+
+    q, k, v, do = (apart(heads, at * 512) for at, heads in enumerate((4, 1, 1, 4)))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = ops.attention(*leaves)
+    got = torch.autograd.grad(out, leaves, do)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    exact = reference.attention(*wide)
+    expected = torch.autograd.grad(exact, wide, do.double())
+    for one, right in zip((out, *got), (exact, *expected), strict=True):
+        assert error(one, right) < 3e-3
+
+
+@runs_here
+@pytest.mark.parametrize("dtype", [fp32, fp16])
+def test_scores_and_logits_far_below_zero(dtype):
+    """-40,000 all of them: the mean of the values, and the logarithm of the vocabulary."""
+    v = draw(1, 70, 1, 16).to(dtype)
+    q, k = torch.full((1, 70, 4, 16), 100.0), torch.full((1, 70, 1, 16), -100.0)
+    out = ops.attention(q.to(DEVICE, dtype), k.to(DEVICE, dtype), v)
+    mean = v.double().cumsum(1) / torch.arange(1, 71, device=DEVICE)[:, None, None]
+    assert error(out, mean.expand(out.shape)) < 1e-3
+    hidden, weight = torch.full((3, 16), 100.0), torch.full((300, 16), -25.0)
+    targets = torch.zeros(3, dtype=torch.long, device=DEVICE)
+    loss = ops.linear_cross_entropy(hidden.to(DEVICE, dtype), weight.to(DEVICE, dtype), targets)
+    assert abs(loss - math.log(300)) < 5e-3
+
+
+@runs_here
+def test_a_document_of_nan_does_not_reach_the_one_before_it():
+    """Nor its tiles, which the masks alone would let multiply."""
+    starts = (torch.arange(256, device=DEVICE) // 128 * 128)[None]
+    q, k, v = (draw(1, 256, heads, 16, seed=i).half() for i, heads in enumerate((4, 1, 1)))
+    for x in (q, k, v):
+        x[:, 128:] = float("nan")
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    grads = torch.autograd.grad(ops.attention(*leaves, starts)[:, :128].sum(), leaves)
+    alone = [x.detach()[:, :128].clone().requires_grad_() for x in leaves]
+    expected = torch.autograd.grad(ops.attention(*alone).sum(), alone)
+    for got, right in zip(grads, expected, strict=True):
+        assert error(got[:, :128], right.double()) < 1e-3
+
+
+@runs_here
+def test_gradients_of_small_probabilities_in_fp16():
+    """Of e^-18: halves end at e^-17, and so would the gradients of a row whose target is likely."""
+    check_small_probabilities(ops.linear_cross_entropy)
+
+
+@runs_here
+def test_heads_of_a_group_share_the_tiles_of_keys():
+    module = sys.modules["ant5m.kernels.triton.attention"]
+    found = {}
+    for heads in (1, 2, 3, 4, 8, 12):
+        q, k = draw(1, 256, heads, 16).half(), draw(1, 256, 1, 16).half()
+        (blocks,), constants = module._launch("forward", q, k, None)
+        found[heads] = constants["BG"]
+        assert blocks == -(-heads // constants["BG"]) * (256 // constants["BQ"])
+        assert constants["BQ"] * constants["BG"] == 128
+    assert found == {1: 1, 2: 2, 3: 4, 4: 4, 8: 8, 12: 8}
+
+
+def _untouched(size):
     torch.use_deterministic_algorithms(False)  # or all of it is filled with NaN
-    return torch.empty(2**31 + 4_096, dtype=fp16)
+    return torch.empty(size, dtype=fp16)
 
 
 @runs_here

@@ -325,7 +325,7 @@ attention_forward(const Half* q, const Half* k, const Half* v, const int* starts
   }
 
   Rows a[kForwardTiles];
-  load_rows(a, place(q, batch, at.first, at.head, q_batch, q_time, q_head), q_time, left);
+  load_rows(a, place(q, batch, at.first, at.head, q_batch, q_time, q_head), q_time, 0, left);
   float out[kForwardTiles][kChunks][4], bias[kForwardTiles][2], l[kForwardTiles][2];
   clear(out);
 #pragma unroll
@@ -356,7 +356,7 @@ attention_forward(const Half* q, const Half* k, const Half* v, const int* starts
       const int mine = row + m * 16 + i * 8;
       if (mine < T && threadIdx.x % 4 == 0) lse[mine] = lg2(sum) - bias[m][i];
     }
-  store_rows(out, factor, o + ((batch * T + at.first) * heads + at.head) * kSize, heads * kSize, left);
+  store_rows(out, factor, o + ((batch * T + at.first) * heads + at.head) * kSize, heads * kSize, 0, left);
 }
 LAUNCHER(attention_forward)
 
@@ -406,9 +406,9 @@ attention_dq(const Half* q, const Half* k, const Half* v, const int* starts, con
   const float c = scale * kLog2e;
 
   Rows a[kQueryTiles], d[kQueryTiles], attn_out[kQueryTiles];
-  load_rows(a, place(q, batch, at.first, at.head, q_batch, q_time, q_head), q_time, left);
-  load_rows(d, place(d_o, batch, at.first, at.head, do_batch, do_time, do_head), do_time, left);
-  load_rows(attn_out, o + ((batch * T + at.first) * heads + head) * kSize, heads * kSize, left);
+  load_rows(a, place(q, batch, at.first, at.head, q_batch, q_time, q_head), q_time, 0, left);
+  load_rows(d, place(d_o, batch, at.first, at.head, do_batch, do_time, do_head), do_time, 0, left);
+  load_rows(attn_out, o + ((batch * T + at.first) * heads + head) * kSize, heads * kSize, 0, left);
 
   const int norms = (T + 15) / 16;
   const float v_largest = warp_max(v_norm + (batch * (heads / kGroup) + at.kv) * norms, (at.block_end + 15) / 16);
@@ -461,7 +461,7 @@ attention_dq(const Half* q, const Half* k, const Half* v, const int* starts, con
   for (int m = 0; m < kQueryTiles; ++m)
 #pragma unroll
     for (int i = 0; i < 2; ++i) factor[m][i] = rcp(up[m][i]) * (scale * kUnshift);
-  store_rows(sum, factor, place(dq, batch, at.first, at.head, dq_batch, dq_time, dq_head), dq_time, left);
+  store_rows(sum, factor, place(dq, batch, at.first, at.head, dq_batch, dq_time, dq_head), dq_time, 0, left);
 }
 LAUNCHER(attention_dq)
 
@@ -545,8 +545,8 @@ attention_dkdv(const Half* q, const Half* k, const Half* v, const int* starts, c
   const float c = scale * kLog2e;
 
   Rows a[kKeyTiles], b[kKeyTiles];
-  load_rows(a, place(k, batch, first, kv, k_batch, k_time, k_head), k_time, left);
-  load_rows(b, place(v, batch, first, kv, v_batch, v_time, v_head), v_time, left);
+  load_rows(a, place(k, batch, first, kv, k_batch, k_time, k_head), k_time, 0, left);
+  load_rows(b, place(v, batch, first, kv, v_batch, v_time, v_head), v_time, 0, left);
 
   const int norms = (T + 15) / 16, from = block_first / 16;
   float do_largest = 0;
@@ -620,7 +620,7 @@ attention_dkdv(const Half* q, const Half* k, const Half* v, const int* starts, c
       dk_factor[m][i] = rcp(up) * (scale * kUnshift);
       dv_factor[m][i] = kUnshift + 0 * rcp(up);  // NaN, too, where the scale is not finite
     }
-  store_rows(dk_sum, dk_factor, place(dk, batch, first, kv, dk_batch, dk_time, dk_head), dk_time, left);
-  store_rows(dv_sum, dv_factor, place(dv, batch, first, kv, dv_batch, dv_time, dv_head), dv_time, left);
+  store_rows(dk_sum, dk_factor, place(dk, batch, first, kv, dk_batch, dk_time, dk_head), dk_time, 0, left);
+  store_rows(dv_sum, dv_factor, place(dv, batch, first, kv, dv_batch, dv_time, dv_head), dv_time, 0, left);
 }
 LAUNCHER(attention_dkdv)

@@ -124,7 +124,7 @@ mlp_forward(const Half* x, const Half* gate, const Half* up, const Half* down, H
   const int first = (blockIdx.x * (kThreads / 32) + threadIdx.x / 32) * 16 * kTiles;
   Rows a[kTiles];
   Sums sum[kTiles];
-  load_rows(a, row_of(x, first, x_stride), x_stride, tokens - first);
+  load_rows(a, x, x_stride, first, tokens);
   clear(sum);
   for_columns(gate, up, down, [&](const Half* gate, const Half* up, const Half* down, int) {
     float g[kTiles][4], u[kTiles][4];
@@ -139,7 +139,7 @@ mlp_forward(const Half* x, const Half* gate, const Half* up, const Half* down, H
     }
     multiply_add(sum, h, down);
   });
-  store_rows(sum, row_of(out, first, kSize), kSize, tokens - first);
+  store_rows(sum, out, kSize, first, tokens);
 }
 LAUNCHER(mlp_forward)
 
@@ -151,8 +151,8 @@ mlp_backward(const Half* dy, const Half* x, const Half* gate, const Half* up, co
   const int first = (blockIdx.x * (kThreads / 32) + threadIdx.x / 32) * 16, row = first + lane_row();
   Rows a[1], d[1];
   Sums sum[1];
-  load_rows(a, row_of(x, first, x_stride), x_stride, tokens - first);
-  load_rows(d, row_of(dy, first, dy_stride), dy_stride, tokens - first);
+  load_rows(a, x, x_stride, first, tokens);
+  load_rows(d, dy, dy_stride, first, tokens);
   clear(sum);
   hidden = row_of(hidden, row, kWidth) + lane_column();
   dboth = row_of(dboth, row, 2 * kWidth) + lane_column();
@@ -177,6 +177,6 @@ mlp_backward(const Half* dy, const Half* x, const Half* gate, const Half* up, co
     multiply_add(sum, by_gate, gate);
     multiply_add(sum, by_up, up);
   });
-  store_rows(sum, row_of(dx, first, kSize), kSize, tokens - first);
+  store_rows(sum, dx, kSize, first, tokens);
 }
 LAUNCHER(mlp_backward)

@@ -4,7 +4,7 @@
 // 0> -DY=<of y> -DDIRECT=<0, 1: whether the sum has a gradient of its own>. total is as wide as the wider one of x and
 // the residual. 256 threads, 8 rows a block.
 //
-//     rms_norm_forward   grid ceil(rows / 8)     x residual weight y total rstd             rows eps, strides x residual
+//     rms_norm_forward   grid ceil(rows / 8)     x residual weight y total rstd            rows eps, strides x residual
 //     rms_norm_backward  grid any, G             dy dtotal total weight rstd dx dresidual partial   rows,
 //                                                                                          strides dy dtotal total
 // Rows of y, total, dx, dresidual are dense; weight [SIZE] and rstd [rows], 1 / root mean square, are fp32.
