@@ -166,8 +166,8 @@ def check_head(op, rows, size, vocab, dtype, scale=1.0, layout=lambda x: x):
 
 
 def check_small_probabilities(op):
-    """Gradients in fp16 of rows in which each entry but the target has a probability of e^-18, a quarter of the
-    smallest half."""
+    """Gradients in fp16 of rows in which each entry but the target has a probability of e^-18, which is less
+    than any half."""
     hidden, weight = torch.zeros(4, 8), torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
     hidden[:, 0], weight[:, 0], weight[0] = 18, 0, 0
     weight[0, 0] = 1
