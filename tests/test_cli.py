@@ -32,7 +32,8 @@ SURFACE = {
     "train": "model data tokenizer out resume steps tokens max-minutes batch-size micro-batch-size "
     "sequence-length document-mask optimizer learning-rate muon-learning-rate betas eps weight-decay "
     "grad-clip schedule warmup decay final-rate loop-loss loop-loss-weight loop-loss-share seed device "
-    "processes precision kernels eval-every eval-tokens early-stop sample-every checkpoint-every keep-last "
+    "processes precision kernels eval-every eval-tokens early-stop eval-tasks eval-items eval-tasks-every "
+    "eval-data-dir checkpoint-words sample-every checkpoint-every keep-last "
     "push push-every track",
     "generate": "MODEL device json max-new-tokens prompt repetition-penalty seed temperature top-k top-p",
     "eval": "MODEL allow-loss batch-size data data-dir device json limit output repository tasks text-column",

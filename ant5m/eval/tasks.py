@@ -131,6 +131,79 @@ def lm_eval_tasks(
     return loaded
 
 
+class TaskSubset:
+    """A fixed part of some tasks, for scoring a model again and again while it is trained.
+
+    Of every task at most `items` items (of one with parts, as many of each), drawn by a seed of its own.
+    Raises `UserError` where a task is not known or its items are not there.
+    """
+
+    SEED = 0
+
+    def __init__(
+        self,
+        tokenizer: "Tokenizer",
+        names: Sequence[str],
+        data_dir: Path | str | None = None,
+        items: int = 2_000,
+    ) -> None:
+        source = _Source(Path(data_dir) if data_dir else None)
+        self._tokenizer = tokenizer
+        self._random = np.random.default_rng(self.SEED)
+        self._tasks: dict[str, list[tuple[Any, list[int]]]] = {}
+        self._rows: dict[str, list[Row]] = {}
+        with _quiet():
+            for benchmark in (BENCHMARKS[name] for name in known_tasks(names)):
+                try:
+                    self._add(benchmark, source, items)
+                except _Missing as reason:
+                    raise UserError(f"{benchmark.name}: {reason}") from None
+
+    def _add(self, benchmark: Benchmark, source: "_Source", items: int) -> None:
+        if not benchmark.folder:
+            rows, _ = source.own_rows(benchmark, None)
+            self._rows[benchmark.name] = [rows[number] for number in self._draw(len(rows), items)]
+            return
+        names = _parts(benchmark)
+        each = max(1, items // len(names))
+        self._tasks[benchmark.name] = []
+        for name in names:
+            task = _load_task(benchmark.folder, name, source.rows(benchmark, name)[0])
+            self._tasks[benchmark.name].append((task, self._draw(len(task.eval_docs), each)))
+
+    def _draw(self, there: int, count: int) -> list[int]:
+        return sorted(self._random.choice(there, min(count, there), replace=False).tolist())
+
+    def score(self, net: "Ant") -> dict[str, float]:
+        """The accuracy in each task, `acc_norm` where there is one; of a task with parts their mean."""
+        import lm_eval
+
+        from ant5m.eval.harness import AntLM
+
+        found = {}
+        with _quiet():
+            for name, parts in self._tasks.items():
+                lm = AntLM(net=net, tokenizer=self._tokenizer)
+                tasks = {task.config.task: task for task, _ in parts}
+                samples = {task.config.task: numbers for task, numbers in parts}
+                named = {"tasks": tasks, "groups": {}, "group_map": {}}
+                with _fast_templates():
+                    kept = lm_eval.evaluate(lm, named, samples=samples, bootstrap_iters=0)["samples"]
+                found[name] = float(np.mean([_accuracy(items) for items in kept.values()]))
+        model = Model(
+            lambda requests: score(net, requests), self._tokenizer, net.config.max_position_embeddings
+        )
+        for name, rows in self._rows.items():
+            measured = PROTOCOLS[name](model, rows).values()
+            found[name] = float(np.mean([np.mean(next(iter(one.values.values()))) for one in measured]))
+        return found
+
+
+def _accuracy(samples: list[dict[str, Any]]) -> float:
+    metric = next(name for name in ("acc_norm", "acc") if name in samples[0])
+    return float(np.mean([sample[metric] for sample in samples]))
+
+
 class _Missing(Exception):
     """The items of a task are not there."""
 

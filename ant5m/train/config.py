@@ -102,6 +102,16 @@ class TrainConfig:
     """tokens per validation (the last one uses all); default: about 1.5 % of the training tokens"""
     early_stop: CountOrZero = 0
     """end the run after this many validations in a row without a lower loss; 0: never"""
+    eval_tasks: tuple[str, ...] = ()
+    """0-shot tasks (or suites, as for `ant5m eval --tasks`) to score while training: blimp arc_easy"""
+    eval_items: Count = 2_000
+    """items of each of these tasks, drawn once"""
+    eval_tasks_every: Count | None = None
+    """steps between scores; default: so that they take 2 % of the time, by the first ones"""
+    eval_data_dir: Path | None = None
+    """folder with the items of these tasks; default: the Hugging Face hub"""
+    checkpoint_words: tuple[str, ...] = ()
+    """export the model after so many words of text, as babylm/chck_1M in the run folder: 1M 2M 10M"""
     sample_every: CountOrZero | None = None
     """steps between sample texts; 0: none; default: as --eval-every"""
     checkpoint_every: Count | None = None
@@ -140,8 +150,8 @@ class TrainConfig:
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
         """The inverse of `to_dict`. Raises `UserError` on an unknown name or an impossible value."""
         check_names(cls, values, "a training config")
-        betas = {"betas": tuple(values["betas"])} if isinstance(values.get("betas"), list) else {}
-        return cls(**{**values, **betas})
+        tuples = {name: tuple(values[name]) for name in _TUPLES if isinstance(values.get(name), list)}
+        return cls(**{**values, **tuples})
 
 
 MAX_STEPS = 20_000_000
@@ -154,4 +164,5 @@ def check_steps(steps: int) -> None:
         raise UserError(f"{steps:,} steps are too many: at most {MAX_STEPS:,}, take a larger --batch-size")
 
 
-_PATHS = ("data", "tokenizer", "out", "resume")
+_PATHS = ("data", "tokenizer", "out", "resume", "eval_data_dir")
+_TUPLES = ("betas", "eval_tasks", "checkpoint_words")

@@ -26,7 +26,8 @@ class MetricsFile(Callback):
     """`metrics.jsonl` in the run folder: one JSON object a line, each with its "kind" and "step".
 
     Kinds: "train" (loss in nats, gradient norm, learning rate of AdamW, tokens so far, tokens/s, seconds so
-    far), "validation" and "sample". Lines of steps behind the one that a run is resumed from are dropped.
+    far), "validation", "tasks" (the accuracy in each) and "sample". Lines of steps behind the one that a run
+    is resumed from are dropped.
     """
 
     def __init__(self, run: Run):
@@ -106,6 +107,10 @@ class _Validation(_Line, tag_field="kind", tag="validation"):
     tokens: int
 
 
+class _Tasks(_Line, tag_field="kind", tag="tasks"):
+    seconds: float
+
+
 class _Text(Struct):
     prompt: str
     text: str
@@ -129,7 +134,7 @@ def split_metrics(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
     for raw in path.read_bytes().split(b"\n")[:-1]:
         try:
             line = parse_json(raw, str(path), dict[str, Any])
-            check_json(line, str(path), _Train | _Validation | _Sample)
+            check_json(line, str(path), _Train | _Validation | _Tasks | _Sample)
             lines.append(line)
         except UserError:
             damaged.append(raw)

@@ -38,11 +38,13 @@ from ant5m.train.push import PREFIX, PushCheckpoints, fetch_run
 from ant5m.train.report import count_epochs, finish
 from ant5m.train.run import Run
 from ant5m.train.samples import WriteSamples
+from ant5m.train.scores import ScoreTasks
 from ant5m.train.settings import OVERRIDABLE, Settings, resolve
 from ant5m.train.stop import Stop
 from ant5m.train.tracker import Tracker, check_tracker
 from ant5m.train.trainer import NonFiniteLoss, Trainer
 from ant5m.train.validation import Validate, bytes_per_token
+from ant5m.train.word_budgets import ExportAtWords
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,12 @@ def _make_callbacks(run: Run, settings: Settings, net: Ant, data: TrainingData) 
     track = [Tracker(run, config.track)] if config.track != "none" else []
     every = settings.checkpoint_every if config.push_every == "save" else 0
     push = [PushCheckpoints(run, config.push, every)] if config.push else []
+    scores = [_score_tasks(config, settings, data)] if config.eval_tasks else []
+    counts = data.train.counts
+    words_per_token = counts["words"] / counts["tokens"]
+    words = ExportAtWords(
+        run.folder / "babylm", config.checkpoint_words, settings, words_per_token, data.tokenizer
+    )
     return [
         AddLoopLoss(settings),
         *track,
@@ -220,10 +228,23 @@ def _make_callbacks(run: Run, settings: Settings, net: Ant, data: TrainingData) 
         ),
         Validate(settings, data.validation),
         EarlyStop(settings.early_stop),
+        *scores,
+        words,
         WriteSamples(settings, data.tokenizer, data.validation),
         SaveCheckpoints(settings, run, data.tokenizer.fingerprint),
         *push,
     ]
+
+
+def _score_tasks(config: TrainConfig, settings: Settings, data: TrainingData) -> ScoreTasks:
+    return ScoreTasks(
+        data.tokenizer,
+        config.eval_tasks,
+        config.eval_data_dir,
+        config.eval_items,
+        config.eval_tasks_every,
+        settings.steps,
+    )
 
 
 def _resume(run: Run, trainer: Trainer, tokenizer: Tokenizer) -> None:

@@ -36,6 +36,7 @@ def finish(run: Run, trainer: Trainer, data: TrainingData) -> Evaluation:
     lines = read_metrics(run.folder / "metrics.jsonl")
     final = {"kind": "validation", "step": trainer.step, "loss": evaluation.loss, "tokens": evaluation.tokens}
     plot_loss([*lines, final], run.folder / "loss.png")
+    plot_scores(lines, run.folder / "tasks.png")
     tasks = section_of(run.folder, checkpoint)
     _export(run, trainer.net, data.tokenizer, checkpoint, samples, tasks)
     write_file(run.folder / "report.md", report(run, trainer, lines, evaluation, samples, tasks))
@@ -59,6 +60,28 @@ def plot_loss(lines: list[dict[str, Any]], path: Path) -> None:
         label = "validation" + (f", {tokens:,} tokens" if len(validation) > 1 else "")
         axes.plot(*zip(*points, strict=True), "o-", color=f"C{number}", markersize=4, label=label)
     axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_file(path, picture.getvalue())
+
+
+def plot_scores(lines: list[dict[str, Any]], path: Path) -> None:
+    """Draw the accuracies in tasks from the lines of metrics.jsonl, if there are any."""
+    found: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for line in lines:
+        if line["kind"] == "tasks":
+            for task, value in line.items():
+                if task not in ("kind", "step", "seconds"):
+                    found[task].append((line["step"], 100 * value))
+    if not found:
+        return
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for task, points in found.items():
+        axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=task)
+    axes.set(xlabel="step", ylabel="accuracy (percent)")
     axes.grid(alpha=0.3)
     axes.legend()
     picture = io.BytesIO()
@@ -117,6 +140,7 @@ def report(
         samples="\n\n".join(_quoted(sample) for sample in samples),
         loops=_remark(samples),
         folder=run.folder,
+        scores="\n\n![scores in tasks](tasks.png)" if (run.folder / "tasks.png").exists() else "",
     )
 
 
@@ -187,7 +211,7 @@ _REPORT = """\
 | time | {minutes} minutes of training, {speed} tokens/s with validation and saving |
 | versions | {versions} |
 
-![loss](loss.png)
+![loss](loss.png){scores}
 
 ## Result
 On the validation split, documents that training never saw:
