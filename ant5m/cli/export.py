@@ -20,11 +20,11 @@ class Export:
     """Write a trained model in the format of another program.
 
     hf: a Hugging Face folder, which opens offline with transformers' AutoModelForCausalLM and AutoTokenizer,
-    and holds config.json, model.safetensors, the tokenizer and a model card (README.md) that says what the
-    run folder knows. gguf: a folder with one file for llama.cpp and LM Studio, and a Modelfile for Ollama.
+    and holds config.json, model.safetensors, the tokenizer and a model card (README.md) that shows what the
+    run folder records. gguf: a folder with one file for llama.cpp and LM Studio, and a Modelfile for Ollama.
     html: one page with the model inside, which writes text in any browser, without a network.
 
-    For example:
+    Examples:
 
         ant5m export runs/my-run my-model
         ant5m export runs/my-run --format gguf --type q8_0
@@ -35,18 +35,18 @@ class Export:
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """run folder, checkpoint or Hugging Face folder"""
     out: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = None
-    """folder to make, for html the file; default: NAME-hf, NAME-gguf or NAME.html, here"""
+    """folder to create, for html the file; default: NAME-hf, NAME-gguf or NAME.html, here"""
     format: Literal["hf", "gguf", "html"] = "hf"
-    """of what is written"""
+    """output format"""
     type: Literal["f32", "f16", "q8_0", "int8"] | None = None
-    """of the numbers; gguf: f16 (default), f32 or q8_0; html: int8 (default), f16 or f32"""
+    """number format of the weights; gguf: f16 (default), f32 or q8_0; html: int8 (default), f16 or f32"""
     name: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """of the model; default: hf: the name of OUT, else that of the run or folder"""
+    """name of the model; default: hf: the name of OUT, else that of the run or folder"""
 
     license: Annotated[str | None, tyro.conf.arg(metavar="ID")] = None
-    """of the model, for its card, as the Hugging Face hub names it: apache-2.0, cc-by-4.0"""
+    """license of the model for its card, as the Hugging Face hub names it: apache-2.0, cc-by-4.0"""
     language: Annotated[str | None, tyro.conf.arg(metavar="CODE")] = None
-    """of the text, for the card: en"""
+    """language of the text, for the card: en"""
 
     def run(self) -> None:
         from ant5m.model.checkpoint import find_run, load_with_tokenizer, resolve

@@ -17,7 +17,7 @@ class Push:
     Makes the repository, private unless told otherwise, and uploads what `ant5m export` writes. Log in first:
     `hf auth login`, or HF_TOKEN. While a model is trained, `ant5m train --push` does it.
 
-    For example:
+    Examples:
 
         ant5m push runs/my-run ada/ants-5m --license apache-2.0 --language en
         ant5m push runs/my-run ada/ants-5m --public
@@ -28,11 +28,11 @@ class Push:
     repo: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="REPO")]
     """OWNER/NAME"""
     license: Annotated[str | None, tyro.conf.arg(metavar="ID")] = None
-    """of the model, for its card, as the hub names it: apache-2.0, cc-by-4.0"""
+    """license of the model for its card, as the hub names it: apache-2.0, cc-by-4.0"""
     language: Annotated[str | None, tyro.conf.arg(metavar="CODE")] = None
-    """of the text, for the card: en"""
+    """language of the text, for the card: en"""
     public: bool = False
-    """everyone may see it; a repository that exists stays as it is"""
+    """make a new repository public; one that exists keeps its visibility"""
 
     def run(self) -> None:
         from ant5m.export import hub
