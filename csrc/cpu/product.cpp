@@ -9,24 +9,43 @@
 namespace ant5m::ANT5M_ISA {
 namespace {
 
-constexpr int64_t kTokens = 64;  // of a block: packed they stay in L1 beside a panel of the weight
-constexpr int64_t kDepth = 256;  // tokens of a sum at a time: so do two packed panels of them
+constexpr int64_t kTokens = 64;  // of a block: packed they stay in L2, and in L1 the rows of one tile
+constexpr int64_t kDepth = 256;  // of a sum at a time: so does a packed panel of them
+constexpr int64_t kPart = 64;    // rows transposed at a time
 
 // A matrix [depth, columns] as products read it: packed along the depth, in panels [Format::count(depth), kLanes] of
 // its columns, zero behind the last.
 template <typename Format>
 class Panels {
   public:
-    Panels(int64_t depth, int64_t columns, const float* x, int64_t x_row, int threads)
-        : size_(Format::count(depth) * kLanes), memory_(divide_up(columns, kLanes) * size_) {
-        parallel(threads, divide_up(depth, kDepth), [&](int64_t index) {
+    Panels(int64_t depth, int64_t columns)
+        : depth_(depth), columns_(columns), size_(Format::count(depth) * kLanes),
+          memory_(divide_up(columns, kLanes) * size_) {}
+
+    // Of x [depth, columns].
+    void pack(const float* x, int64_t x_row, int threads) {
+        parallel(threads, divide_up(depth_, kDepth), [&](int64_t index) {
             const int64_t first = index * kDepth;
-            const int64_t n = smaller(kDepth, depth - first);
-            for (int64_t column = 0; column < columns; column += kLanes) {
-                const int64_t lanes = smaller(kLanes, columns - column);
+            const int64_t n = smaller(kDepth, depth_ - first);
+            for (int64_t column = 0; column < columns_; column += kLanes) {
+                const int64_t lanes = smaller(kLanes, columns_ - column);
                 float* to = at(column, first);
                 if (lanes < kLanes) std::memset(to, 0, sizeof(float) * Format::count(n) * kLanes);
                 Format::pack_rows(n, lanes, x + first * x_row + column, x_row, to, kLanes);
+            }
+        });
+    }
+
+    // Of the transpose of x [columns, depth].
+    void pack_transposed(const float* x, int64_t x_row, int threads) {
+        parallel(threads, divide_up(columns_, kLanes), [&](int64_t panel) {
+            const int64_t column = panel * kLanes;
+            const int64_t lanes = smaller(kLanes, columns_ - column);
+            float numbers[kPart * kLanes] = {};
+            for (int64_t first = 0; first < depth_; first += kPart) {
+                const int64_t n = smaller(kPart, depth_ - first);
+                transpose(lanes, n, x + column * x_row + first, x_row, numbers, kLanes);
+                Format::pack_rows(n, kLanes, numbers, kLanes, at(column, first), kLanes);
             }
         });
     }
@@ -37,33 +56,40 @@ class Panels {
     }
 
   private:
-    int64_t size_;
+    int64_t depth_, columns_, size_;
     Memory memory_;
 };
 
 template <typename Format>
 void multiply_rows(int64_t tokens, int64_t depth, int64_t rows, const float* x, int64_t x_row, const float* weight,
                    bool transposed, float* out, int threads) {
-    const Memory turned(transposed ? 0 : depth * rows);
-    if (!transposed) {
-        transpose(rows, depth, weight, depth, turned.data(), rows);
-        weight = turned.data();
-    }
-    const Panels<Format> panels(depth, rows, weight, rows, threads);
+    Panels<Format> panels(depth, rows);
+    if (transposed)
+        panels.pack(weight, rows, threads);
+    else
+        panels.pack_transposed(weight, depth, threads);
     parallel(threads, divide_up(tokens, kTokens), [&](int64_t index) {
         const int64_t first = index * kTokens;
         const int64_t n = smaller(kTokens, tokens - first);
-        const int64_t packed_depth = Format::count(depth);
-        float* from = scratch(kTokens * (packed_depth + kLanes));
-        float* part = from + kTokens * packed_depth;
-        Format::pack_columns(n, depth, x + first * x_row, x_row, from, packed_depth);
+        // The rows of a tile are this far apart, so that they do not all fall into the same sets of L1.
+        const int64_t from_row = divide_up(Format::count(depth), kWidth) * kWidth + kWidth;
+        float* from = scratch(kTokens * (from_row + kLanes));
+        float* part = from + kTokens * from_row;
+        Format::pack_columns(n, depth, x + first * x_row, x_row, from, from_row);
         for (int64_t row = 0; row < rows; row += kLanes) {
-            float* to = out + first * rows + row;
             const bool whole = row + kLanes <= rows;
-            multiply_panel<Format, kVecs, false>(n, depth, {from, packed_depth, 1}, panels.at(row), kLanes,
-                                                 whole ? to : part, whole ? rows : kLanes);
+            float* to = whole ? out + first * rows + row : part;
+            const int64_t to_row = whole ? rows : kLanes;
+            for (int64_t start = 0; start < depth; start += kDepth) {
+                const int64_t size = smaller(kDepth, depth - start);
+                const Operand a{from + start / Format::kVnni, from_row, 1};
+                if (start == 0)
+                    multiply_panel<Format, kVecs, false>(n, size, a, panels.at(row), kLanes, to, to_row);
+                else
+                    multiply_panel<Format, kVecs, true>(n, size, a, panels.at(row, start), kLanes, to, to_row);
+            }
             for (int64_t i = 0; !whole && i < n; ++i)
-                std::memcpy(to + i * rows, part + i * kLanes, sizeof(float) * (rows - row));
+                std::memcpy(out + (first + i) * rows + row, part + i * kLanes, sizeof(float) * (rows - row));
         }
     });
 }
@@ -71,22 +97,21 @@ void multiply_rows(int64_t tokens, int64_t depth, int64_t rows, const float* x, 
 template <typename Format>
 void multiply_over_tokens(int64_t tokens, int64_t rows, int64_t columns, const float* a, int64_t a_row, const float* b,
                           int64_t b_row, float* out, int threads) {
-    constexpr bool kWhereItLies = Format::kVnni == 1;  // a, whose elements are broadcast
-    const Panels<Format> a_panels(kWhereItLies ? 0 : tokens, rows, a, a_row, threads);
-    const Panels<Format> b_panels(tokens, columns, b, b_row, threads);
+    // a too, whose elements are broadcast: where it lies, tokens may all fall into the same sets of L1.
+    Panels<Format> a_panels(tokens, rows), b_panels(tokens, columns);
+    a_panels.pack(a, a_row, threads);
+    b_panels.pack(b, b_row, threads);
     const int64_t padded = divide_up(columns, kLanes) * kLanes;
     parallel(threads, divide_up(rows, kLanes), [&](int64_t panel) {
         const int64_t first = panel * kLanes;
         const int64_t n = smaller(kLanes, rows - first);
         float* sum = scratch(n * padded);
         std::memset(sum, 0, sizeof(float) * n * padded);
-        for (int64_t start = 0; start < tokens; start += kDepth) {
-            const Operand rows_of_a = kWhereItLies ? Operand{a + start * a_row + first, 1, a_row}
-                                                   : Operand{a_panels.at(first, start), 1, kLanes};
+        for (int64_t start = 0; start < tokens; start += kDepth)
             for (int64_t column = 0; column < columns; column += kLanes)
-                multiply_panel<Format, kVecs, true>(n, smaller(kDepth, tokens - start), rows_of_a,
-                                                  b_panels.at(column, start), kLanes, sum + column, padded);
-        }
+                multiply_panel<Format, kVecs, true>(n, smaller(kDepth, tokens - start),
+                                                    {a_panels.at(first, start), 1, kLanes}, b_panels.at(column, start),
+                                                    kLanes, sum + column, padded);
         for (int64_t i = 0; i < n; ++i)
             std::memcpy(out + (first + i) * columns, sum + i * padded, sizeof(float) * columns);
     });
