@@ -141,7 +141,7 @@ PYBIND11_MODULE(_cpu, m) {
            {"shape", "inner", "attn_out", "attn_out_row", "residual", "residual_row", "weight", "eps", "norm", "gate",
             "up", "down", "out", "threads"});
     define(m, "product", &Ops::product,
-           {"tokens", "depth", "rows", "x", "x_row", "weight", "transposed", "out", "bf16", "threads"});
+           {"tokens", "depth", "rows", "x", "x_row", "weight", "transposed", "out", "add", "bf16", "threads"});
     define(m, "product_over_tokens", &Ops::product_over_tokens,
            {"tokens", "rows", "columns", "a", "a_row", "b", "b_row", "out", "bf16", "threads"});
     m.attr("MLP_TOKENS") = ant5m::kMlpTokens;

@@ -122,9 +122,10 @@ using FusedPostAttention = void(const MlpShape& shape, int64_t inner, const floa
                                 const float* norm, const float* gate, const float* up, const float* down, float* out,
                                 int threads);
 
-// out [tokens, rows] = x [tokens, depth] weight^T, of weight [rows, depth] or, `transposed`, of [depth, rows].
+// out [tokens, rows] = x [tokens, depth] weight^T, of weight [rows, depth] or, `transposed`, of [depth, rows]; with
+// `add` it is added to out.
 using Product = void(int64_t tokens, int64_t depth, int64_t rows, const float* x, int64_t x_row, const float* weight,
-                     bool transposed, float* out, bool bf16, int threads);
+                     bool transposed, float* out, bool add, bool bf16, int threads);
 
 // out [rows, columns] = a [tokens, rows]^T b [tokens, columns].
 using ProductOverTokens = void(int64_t tokens, int64_t rows, int64_t columns, const float* a, int64_t a_row,

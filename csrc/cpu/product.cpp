@@ -62,7 +62,7 @@ class Panels {
 
 template <typename Format>
 void multiply_rows(int64_t tokens, int64_t depth, int64_t rows, const float* x, int64_t x_row, const float* weight,
-                   bool transposed, float* out, int threads) {
+                   bool transposed, float* out, bool add, int threads) {
     Panels<Format> panels(depth, rows);
     if (transposed)
         panels.pack(weight, rows, threads);
@@ -80,13 +80,15 @@ void multiply_rows(int64_t tokens, int64_t depth, int64_t rows, const float* x, 
             const bool whole = row + kLanes <= rows;
             float* to = whole ? out + first * rows + row : part;
             const int64_t to_row = whole ? rows : kLanes;
-            for (int64_t start = 0; start < depth; start += kDepth) {
+            for (int64_t i = 0; add && !whole && i < n; ++i)
+                std::memcpy(part + i * kLanes, out + (first + i) * rows + row, sizeof(float) * (rows - row));
+            for (int64_t start = 0; start == 0 || start < depth; start += kDepth) {
                 const int64_t size = smaller(kDepth, depth - start);
                 const Operand a{from + start / Format::kVnni, from_row, 1};
-                if (start == 0)
-                    multiply_panel<Format, kVecs, false>(n, size, a, panels.at(row), kLanes, to, to_row);
-                else
+                if (start > 0 || add)
                     multiply_panel<Format, kVecs, true>(n, size, a, panels.at(row, start), kLanes, to, to_row);
+                else
+                    multiply_panel<Format, kVecs, false>(n, size, a, panels.at(row), kLanes, to, to_row);
             }
             for (int64_t i = 0; !whole && i < n; ++i)
                 std::memcpy(out + (first + i) * rows + row, part + i * kLanes, sizeof(float) * (rows - row));
@@ -120,11 +122,11 @@ void multiply_over_tokens(int64_t tokens, int64_t rows, int64_t columns, const f
 }  // namespace
 
 void product(int64_t tokens, int64_t depth, int64_t rows, const float* x, int64_t x_row, const float* weight,
-             bool transposed, float* out, bool bf16, int threads) {
-    if (tokens < kSkinnyTokens && !transposed && !bf16)
+             bool transposed, float* out, bool add, bool bf16, int threads) {
+    if (tokens < kSkinnyTokens && !transposed && !add && !bf16)
         return skinny_gemm<false>(tokens, rows, depth, weight, x, x_row, out, rows, threads);
     with_format(bf16, [&](auto format) {
-        multiply_rows<decltype(format)>(tokens, depth, rows, x, x_row, weight, transposed, out, threads);
+        multiply_rows<decltype(format)>(tokens, depth, rows, x, x_row, weight, transposed, out, add, threads);
     });
 }
 

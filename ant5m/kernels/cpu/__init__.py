@@ -21,9 +21,7 @@ from ant5m.kernels.cpu.rms_norm import rms_norm
 from ant5m.kernels.cpu.rms_norm_linear import rms_norm_linear
 from ant5m.kernels.cpu.rope import rope
 from ant5m.kernels.cpu.support import (
-    needs_few_channels,
     needs_fp32_products,
-    needs_many_tokens,
     needs_no_gradients,
     unsupported_reason,
 )
@@ -57,8 +55,8 @@ IMPLEMENTATIONS = {
     "attention": Implementation(attention),
     "tree_attention": Implementation(lambda q, k, v, mask: tree_attention(q, k, v, mask.ends)),
     "swiglu": Implementation(swiglu),
-    "mlp": Implementation(mlp, needs_few_channels),
-    "linear": Implementation(linear, needs_many_tokens),
+    "mlp": Implementation(mlp, needs_fp32_products),
+    "linear": Implementation(linear, needs_fp32_products),
     "rms_norm_linear": Implementation(rms_norm_linear, needs_no_gradients),
     "fused_post_attention": Implementation(fused_post_attention, needs_no_gradients),
     "linear_cross_entropy": Implementation(linear_cross_entropy),

@@ -22,11 +22,6 @@ def empty(like, *shape):
     return torch.frombuffer(_cpu.Memory(size), dtype=torch.float32).view(shape).data
 
 
-def count_tokens(x):
-    """Of x [..., D]."""
-    return math.prod(x.shape[:-1])
-
-
 def matrix(x):
     """x [..., D] as [rows, D] with gapless rows: a view where that is possible, else a copy."""
     return gapless(x.reshape(-1, x.shape[-1]))

@@ -6,10 +6,6 @@ from torch.autograd.function import once_differentiable
 from ant5m import _cpu
 from ant5m.kernels.cpu.arguments import address, empty, matrix, stride
 from ant5m.kernels.cpu.bf16 import in_bf16
-from ant5m.kernels.cpu.support import FEW_TOKENS
-
-_FEWEST = 16
-"""tokens; of fewer, products read the weights once and pack nothing (csrc/cpu/skinny_gemm.h)"""
 
 
 class _Linear(torch.autograd.Function):
@@ -35,40 +31,34 @@ def linear(x, weight):
 
 def product(rows, weight, bf16):
     """rows [N, D] @ weight [R, D]^T."""
-    out = empty(rows, len(rows), len(weight))
-    if len(rows) >= _FEWEST and _leave_to_torch(rows, bf16):
-        return torch.mm(rows, weight.T, out=out)
-    return _multiply(rows, weight, False, out, bf16)
+    return multiply(rows, weight, False, empty(rows, len(rows), len(weight)), bf16)
 
 
 def product_gradients(rows, weight, grad, bf16):
     """Of `product`, for the gradient `grad` [N, R] of its result: those of rows and weight."""
-    grad_rows = empty(rows, *rows.shape)
-    if _leave_to_torch(rows, bf16):
-        return torch.mm(grad, weight, out=grad_rows), grad.T @ rows
-    grad_weight = empty(weight, *weight.shape)
+    return multiply(grad, weight, True, empty(rows, *rows.shape), bf16), product_over_rows(grad, rows, bf16)
+
+
+def product_over_rows(a, b, bf16):
+    """a [N, R]^T @ b [N, D]: [R, D]."""
+    out = empty(a, a.shape[1], b.shape[1])
     _cpu.product_over_tokens(
-        tokens=grad.shape[0],
-        rows=grad.shape[1],
-        columns=rows.shape[1],
-        a=address(grad),
-        a_row=stride(grad),
-        b=address(rows),
-        b_row=stride(rows),
-        out=address(grad_weight),
+        tokens=a.shape[0],
+        rows=a.shape[1],
+        columns=b.shape[1],
+        a=address(a),
+        a_row=stride(a),
+        b=address(b),
+        b_row=stride(b),
+        out=address(out),
         bf16=bf16,
         threads=torch.get_num_threads(),
     )
-    return _multiply(grad, weight, True, grad_rows, bf16), grad_weight
+    return out
 
 
-def _leave_to_torch(rows, bf16):
-    # MKL is 6 to 19 % slower than ours (on a Zen 4), but needs no weight in another order: much for few rows.
-    return not bf16 and (len(rows) < FEW_TOKENS or _cpu.instruction_set() == "portable")
-
-
-def _multiply(rows, weight, transposed, out, bf16):
-    """rows @ weight^T, or `transposed` rows @ weight, in `out`, which it returns."""
+def multiply(rows, weight, transposed, out, bf16, add=False):
+    """rows @ weight^T, or `transposed` rows @ weight, put into `out` or added to it; returns `out`."""
     _cpu.product(
         tokens=rows.shape[0],
         depth=rows.shape[1],
@@ -78,6 +68,7 @@ def _multiply(rows, weight, transposed, out, bf16):
         weight=address(weight),
         transposed=transposed,
         out=address(out),
+        add=add,
         bf16=bf16,
         threads=torch.get_num_threads(),
     )

@@ -4,13 +4,15 @@ import torch
 
 from ant5m import _cpu
 from ant5m.kernels.cpu.arguments import address, dense, empty, matrix, stride
-from ant5m.kernels.cpu.support import FEW_TOKENS
+
+_FEW_TOKENS = 32
+"""what vectors hold at once: for fewer, joining weights takes longer than their products"""
 
 
 def rms_norm_linear(x, norm, eps, weights):
     """rms_norm(x [..., D], norm [D], eps) times weights [R_i, D]^T side by side, without gradients."""
     rows, norm, weights = matrix(x.detach().float()), dense(norm), [dense(weight) for weight in weights]
-    if len(rows) >= FEW_TOKENS:  # for fewer, joining them would take longer than the products
+    if len(rows) >= _FEW_TOKENS:
         weights = [torch.cat(weights)]
     width, first = sum(map(len, weights)), 0
     out = empty(rows, len(rows), width)

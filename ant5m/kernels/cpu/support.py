@@ -2,14 +2,9 @@
 
 import torch
 
-from ant5m.kernels.cpu.arguments import count_tokens
-
 FUSED_CHANNELS = 256
-"""the most that a fused MLP takes; above, the weights and their gradients leave L2, and products of whole
-matrices are faster"""
-
-FEW_TOKENS = 32
-"""what vectors hold at once; for fewer torch's products are faster"""
+"""the most that a layer in one piece takes: above, its weights leave L2, and products of whole matrices are
+faster"""
 
 
 def unsupported_reason(tensors) -> str | None:
@@ -29,17 +24,11 @@ def needs_fp32_products(*_) -> str | None:
     return "its products are in fp32, whatever autocast says" if torch.is_autocast_enabled("cpu") else None
 
 
-def needs_few_channels(x, *_) -> str | None:
+def needs_no_gradients(x, *_) -> str | None:
+    if torch.is_grad_enabled():
+        return "it gives no gradients"
     if x.shape[-1] > FUSED_CHANNELS:
         return f"it takes up to {FUSED_CHANNELS} channels, not {x.shape[-1]}"
     return needs_fp32_products()
 
 
-def needs_no_gradients(x, *_) -> str | None:
-    return "it gives no gradients" if torch.is_grad_enabled() else needs_few_channels(x)
-
-
-def needs_many_tokens(x, weight) -> str | None:
-    if count_tokens(x) < FEW_TOKENS and torch.is_grad_enabled():
-        return f"for fewer than {FEW_TOKENS} tokens torch's products are faster"
-    return needs_fp32_products()
