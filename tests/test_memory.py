@@ -1,12 +1,14 @@
 """What the C++ ops keep of the memory that is given back to them."""
 
+import os
 import subprocess
 import sys
 import threading
 
+import pytest
 import torch
 
-from ant5m import _cpu
+from ant5m import _cpu, kernels
 from ant5m.kernels.cpu.arguments import LARGE, empty
 
 LIKE = torch.zeros(1)
@@ -74,3 +76,41 @@ def test_small_tensors_are_torchs():
     before = _cpu.held()
     x = empty(LIKE, 3, 5)
     assert x.shape == (3, 5) and _cpu.held() == before and empty(LIKE, 0, 9).shape == (0, 9)
+
+
+def test_what_is_kept_is_given_back_when_asked():
+    x = large(7)
+    del x
+    used, kept = _cpu.held()
+    assert kept >= 7 * 4 * LARGE
+    assert kernels.release_memory() == kept and _cpu.held() == (used, 0) and kernels.release_memory() == 0
+
+
+REFUSED = """
+import resource
+from ant5m import _cpu
+import torch
+from ant5m.kernels.cpu.arguments import LARGE, empty
+
+like = torch.zeros(1)
+large = [empty(like, 25, LARGE) for _ in range(4)]
+del large
+assert _cpu.held() == (0, 100 * 4 * LARGE)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 20), -1))
+x = empty(like, 20, LARGE).fill_(1)  # there is no room beside what is kept
+assert _cpu.held() == (20 * 4 * LARGE, 0), _cpu.held()
+try:
+    empty(like, 200, LARGE)
+except MemoryError:
+    assert _cpu.held() == (20 * 4 * LARGE, 0), _cpu.held()
+else:
+    raise AssertionError("it has more than there is")
+"""
+
+
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer ends without memory")
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_what_is_kept_is_given_back_when_the_system_refuses():
+    done = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]

@@ -29,6 +29,7 @@ __all__ = [
     "choices",
     "describe",
     "multiplies_bf16",
+    "release_memory",
     "restore",
     "select",
     "selected",
@@ -44,3 +45,12 @@ def bf16_products(device: torch.device) -> contextlib.AbstractContextManager | N
     module = load(dispatch.in_use(device))
     has = hasattr(module, "bf16_products") and multiplies_bf16(device)
     return module.bf16_products() if has else None
+
+
+def release_memory() -> int:
+    """Give the memory that the `cpu` backend keeps for the next step back to the system; returns its bytes.
+
+    At most what its ops once had in use at the same time, and 32 MiB. A system that refuses memory to an op
+    gets it back without being asked; other programs, and torch, need this call.
+    """
+    return load("cpu").release_memory()

@@ -107,6 +107,8 @@ PYBIND11_MODULE(_cpu, m) {
             return std::make_pair(held.used, held.kept);
         },
         "Bytes of large pieces of Memory: in use, and kept for later");
+    m.def("release_memory", &ant5m::release_memory, py::call_guard<py::gil_scoped_release>(),
+          "Give what is kept for later back to the system; how many bytes that were");
     define(m, "attention_forward", &Ops::attention_forward,
            {"shape", "q", "k", "v", "ends", "out", "lse", "bf16", "threads"});
     define(m, "attention_backward", &Ops::attention_backward,

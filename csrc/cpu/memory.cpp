@@ -23,12 +23,27 @@ struct Free {
     void operator()(float* p) const { ::operator delete[](p, kAlignment); }
 };
 
-float* allocate(int64_t floats) {
+// What `ask` gives; if the system refuses, once more without what is kept for later.
+template <typename Ask>
+auto insist(const Ask& ask) {
+    try {
+        return ask();
+    } catch (const std::bad_alloc&) {
+        if (release_memory() == 0) throw;
+    }
+    return ask();
+}
+
+float* new_floats(int64_t floats) {
     return static_cast<float*>(::operator new[](static_cast<size_t>(floats) * sizeof(float), kAlignment));
 }
 
+float* allocate(int64_t floats) {
+    return insist([=] { return new_floats(floats); });
+}
+
 #ifdef _WIN32
-void* map(int64_t bytes) { return allocate(bytes / static_cast<int64_t>(sizeof(float))); }
+void* map(int64_t bytes) { return new_floats(bytes / static_cast<int64_t>(sizeof(float))); }
 void unmap(void* memory, int64_t) { Free()(static_cast<float*>(memory)); }
 #else
 // On huge pages where the system has them; with the cache a training step is 1 to 4 % faster than with malloc.
@@ -63,12 +78,7 @@ class Cache {
             return memory;
         }
         if (held.used > most) most = held.used;
-        for (auto size = free.rbegin(); size != free.rend(); ++size)  // the largest first
-            while (held.used + held.kept > most + kSpare && !size->second.empty()) {
-                unmap(size->second.back(), size->first);
-                size->second.pop_back();
-                held.kept -= size->first;
-            }
+        shrink(most + kSpare - held.used);
         try {
             return map(bytes);
         } catch (const std::bad_alloc&) {
@@ -77,17 +87,40 @@ class Cache {
         }
     }
 
-    void give_back(void* memory, int64_t bytes) {
+    // Never throws, as it is called by a destructor.
+    void give_back(void* memory, int64_t bytes) noexcept {
         const std::lock_guard<std::mutex> lock(mutex);
-        free[bytes].push_back(memory);
         held.used -= bytes;
-        held.kept += bytes;
+        try {
+            free[bytes].push_back(memory);
+            held.kept += bytes;
+        } catch (const std::bad_alloc&) {  // no room even for the note
+            unmap(memory, bytes);
+        }
+    }
+
+    int64_t release() {
+        const std::lock_guard<std::mutex> lock(mutex);
+        const int64_t kept = held.kept;
+        shrink(0);
+        most = held.used;
+        return kept;
     }
 
     std::mutex mutex;
     Held held{0, 0};
 
   private:
+    // Keeps at most so many bytes for later; the largest pieces go first.
+    void shrink(int64_t bytes) {
+        for (auto size = free.rbegin(); size != free.rend(); ++size)
+            while (held.kept > bytes && !size->second.empty()) {
+                unmap(size->second.back(), size->first);
+                size->second.pop_back();
+                held.kept -= size->first;
+            }
+    }
+
     std::map<int64_t, std::vector<void*>> free;  // by size
     int64_t most = 0;                            // that was in use at once
 };
@@ -125,7 +158,7 @@ float* scratch(int64_t floats) {
 
 Memory::Memory(int64_t floats) : floats_(floats) {
     const int64_t bytes = large_bytes(floats);
-    data_ = bytes ? static_cast<float*>(cache().take(bytes)) : allocate(floats);
+    data_ = bytes ? static_cast<float*>(insist([=] { return cache().take(bytes); })) : allocate(floats);
 }
 
 Memory::~Memory() {
@@ -139,5 +172,7 @@ Held held() {
     const std::lock_guard<std::mutex> lock(cache().mutex);
     return cache().held;
 }
+
+int64_t release_memory() { return cache().release(); }
 
 }  // namespace ant5m

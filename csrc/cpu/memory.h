@@ -34,4 +34,8 @@ struct Held {
 };
 Held held();
 
+// Gives what is kept for later back to the system, and returns how many bytes that were. Memory that the system refuses
+// is asked for again after that.
+int64_t release_memory();
+
 }  // namespace ant5m

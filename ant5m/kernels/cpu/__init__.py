@@ -9,6 +9,7 @@ granted of strides is made true here: a last dimension without gaps. What shapes
 `ant5m.kernels.ops`. The number of threads is torch's; results do not depend on it.
 """
 
+from ant5m._cpu import release_memory
 from ant5m.kernels.cpu.attention import attention, tree_attention
 from ant5m.kernels.cpu.bf16 import bf16_products, multiplies_bf16
 from ant5m.kernels.cpu.linear import linear
@@ -40,6 +41,7 @@ __all__ = [
     "mlp",
     "multiplies_bf16",
     "qkv_rope",
+    "release_memory",
     "rms_norm",
     "rms_norm_linear",
     "rope",

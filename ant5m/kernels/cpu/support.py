@@ -30,5 +30,3 @@ def needs_no_gradients(x, *_) -> str | None:
     if x.shape[-1] > FUSED_CHANNELS:
         return f"it takes up to {FUSED_CHANNELS} channels, not {x.shape[-1]}"
     return needs_fp32_products()
-
-
