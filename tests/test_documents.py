@@ -32,6 +32,7 @@ TINY = {
         "--eval-tokens": "64",
     },
     "generate": {"--max-new-tokens": "4"},
+    "doctor": {"--device-memory": "16GB"},  # then it measures no time
     "autopsy": {"--tokens": "256", "--prompts": "1"},
 }
 PYTHON = {

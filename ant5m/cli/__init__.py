@@ -70,7 +70,7 @@ COMMANDS = {
     "doctor": ("ant5m.cli.doctor:Doctor", "examine an architecture before training it"),
     "compare": ("ant5m.cli.compare:Compare", "a controlled experiment: models, seeds, intervals, verdicts"),
     "push": ("ant5m.cli.push:Push", "put a trained model on the Hugging Face hub"),
-    "export": ("ant5m.cli.export:Export", "write a Hugging Face folder from a checkpoint"),
+    "export": ("ant5m.cli.export:Export", "write a model for other programs: Hugging Face, GGUF, HTML"),
     "completion": ("ant5m.cli.completion:Completion", "let bash or zsh complete commands and flags"),
 }
 
