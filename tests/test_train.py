@@ -120,6 +120,16 @@ def test_a_run_learns_and_leaves_everything_behind(config):
     exported, _ = load(run / "hf")
     assert tokenizer is not None
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), exported.parameters(), strict=True))
+    card = (run / "hf" / "README.md").read_text()
+    counts = json.loads((run / "config.json").read_text())["data"]["train"]
+    assert f"| tokens seen | 5,120 ({5_120 / counts['tokens']:.2f} epochs) |" in card
+    for name in ("words", "bytes"):
+        assert f"| {name} seen | {round(5_120 * counts[name] / counts['tokens']):,} |" in card
+    parameters = sum(weight.numel() for weight in Ant(MODEL).parameters())
+    assert f"| parameters | {parameters:,} |" in card
+    assert f"| without token embeddings | {parameters - 300 * 16:,} |" in card
+    assert all(f"| {name} |" in card for name in ("tokenizer", "hardware", "hours of training", "ant5m"))
+    assert "base_model" not in card
 
 
 def test_the_report_holds_the_numbers(config):

@@ -36,6 +36,8 @@ class ModelCard:
     """ISO 639 code: en"""
     repo: str | None = None
     """OWNER/NAME on the hub"""
+    facts: dict[str, str] = field(default_factory=dict)
+    """what else is known of the training, for a table: words and bytes seen, tokenizer, commit, ..."""
 
     def text(self, config: ModelConfig, num_parameters: int) -> str:
         """The card in Markdown, with the metadata block that the Hugging Face hub reads."""
@@ -45,6 +47,7 @@ class ModelCard:
             parameters=f"{num_parameters:,}",
             shape=shape_of(config),
             training=self._training(),
+            facts=self._facts(config, num_parameters),
             validation=self._validation(),
             tasks=self.tasks,
             samples=self._samples(),
@@ -91,6 +94,13 @@ class ModelCard:
         tokens = f"{self.tokens:,} tokens" if self.tokens else "an unrecorded number of tokens"
         return f"Trained from scratch with ant5m on {tokens} of {self.data or 'text that was not recorded'}."
 
+    def _facts(self, config: ModelConfig, num_parameters: int) -> str:
+        tables = 1 if config.tie_word_embeddings else 2
+        inner = num_parameters - tables * config.vocab_size * config.hidden_size
+        parameters = {"parameters": f"{num_parameters:,}", "without token embeddings": f"{inner:,}"}
+        rows = {**parameters, **self.facts}.items()
+        return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
+
     def _validation(self) -> str:
         loss, bits = self.validation.get("loss"), self.validation.get("bits_per_byte")
         numbers = [f"loss {loss:.4f} nats per token"] if loss is not None else []
@@ -129,10 +139,32 @@ def card_of_run(name: str, run: Path, checkpoint: Path) -> ModelCard:
         data=_phrase(sources),
         datasets=[source.split(":")[1] for source in sources if source.startswith("hf:")],
         tokens=state.get("tokens"),
+        facts=_facts_of_run(config, state),
         validation={**measured[-1], "text": "the held-out part of the same text"} if measured else {},
         tasks=section_of(run, checkpoint),
         results=recorded(run / "eval.json", weights_sha256(checkpoint)),
     )
+
+
+def _facts_of_run(config: dict[str, Any], state: dict[str, Any]) -> dict[str, str]:
+    """What a run's files say of how it was trained."""
+    facts = {}
+    counts, tokens = config.get("data", {}).get("train", {}), state.get("tokens")
+    if tokens and counts.get("tokens"):
+        facts["tokens seen"] = f"{tokens:,} ({tokens / counts['tokens']:.2f} epochs)"
+        for name in ("words", "bytes"):  # by their mean over the training text
+            facts[f"{name} seen"] = f"{round(tokens * counts[name] / counts['tokens']):,}"
+    model, versions = config.get("model", {}), config.get("versions", {})
+    if size := model.get("vocab_size"):
+        facts["tokenizer"] = f"{size:,} entries, sha256 {str(state.get('tokenizer'))[:16]}"
+    if device := config.get("ran", {}).get("device"):
+        facts["hardware"] = str(device)
+    if seconds := state.get("seconds"):
+        facts["hours of training"] = f"{seconds / 3600:.2f}"
+    commit = f", commit {versions['commit']}" if versions.get("commit") else ""
+    if versions.get("ant5m"):
+        facts["ant5m"] = f"{versions['ant5m']}{commit}"
+    return facts
 
 
 def _sources(shards: Path) -> list[str]:
@@ -172,6 +204,8 @@ A language model of {parameters} parameters in the Llama architecture: {shape}.
 
 ## Training
 {training}
+
+{facts}
 
 ## Evaluation
 {validation}
