@@ -15,7 +15,6 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ant5m import _cpu
 from ant5m.errors import UserError
 from ant5m.files import check_json, file_sha256, read_json
 from ant5m.manifest import check_file, read_manifest
@@ -73,9 +72,6 @@ class Tokens:
             raise ValueError("tokens are one-dimensional contiguous uint16")
         self._parts = parts
         self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
-        first = np.append(0, self._ends[:-1])
-        # Where token 0 would lie if a part's memory went on before its beginning.
-        self._origins = np.array([part.ctypes.data for part in parts]) - first * TOKEN.itemsize
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -85,6 +81,9 @@ class Tokens:
         if step != 1:
             raise ValueError("tokens are read in order: use a step of 1")
         self._check_mapped()
+        return self._window(start, stop)
+
+    def _window(self, start: int, stop: int) -> NDArray[np.uint16]:
         pieces = []
         while start < stop:
             part = int(np.searchsorted(self._ends, start, side="right"))
@@ -114,12 +113,9 @@ class Tokens:
             return
         if length >= len(self) or starts.view(np.uint64).max() >= len(self) - length:  # below 0 is huge there
             raise IndexError(f"a window of {length} + 1 tokens leaves the {len(self)} tokens of the split")
-        part = np.searchsorted(self._ends, starts, side="right")
-        windows = self._origins[part] + starts * TOKEN.itemsize
-        crossing = (starts + length >= self._ends[part]).nonzero()[0]
-        copies = [self[start : start + length + 1] for start in starts[crossing].tolist()]
-        windows[crossing] = [copy.ctypes.data for copy in copies]
-        _cpu.gather(windows.ctypes.data, len(starts), length, inputs.ctypes.data, targets.ctypes.data)
+        for row, start in enumerate(starts.tolist()):
+            window = self._window(start, start + length + 1)
+            inputs[row], targets[row] = window[:-1], window[1:]
 
     def _check_mapped(self) -> None:
         """Raise `UserError` where a file was cut since it was mapped: reading there kills the process."""
@@ -259,7 +255,6 @@ def _map(folder: Path, shard: dict[str, Any], verify: bool) -> NDArray[np.uint16
 def _check_gather(
     starts: NDArray[np.int64], length: int, inputs: NDArray[np.int64], targets: NDArray[np.int64]
 ) -> None:
-    # The C++ side sees only addresses: everything it relies on is checked here.
     if length < 1:
         raise ValueError("a window holds at least one token")
     if starts.dtype != np.int64 or starts.ndim != 1:
