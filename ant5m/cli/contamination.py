@@ -33,7 +33,11 @@ class DataContamination:
         ant5m data contamination books/ more.jsonl.zst --against benchmarks --json
     """
 
-    inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="TEXT_OR_SHARDS...")]
+    inputs: Annotated[
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="TEXT_OR_SHARDS...", help_behavior_hint="(required)"),
+    ]
     """a folder of shards, or texts as for `ant5m data pack`"""
     against: Path
     """folder of benchmark items, as for `ant5m eval --data-dir`"""
