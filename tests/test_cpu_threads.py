@@ -9,6 +9,8 @@ import torch
 from ant5m import _cpu
 from ant5m.kernels import cpu
 from ant5m.kernels.cpu.threads import share_threads
+from ant5m.model.config import load_config
+from ant5m.train.plan import micro_batch
 
 CORES, TASKS_A_CORE = 16, 4
 TOKENS = 4096
@@ -99,3 +101,9 @@ def test_the_same_bits_on_4_to_32_threads(name):
                 assert torch.equal(one, many)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("threads", "rows"), [(1, 4), (16, 4), (32, 8), (64, 16)])
+def test_the_micro_batch_grows_with_the_cores(monkeypatch, threads, rows):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert micro_batch(load_config("ant-5m"), 64, 1_024, torch.device("cpu"), "fp32") == rows
