@@ -18,7 +18,8 @@
 namespace ant5m::ANT5M_ISA {
 namespace {
 
-constexpr int64_t kForwardKeys = 128;  // keys a tile: 128 x 32 scores are 16 KiB
+// Keys a tile: whole tiles of the microkernel, and 128 x 32 scores are 16 KiB.
+constexpr int64_t kForwardKeys = kRows == 6 ? 96 : 128;
 constexpr int64_t kBackwardKeys = 64;
 constexpr int64_t kTasks = 64;  // of a backward pass, at least, where it is long enough: 4 for each of 16 cores
 constexpr int64_t kFewestPositions = 64;  // of a range of queries
@@ -208,17 +209,21 @@ struct Online {
             sum[j] = l[j] * alpha[j];
             m[j] = m_new[j];
         }
-        for (int64_t i = n; i % Format::kVnni; ++i)
-            ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) store(tile + i * kLanes + j * kWidth, broadcast(-kInfinity));
-        for (int64_t i = 0; i < n; i += Format::kVnni)
-            ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {
-                Vec p[Format::kVnni];
-                ANT5M_UNROLL for (int u = 0; u < Format::kVnni; ++u) {
-                    p[u] = exp2(load(tile + (i + u) * kLanes + j * kWidth) - m_new[j]);
-                    sum[j] += p[u];
-                }
-                store(tile + i / Format::kVnni * kLanes + j * kWidth, Format::of(p));
+        // Two keys at once, behind the last of an odd number one of no weight.
+        for (int j = 0; n % 2 && j < kVecs; ++j) store(tile + n * kLanes + j * kWidth, broadcast(-kInfinity));
+        for (int64_t i = 0; i < n; i += 2) {
+            Vec p[2 * kVecs];
+            ANT5M_UNROLL for (int u = 0; u < 2 * kVecs; ++u)
+                p[u] = load(tile + i * kLanes + u * kWidth) - m_new[u % kVecs];
+            exp2(p);
+            ANT5M_UNROLL for (int u = 0; u < 2 * kVecs; ++u) sum[u % kVecs] += p[u];
+            ANT5M_UNROLL for (int u = 0; u < 2 * kVecs; u += Format::kVnni) {
+                if constexpr (Format::kVnni == 1)
+                    store(tile + i * kLanes + u * kWidth, p[u]);
+                else
+                    store(tile + i / 2 * kLanes + u / 2 * kWidth, Format::of({p[u / 2], p[kVecs + u / 2]}));
             }
+        }
         ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) l[j] = sum[j];
         for (int64_t d = 0; d < dim; ++d)
             ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {

@@ -72,7 +72,16 @@ inline void for_vectors(int64_t n, const Visit& visit) {
 
 inline Vec broadcast(float x) { return x - Vec{}; }
 
-inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+// b where one of them is NaN.
+inline Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__) || !defined(__x86_64__)
+    return a > b ? a : b;
+#elif defined(__AVX2__)
+    return _mm256_max_ps(a, b);  // GCC makes two instructions of the above where `a` is a constant
+#else
+    return _mm_max_ps(a, b);
+#endif
+}
 
 // The sum of the elements, always in the same order.
 inline float sum(Vec v) {
@@ -130,34 +139,46 @@ inline void transpose(int64_t rows, int64_t columns, const float* from, int64_t 
 }
 
 // 2^x with a relative error of at most 1.7e-7; 2^0 is exact. Where the result would be below the smallest normal
-// number (x < -126, -inf too) it may be 0. NaN stays NaN. x must be below 128.
-// The polynomial is the minimax of 2^f for f in [0, 1], among those that are 1 at 0.
-inline Vec exp2(Vec x) {
+// number (x < -126, -inf too) it is at most that, and from -127 on 0. NaN stays NaN. x must be below 128.
+// Several vectors go step by step together, because the steps of one wait for one another.
+// The polynomial is the minimax of 2^f, among those that are 1 at 0, for f in [0, 1] and in [-1/2, 1/2].
+template <int kVectors>
+inline void exp2(Vec (&x)[kVectors]) {
+    Vec f[kVectors], p[kVectors];
+#ifdef __AVX512F__
+    constexpr float kTerms[] = {0.00186713f, 0.009017031f, 0.055799913f, 0.24016444f, 0.6931513f, 1.0f};
     // The masked intrinsics, because GCC warns of the unmasked ones' undefined operand.
-#ifdef __AVX512F__
-    Vec f = _mm512_maskz_reduce_ps(0xffff, x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    ANT5M_UNROLL for (int i = 0; i < kVectors; ++i)
+        f[i] = _mm512_maskz_reduce_ps(0xffff, x[i], _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
-    const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-    Vec shifted = (x - 0.5f) + kRound;
-    Vec f = x - (shifted - kRound);
+    constexpr float kTerms[] = {0.0013269515f, 0.00967129f, 0.05550711f, 0.24022247f, 0.693147f, 1.0f};
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    Vec shifted[kVectors];
+    ANT5M_UNROLL for (int i = 0; i < kVectors; ++i) x[i] = max(broadcast(-127.0f), x[i]);
+    ANT5M_UNROLL for (int i = 0; i < kVectors; ++i) shifted[i] = x[i] + kRound;
+    ANT5M_UNROLL for (int i = 0; i < kVectors; ++i) f[i] = shifted[i] - kRound;
+    ANT5M_UNROLL for (int i = 0; i < kVectors; ++i) f[i] = x[i] - f[i];
 #endif
-    Vec p = broadcast(0.00186713f);
-    p = p * f + 0.009017031f;
-    p = p * f + 0.055799913f;
-    p = p * f + 0.24016444f;
-    p = p * f + 0.6931513f;
-    p = p * f + 1.0f;
+    ANT5M_UNROLL for (int i = 0; i < kVectors; ++i) p[i] = broadcast(kTerms[0]);
+    ANT5M_UNROLL for (int term = 1; term < 6; ++term)
+        ANT5M_UNROLL for (int i = 0; i < kVectors; ++i) p[i] = p[i] * f[i] + kTerms[term];
 #ifdef __AVX512F__
-    return _mm512_maskz_scalef_ps(0xffff, p, x);
+    ANT5M_UNROLL for (int i = 0; i < kVectors; ++i) x[i] = _mm512_maskz_scalef_ps(0xffff, p[i], x[i]);
 #else
-    BitVec exponent;
-    std::memcpy(&exponent, &shifted, sizeof exponent);
-    BitVec bits;
-    std::memcpy(&bits, &p, sizeof bits);
-    bits += exponent << 23;
-    std::memcpy(&p, &bits, sizeof p);
-    return x < -126.0f ? Vec{} : p;
+    ANT5M_UNROLL for (int i = 0; i < kVectors; ++i) {
+        BitVec exponent, bits;
+        std::memcpy(&exponent, &shifted[i], sizeof exponent);
+        std::memcpy(&bits, &p[i], sizeof bits);
+        bits += exponent << 23;
+        std::memcpy(&x[i], &bits, sizeof bits);
+    }
 #endif
+}
+
+inline Vec exp2(Vec x) {
+    Vec only[1] = {x};
+    exp2(only);
+    return only[0];
 }
 
 }  // namespace ant5m::ANT5M_ISA
