@@ -9,7 +9,7 @@ import torch
 from ant5m import _cpu
 from ant5m.kernels import cpu
 from ant5m.kernels.cpu.threads import share_threads
-from ant5m.model.config import load_config
+from ant5m.model.config_file import load_config
 from ant5m.train.plan import micro_batch
 
 CORES, TASKS_A_CORE = 16, 4

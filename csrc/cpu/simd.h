@@ -141,7 +141,8 @@ inline void transpose(int64_t rows, int64_t columns, const float* from, int64_t 
 // 2^x with a relative error of at most 1.7e-7; 2^0 is exact. Where the result would be below the smallest normal
 // number (x < -126, -inf too) it is at most that, and from -127 on 0. NaN stays NaN. x must be below 128.
 // Several vectors go step by step together, because the steps of one wait for one another.
-// The polynomial is the minimax of 2^f, among those that are 1 at 0, for f in [0, 1] and in [-1/2, 1/2].
+// The polynomial is the minimax of 2^f, among those that are 1 at 0, for f in [0, 1] and in [-1/2, 1/2] (there with
+// errors weighted by 1 + |f|, which leaves room for those of rounding without a fused multiply-add).
 template <int kVectors>
 inline void exp2(Vec (&x)[kVectors]) {
     Vec f[kVectors], p[kVectors];
@@ -151,7 +152,7 @@ inline void exp2(Vec (&x)[kVectors]) {
     ANT5M_UNROLL for (int i = 0; i < kVectors; ++i)
         f[i] = _mm512_maskz_reduce_ps(0xffff, x[i], _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
-    constexpr float kTerms[] = {0.0013269515f, 0.00967129f, 0.05550711f, 0.24022247f, 0.693147f, 1.0f};
+    constexpr float kTerms[] = {0.0013261207f, 0.009672549f, 0.055507585f, 0.2402222f, 0.69314694f, 1.0f};
     constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
     Vec shifted[kVectors];
     ANT5M_UNROLL for (int i = 0; i < kVectors; ++i) x[i] = max(broadcast(-127.0f), x[i]);
