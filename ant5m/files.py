@@ -196,8 +196,8 @@ def is_unused(folder: Path) -> bool:
 
 
 def remove_asides(folder: Path) -> None:
-    """Remove what killed writers left in a folder whose lock the caller holds."""
-    for entry in [entry for entry in folder.iterdir() if _is_aside(entry)]:
+    """Remove what killed writers left, in any depth, in a folder whose lock the caller holds."""
+    for entry in [entry for entry in folder.rglob(f".*{ASIDE}") if _is_aside(entry)]:
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)
         else:

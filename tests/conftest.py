@@ -5,14 +5,22 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("COLUMNS", "120")
 import hypothesis
+import pytest
 
 hypothesis.settings.register_profile("short", max_examples=60, derandomize=True, deadline=None, database=None)
 hypothesis.settings.register_profile("long", max_examples=3_000, deadline=None, print_blob=True)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="property tests over many random examples")
+    parser.addoption("--long", action="store_true", help="long forms, and property tests over many examples")
 
 
 def pytest_configure(config):
     hypothesis.settings.load_profile("long" if config.getoption("--long") else "short")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="a long form: pytest --long"))

@@ -27,7 +27,7 @@ from ant5m.data.tokenizer import check_vocab_size
 from ant5m.device import choose_device, choose_precision
 from ant5m.errors import UserError
 from ant5m.eval.loops import PROMPTS, LoopStatistics, measure_loops
-from ant5m.files import is_unused, lock, read_json, write_json
+from ant5m.files import is_unused, lock, read_json, remove_asides, write_json
 from ant5m.model.checkpoint import load_with_tokenizer
 from ant5m.ranks import Ranks, join
 from ant5m.study.bigram import bigram_bits_per_byte
@@ -96,6 +96,7 @@ def _compare_alone(config: CompareConfig) -> str | None:
     with contextlib.ExitStack() as held:
         for folder in {config.folder.resolve(), materials.folder.resolve()}:
             held.enter_context(lock(folder))
+            remove_asides(folder)
         return _compare(config, variants, materials)
 
 
