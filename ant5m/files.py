@@ -38,9 +38,10 @@ def fsync(path: Path) -> None:
 
 
 def write_file(path: Path, data: str | bytes) -> None:
-    """Replace `path` by `data` in one step: a reader sees the old file or the new one, never half of one."""
+    """Replace `path` by `data` in one step: a reader sees the old file or the new one, never half of one. What
+    UTF-8 cannot spell of a text, as in a file name of another encoding, is escaped."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    raw = data.encode() if isinstance(data, str) else data
+    raw = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
     descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=ASIDE)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -57,7 +58,7 @@ def write_file(path: Path, data: str | bytes) -> None:
 
 
 def to_json(value: Any) -> bytes:
-    """Indented JSON. What UTF-8 cannot spell, as in a file name of another encoding, is escaped."""
+    """Indented JSON; what UTF-8 cannot spell is escaped."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 

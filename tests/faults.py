@@ -6,6 +6,7 @@ kills the process (SIGKILL, as a power cut or the OOM killer would) before a cho
 """
 
 import contextlib
+import fcntl
 import importlib
 import json
 import mmap
@@ -16,7 +17,6 @@ import signal
 import struct
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +48,7 @@ class Outcome:
         """Ended well, or with one line for the user."""
         errors = [line for line in self.err.splitlines() if line.startswith("error:")]
         well = self.code in (0, 130, 143) or (
-            self.code == 2 and (len(errors) == 1 or "Parsing error" in self.err)
+            self.code == 2 and (len(errors) == 1 or "full helptext" in self.err)
         )
         return well and "Traceback" not in self.err + self.out and "panicked" not in self.err
 
@@ -101,13 +101,19 @@ def _serve() -> None:
 
 def _start(words, request):
     seen = mmap.mmap(-1, 8)
-    streams = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
+    # Pipes, which no limit on the size of files concerns, large enough for all that a command says.
+    pipes = [os.pipe() for _ in range(2)]
+    for _, end in pipes:
+        fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, 1 << 20)
     child = os.fork()
     if child:
-        return child, seen, streams
-    for stream, descriptor in zip(streams, (1, 2), strict=True):
-        os.dup2(stream.fileno(), descriptor)
+        for _, end in pipes:
+            os.close(end)
+        return child, seen, [beginning for beginning, _ in pipes]
+    for (_, end), descriptor in zip(pipes, (1, 2), strict=True):
+        os.dup2(end, descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdout, sys.stderr = (open(descriptor, "w", closefd=False) for descriptor in (1, 2))  # noqa: SIM115
     code = 70
     try:
         _arrange(request, seen)
@@ -165,9 +171,8 @@ def _finish(child, seen, streams):
     _, status = os.waitpid(child, 0)
     texts = []
     for stream in streams:
-        stream.seek(0)
-        texts.append(re.sub(r"\x1b\[[0-9;]*m", "", stream.read().decode("utf-8", "replace")))
-        stream.close()
+        with open(stream, "rb") as file:
+            texts.append(re.sub(r"\x1b\[[0-9;]*m", "", file.read().decode("utf-8", "replace")))
     code = os.waitstatus_to_exitcode(status)
     return {"code": code, "operations": struct.unpack("q", seen[:8])[0], "out": texts[0], "err": texts[1]}
 

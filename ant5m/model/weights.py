@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -21,7 +21,8 @@ INDEX = "model.safetensors.index.json"
 def save_model(net: Ant, folder: Path) -> None:
     """Write `folder/model.safetensors`: every weight once, in its own dtype, under its Hugging Face name."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    # In memory first: the library's own writer hides a full disk behind an error of its own.
+    (folder / WEIGHTS).write_bytes(to_safetensors(weights, metadata={"format": "pt"}))
 
 
 def load_model(config: ModelConfig, folder: Path) -> Ant:
