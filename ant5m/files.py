@@ -38,8 +38,8 @@ def fsync(path: Path) -> None:
 
 
 def write_file(path: Path, data: str | bytes) -> None:
-    """Replace `path` by `data` in one step: a reader sees the old file or the new one, never half of one. What
-    UTF-8 cannot spell of a text, as in a file name of another encoding, is escaped."""
+    """Replace `path` by `data` in one step: a reader sees the old file or the new one, never half of one.
+    What UTF-8 cannot spell of a text, as in a file name of another encoding, is escaped."""
     path.parent.mkdir(parents=True, exist_ok=True)
     raw = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
     descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=ASIDE)

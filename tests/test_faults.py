@@ -317,7 +317,10 @@ PLACES = (
     (["tokenizer", "train", "text.jsonl", "--vocab-size", "280", "--out", "?"], ("absent", "\udcff")),
     (["train", "--model", "?", "--data", "shards", "--out", "bad"], ("tiny.json",)),
     (["train", "--model", "tiny.json", "--data", "?", "--out", "bad"], ()),
-    (["train", "--model", "tiny.json", "--data", "shards", "--steps", "1", "--out", "?"], ("absent", "\udcff")),
+    (
+        ["train", "--model", "tiny.json", "--data", "shards", "--steps", "1", "--out", "?"],
+        ("absent", "\udcff"),
+    ),
     (["train", "--resume", "?"], ()),
     (["generate", "?"], ()),
     (["eval", "?"], ()),

@@ -422,7 +422,7 @@ def test_what_is_impossible_is_said_before_anything_is_made(tmp_path, changes, w
     with pytest.raises(UserError, match=words):
         experiment.compare(CompareConfig(**{**fields, **changes}))
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="--seeds must be at most 1,000"):
+    with pytest.raises(UserError, match="--seeds and --workers must be at most 1,000"):
         CompareConfig(models=("ant-5m", "ant-5m-fit"), seeds=10**9)
 
 

@@ -70,8 +70,8 @@ class CompareConfig:
         check(self, flag)
         if not self.rate_factors:
             raise UserError("--rate-factors needs at least one number above 0")
-        if self.seeds > MAX_SEEDS:
-            raise UserError(f"--seeds must be at most {MAX_SEEDS:,}: each is a run of every variant")
+        if self.seeds > MAX_SEEDS or self.workers > MAX_SEEDS:
+            raise UserError(f"--seeds and --workers must be at most {MAX_SEEDS:,}")
         if len(set(self.rate_factors)) < len(self.rate_factors):
             raise UserError("--rate-factors names a factor twice")
 

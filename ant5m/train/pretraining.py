@@ -103,7 +103,8 @@ def _open(config: TrainConfig) -> Run:
         check_tracker(run.config.track)
         if run.config.push:
             _claim_repository(run.config.push)
-        check_memory(run.model, run.config.batch_size or 1, choose_device(run.config.device))
+        rows = max(run.config.batch_size or 1, run.config.micro_batch_size or 1)
+        check_memory(run.model, rows, choose_device(run.config.device))
         if run.config.data is None:
             _pack_text(run)
     except BaseException:
