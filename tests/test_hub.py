@@ -48,6 +48,9 @@ class LocalHub:
             place = allow_patterns.removesuffix("/**")
             shutil.copytree(self.root / repo / place, f"{local_dir}/{place}")
 
+    def file_exists(self, repo, file):
+        return (self.root / repo / file).exists()
+
     def _maybe_fail(self, what):
         if self.fail is not None:
             self.fail(what)

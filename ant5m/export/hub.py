@@ -61,6 +61,13 @@ def fetch(repo: str, place: str, folder: Path) -> None:
         api().snapshot_download(repo, allow_patterns=f"{place}/**", local_dir=str(folder))
 
 
+def has(repo: str, file: str) -> bool:
+    """Whether a repository is there, may be read, and has this file."""
+    check_name(repo)
+    with _readable(repo):
+        return bool(api().file_exists(repo, file))
+
+
 @contextlib.contextmanager
 def _readable(repo: str) -> Iterator[None]:
     """What the client raises, in one line that says what to do."""
