@@ -24,7 +24,8 @@ from variant import training_precision
 
 from ant5m import kernels
 from ant5m.device import DTYPES
-from ant5m.kernels import reference
+from ant5m.kernels.registry import OPS
+from ant5m.kernels.samples import Draw, Sizes
 from ant5m.model.config import PRESETS
 from ant5m.train.loss_scaler import FIRST_SCALE
 
@@ -40,74 +41,44 @@ MOST_ERROR = 0.03
 
 @dataclass
 class Case:
-    """An op with its inputs' shapes, and what it has to do in each direction."""
+    """An op of a preset, as a training step calls it."""
 
     op: str
-    make: Callable[[torch.device, torch.dtype], list]
-    work: dict[str, tuple[str, float]]
-    """{direction: ("GFLOP/s" or "GB/s", FLOPs or numbers that are read and written)}"""
+    sizes: Sizes
+
+    def make(self, device: torch.device, dtype: torch.dtype) -> list:
+        """Its arguments, drawn; without those at the end that are no tensors, which peers do not have."""
+        draw = Draw(self.sizes, dtype, device, requires_grad=True)
+        first, *others = OPS[self.op].samples(draw)
+        arguments = list(others[-1] if self.op == "rms_norm" else first)  # with a residual, without documents
+        while not isinstance(arguments[-1], torch.Tensor):
+            arguments.pop()
+        return arguments
+
+    def work(self, inputs: list) -> dict[str, tuple[str, float]]:
+        """{direction: ("GFLOP/s" or "GB/s", FLOPs or bytes)}, what it has to do."""
+        op = OPS[self.op]
+        forward, backward = op.cost(*op.complete(*inputs))
+        if self.op == "linear_cross_entropy":
+            # All gradients are made in the forward pass, or in the backward pass: together counts.
+            return {"both": ("GFLOP/s", forward.flops + backward.flops)}
+        pairs = {"forward": forward, "backward": backward}.items()
+        return {way: ("GFLOP/s", cost.flops) if cost.flops else ("GB/s", cost.bytes) for way, cost in pairs}
 
 
 def _cases(preset: str) -> dict[str, Case]:
-    config, tokens = PRESETS[preset], BATCH * LENGTH
-    heads, keys, size = config.num_attention_heads, config.num_key_value_heads, config.head_size
-    width, wide, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
-    flops = BATCH * heads * size * LENGTH * (LENGTH + 1) * 2
-    rotated = 2 * tokens * size * (heads + keys)
-
-    def drawn(device, dtype, *shape, scale=1.0):
-        return (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_()
-
-    def attention(device, dtype):
-        return [drawn(device, dtype, BATCH, LENGTH, n, size) for n in (heads, keys, keys)]
-
-    def head(device, dtype):
-        targets = torch.randint(vocab, (tokens,), device=device)
-        return [
-            drawn(device, dtype, tokens, width),
-            drawn(device, dtype, vocab, width, scale=0.02),
-            targets,
-        ]
-
-    def rms_norm(device, dtype):
-        x, residual = (drawn(device, dtype, BATCH, LENGTH, width) for _ in range(2))
-        return [x, torch.ones(width, device=device, dtype=dtype, requires_grad=True), 1e-5, residual]
-
-    def rope(device, dtype):
-        angle = torch.rand(LENGTH, size // 2, device=device)
-        q, k = (drawn(device, dtype, BATCH, LENGTH, n, size) for n in (heads, keys))
-        return [q, k, angle.cos(), angle.sin()]
-
-    def swiglu(device, dtype):
-        # Halves of one product, as in the model.
-        return list(drawn(device, dtype, BATCH, LENGTH, 2 * wide).split(wide, -1))
-
-    def mlp(device, dtype):
-        weights = [drawn(device, dtype, *shape, scale=0.05) for shape in ((wide, width), (wide, width))]
-        return [
-            drawn(device, dtype, BATCH, LENGTH, width),
-            *weights,
-            drawn(device, dtype, width, wide, scale=0.05),
-        ]
-
-    def moved(forward, backward):
-        return {"forward": ("GB/s", forward), "backward": ("GB/s", backward)}
-
-    def computed(forward, backward):
-        return {"forward": ("GFLOP/s", forward), "backward": ("GFLOP/s", backward)}
-
-    return {
-        f"{preset} {case.op}": case
-        for case in (
-            Case("rms_norm", rms_norm, moved(4 * tokens * width, 4 * tokens * width)),
-            Case("rope", rope, moved(rotated, rotated)),
-            Case("attention", attention, computed(flops, 2.5 * flops)),
-            Case("swiglu", swiglu, moved(3 * tokens * wide, 5 * tokens * wide)),
-            Case("mlp", mlp, computed(6 * tokens * width * wide, 12 * tokens * width * wide)),
-            # All gradients are made in the forward pass, or in the backward pass: together counts.
-            Case("linear_cross_entropy", head, {"both": ("GFLOP/s", 6 * tokens * width * vocab)}),
-        )
-    }
+    config = PRESETS[preset]
+    sizes = Sizes(
+        batch=BATCH,
+        length=LENGTH,
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_size=config.head_size,
+        vocab=config.vocab_size,
+    )
+    return {f"{preset} {name}": Case(name, sizes) for name in (*kernels.OPS, "mlp")}
 
 
 CASES = _cases("ant-5m") | _cases("ant-5m-fit")
@@ -152,7 +123,9 @@ def test_op(benchmark, capsys, device, rates, name):
     benchmark.group = "ops"  # is read when the timing begins
     benchmark.pedantic(last.run, setup=lambda: [variant.run() for variant in others] and None, rounds=ROUNDS)
     benchmark.extra_info |= {"op": case.op, "batch": [BATCH, LENGTH], "dtype": str(dtype).split(".")[1]}
-    figures = {variant: _figures(timed, plain, case, dtype, rates) for variant, timed in variants.items()}
+    figures = {
+        variant: _figures(timed, plain, case.work(sets[0]), rates) for variant, timed in variants.items()
+    }
     benchmark.extra_info |= {"peers": figures, "failed": failed}
     with capsys.disabled():
         Console(width=130).print(_table(f"{name} {benchmark.extra_info['dtype']}", figures, failed))
@@ -166,7 +139,7 @@ class Timed:
         self.peak_bytes: int | None = None
         self._call, self._sets, self._device = call, sets, device
         self._watch = Stopwatch(device)
-        self._turn = 0
+        self._round = 0
         self._grads = [_grad(x) for x in _tuple(call(*sets[0]))]
         for _ in range(3):
             self._once()
@@ -177,8 +150,8 @@ class Timed:
         self._once()
 
     def _once(self) -> None:
-        inputs = self._sets[self._turn % len(self._sets)]
-        self._turn += 1
+        inputs = self._sets[self._round % len(self._sets)]
+        self._round += 1
         wanted = _wanted(inputs)
         before = torch.cuda.memory_allocated() if self._device.type == "cuda" else 0
         if before:
@@ -198,7 +171,7 @@ class Timed:
 def _why_wrong(call: Callable, op: str, inputs: list) -> str | None:
     """None, or which outputs or gradients are inaccurate, or why the variant cannot run at all."""
     try:
-        truth = _all_of(getattr(reference, op, peers.mlp), [_wide(x) for x in inputs])
+        truth = _all_of(_ours(op, "reference"), [_wide(x) for x in inputs])
         made = _all_of(call, inputs)
         for place, (expected, found) in enumerate(zip(truth, made, strict=True)):
             error = (found.float() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
@@ -241,7 +214,7 @@ def _bytes(inputs: list) -> int:
     return sum(x.numel() * x.itemsize for x in inputs if isinstance(x, torch.Tensor))
 
 
-def _figures(timed: Timed, plain: Timed | None, case: Case, dtype: torch.dtype, rates: Rates) -> dict:
+def _figures(timed: Timed, plain: Timed | None, work: dict, rates: Rates) -> dict:
     """What is kept of a variant; `share_of_device`: of what the device was measured to copy or multiply."""
     found: dict = {"peak_bytes": timed.peak_bytes}
     for direction, seconds in timed.seconds.items():
@@ -250,8 +223,7 @@ def _figures(timed: Timed, plain: Timed | None, case: Case, dtype: torch.dtype, 
             "seconds": dict(zip(("q10", "median", "q90"), _quantiles(seconds), strict=True)),
             "speed_over_pytorch": None if ratio is None else round(ratio, 3),
         }
-    for direction, (unit, amount) in case.work.items():
-        amount *= dtype.itemsize if unit == "GB/s" else 1
+    for direction, (unit, amount) in work.items():
         rate = amount / statistics.median(timed.seconds[direction])
         most = rates.bytes if unit == "GB/s" else rates.flops
         found[direction] |= {unit: round(rate / 1e9, 1), "share_of_device": round(rate / most, 3)}

@@ -18,6 +18,7 @@ from accuracy import (
     check_attention,
     check_head,
     check_mlp,
+    check_op,
     check_rms_norm,
     check_rope,
     check_rope_packed,
@@ -36,6 +37,7 @@ from ant5m.kernels import check as check_on_device
 from ant5m.kernels import cuda as ops
 from ant5m.kernels import dispatch, lm_head_loss, reference
 from ant5m.kernels.cuda import compiler, runtime
+from ant5m.kernels.samples import Draw, Sizes
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
 
@@ -89,6 +91,16 @@ def nan_filled():
 )
 def test_rms_norm(shape, with_residual, dtype):
     check_rms_norm(ops.rms_norm, shape, dtype, with_residual)
+
+
+@pytest.mark.parametrize("device", ["ascending"] if DEVICE == "cpu" else [""], indirect=True)
+@pytest.mark.parametrize("name", ops.IMPLEMENTATIONS)
+def test_ops(name, monkeypatch):
+    """As a training step calls them, by their records; beside the reference in float64."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(ops, "_device_refuses", lambda tensors: None)
+        monkeypatch.setattr(check_on_device, "unsupported_reason", lambda *_: None)
+    check_op(name, "cuda", Draw(Sizes(2, 33, 64, 36, 8, 2, 16, 1_003), fp16, DEVICE))
 
 
 def test_rms_norm_of_mixed_dtypes():

@@ -26,6 +26,7 @@ from accuracy import (
     check_attention,
     check_head,
     check_mlp,
+    check_op,
     check_rms_norm,
     check_rope,
     check_rope_packed,
@@ -44,6 +45,7 @@ from ant5m import kernels
 from ant5m.kernels import check as check_on_device
 from ant5m.kernels import dispatch, lm_head_loss, reference
 from ant5m.kernels import triton as ops
+from ant5m.kernels.samples import Draw, Sizes
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
 from ant5m.train.loss_scaler import LossScaler
@@ -126,6 +128,14 @@ def interpreter_with_bf16(monkeypatch):
 )
 def test_rms_norm(shape, with_residual, dtype):
     check_rms_norm(ops.rms_norm, shape, dtype, with_residual)
+
+
+@runs_here
+@pytest.mark.parametrize("dtype", [fp32, fp16, bf16])
+@pytest.mark.parametrize("name", ops.IMPLEMENTATIONS)
+def test_ops(name, dtype):
+    """As a training step calls them, by their records; beside the reference in float64."""
+    check_op(name, "triton", Draw(Sizes(2, 33, 64, 36, 6, 2, 16, 50), dtype, DEVICE))
 
 
 @runs_here

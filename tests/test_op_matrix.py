@@ -203,6 +203,6 @@ def test_costs_are_those_of_the_formulas():
 
     assert cost("mlp")[0].flops == 6 * tokens * 128 * 516 and cost("mlp")[1].flops == 2 * cost("mlp")[0].flops
     assert cost("attention")[0].flops == 2 * 2 * 8 * 16 * 144 * 145
-    assert [part.numbers for part in cost("swiglu")] == [3 * tokens * 516, 5 * tokens * 516]
-    assert [part.numbers for part in cost("rms_norm")] == [4 * tokens * 128] * 2
+    assert [part.bytes for part in cost("swiglu")] == [4 * 3 * tokens * 516, 4 * 5 * tokens * 516]
+    assert [part.bytes for part in cost("rms_norm")] == [4 * 4 * tokens * 128] * 2
     assert all(min(cost(name)[0]) >= 0 and max(cost(name)[1]) > 0 for name in OPS)

@@ -58,8 +58,8 @@ class Cost(NamedTuple):
 
     flops: float
     """in matrix products; a multiply-add is 2"""
-    numbers: float
-    """read or written, each once"""
+    bytes: float
+    """read or written, each number once"""
 
 
 class Op(Generic[P, R]):
@@ -110,9 +110,13 @@ class Op(Generic[P, R]):
             return self.composition(*arguments, backend=backend)
         return implementation.function(*arguments)
 
+    def complete(self, *arguments: Any) -> tuple:
+        """The arguments, with the defaults of those that are missing at the end."""
+        return self._complete(arguments, {})
+
     def unsupported_reason(self, backend: str, *arguments: Any) -> str | None:
         """Why this backend cannot run the op on these arguments, in a few words; None where it can."""
-        arguments = self._complete(arguments, {})
+        arguments = self.complete(*arguments)
         return self._unsupported_reason(backend, arguments, tensors_of(arguments))
 
     def _unsupported_reason(

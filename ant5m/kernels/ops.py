@@ -49,7 +49,7 @@ _LOGIT_ROWS = 256
         ),
     ],
     sizes=lambda x, *_: {"hidden": x.shape[-1]},
-    cost=lambda x, weight, eps, residual: _moved(*((2, 3) if residual is None else (4, 4)), x),
+    cost=lambda x, weight, eps, residual: _moved(2, 3, x) if residual is None else _moved(2, 2, x, residual),
     core=True,
 )
 def rms_norm(
@@ -485,20 +485,24 @@ def _comb(draw: Draw) -> TreeMask:
 
 
 def _moved(forward: int, backward: int, *tensors: torch.Tensor) -> tuple[Cost, Cost]:
-    """As many times the numbers of these tensors."""
-    numbers = sum(x.numel() for x in tensors)
-    return Cost(0, forward * numbers), Cost(0, backward * numbers)
+    """As many times the bytes of these tensors."""
+    size = _bytes(*tensors)
+    return Cost(0, forward * size), Cost(0, backward * size)
 
 
 def _multiplied(x: torch.Tensor, *weights: torch.Tensor, times: int = 1) -> tuple[Cost, Cost]:
     """x times each of the weights, `times` each; both gradients take twice that."""
-    numbers = times * sum(weight.numel() for weight in weights)
-    flops = 2 * x.numel() // x.shape[-1] * numbers
-    return Cost(flops, 2 * x.numel() + numbers), Cost(2 * flops, 3 * x.numel() + 2 * numbers)
+    flops = 2 * x.numel() // x.shape[-1] * times * sum(weight.numel() for weight in weights)
+    size, weight_size = _bytes(x), times * _bytes(*weights)
+    return Cost(flops, 2 * size + weight_size), Cost(2 * flops, 3 * size + 2 * weight_size)
 
 
 def _attended(q: torch.Tensor, k: torch.Tensor) -> tuple[Cost, Cost]:
     """What causality asks for: two products forward, five backward."""
     flops = 2 * q.numel() * (q.shape[1] + 1)
-    numbers = 2 * (q.numel() + k.numel())
-    return Cost(flops, numbers), Cost(2.5 * flops, 2 * numbers)
+    size = 2 * _bytes(q, k)
+    return Cost(flops, size), Cost(2.5 * flops, 2 * size)
+
+
+def _bytes(*tensors: torch.Tensor) -> int:
+    return sum(x.numel() * x.itemsize for x in tensors)
