@@ -240,7 +240,8 @@ def test_babylm_scores_phrases_as_offsets_say(measured, plain):
         assert found == [float(np.argmax(each) == 0) for each in sums]
 
 
-def test_a_bos_that_the_tokenizer_adds_is_kept_by_babylm_alone(tokenizer):
+def test_no_protocol_adds_a_bos(tokenizer):
+    """A post-processor that adds one is dropped: training never saw it, and the export has none."""
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
     backend.add_special_tokens(["<s>"])
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 300)])
@@ -253,7 +254,7 @@ def test_a_bos_that_the_tokenizer_adds_is_kept_by_babylm_alone(tokenizer):
     model = Model(ask, Tokenizer(backend, "<|endoftext|>", "<s>"), 300)
     babylm.phrases(model, [("", "the ant"), ("the", " ant")])
     the, ant = model.ids(["the", " ant"])
-    assert [tuple(map(list, one)) for one in asked] == [([300], the + ant), ([300, *the], ant)]
+    assert [tuple(map(list, one)) for one in asked] == [(the, ant), (the, ant)]
     asked.clear()
     model.sentences(model.ids(["the ant"]))
     assert [tuple(map(list, one)) for one in asked] == [(the[:1], the[1:] + ant)]
