@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ant5m.console import progress_bar
 from ant5m.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class AutopsyCommand:
         out = self.out or (run or self.model) / "autopsy"
         if out.exists() and not out.is_dir():
             raise UserError(f"{out} is a file: name a folder with --out")
-        with _progress() as progress:
+        with progress_bar() as progress:
             task = progress.add_task("")
             found = autopsy.examine(
                 net.to(device),
@@ -115,15 +115,6 @@ def _name(folder: Path) -> str:
 def _plain(text: str) -> str:
     """The name of a text without its folders."""
     return text.split(" of ")[0] + f" of {Path(text.split(' of ', 1)[1]).name}" if " of " in text else text
-
-
-def _progress() -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-    )
 
 
 def _show(autopsy: "Autopsy", out: Path) -> None:

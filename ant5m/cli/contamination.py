@@ -10,9 +10,9 @@ import tyro
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ant5m.console import progress_bar
 from ant5m.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class DataContamination:
         packed = [Path(name) for name in self.inputs if (Path(name) / META).exists()]
         if packed and len(self.inputs) > 1:
             raise UserError(f"{packed[0]} is a folder of shards: check it alone")
-        with _progress() as progress:
+        with progress_bar() as progress:
             bar = progress.add_task("reading the items")
             index = ItemIndex(texts_by_task(self.against))
             progress.update(bar, description="reading the text")
@@ -86,12 +86,6 @@ class DataContamination:
         for text in cursor:
             source = min(cursor.position.source, len(corpus.sources) - 1)
             yield f"{corpus.sources[source].name}, document {cursor.position.record:,}", text
-
-
-def _progress() -> Progress:
-    return Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=Console(stderr=True)
-    )
 
 
 def _show(found: "Contamination") -> None:

@@ -12,13 +12,13 @@ from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
-    Progress,
-    TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 from rich.table import Table
+
+from ant5m.console import progress_bar
 
 FEW_DOCUMENTS, FEW_TOKENS = 20, 20_000
 """fewer held out say little about the loss"""
@@ -81,7 +81,9 @@ class DataPack:
 
         tokenizer = Tokenizer.load(self.tokenizer)
         corpus = Corpus.open(self.inputs, self.text_column, self.on_error)
-        with _progress() as progress:
+        with progress_bar(
+            BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+        ) as progress:
             meta = pack(
                 corpus,
                 tokenizer,
@@ -123,18 +125,6 @@ class DataPack:
                 "(--validation-fraction 0.05)",
                 stacklevel=2,
             )
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
 
 
 def _table(splits: dict) -> Table:

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ant5m.console import progress_bar
 from ant5m.errors import UserError
 from ant5m.files import write_json
 
@@ -98,7 +99,7 @@ class Evaluate:
             raise UserError(f"{model} is not of a run: say with --data on what text to evaluate it")
         names = self.data or (str(perplexity.run_data(run)),) if run else self.data
         shards, text = perplexity.open_data(names, tokenizer, self.text_column, self.allow_loss)
-        with _progress("tokens") as progress:
+        with _bar("tokens") as progress:
             evaluation = perplexity.evaluate(
                 net.to(device),
                 shards,
@@ -161,7 +162,7 @@ class Evaluate:
             if kept and result not in known:
                 results.record(kept, weights, folder.name, result)
 
-        with _progress("requests") as progress:
+        with _bar("requests") as progress:
             found = tasks.evaluate_tasks(
                 net.to(device), tokenizer, names, self.data_dir, self.limit, known, keep, progress
             )
@@ -235,15 +236,8 @@ def _print_json(values: dict[str, Any]) -> None:
     print(json.dumps(values, indent=2, ensure_ascii=False))
 
 
-def _progress(unit: str) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
+def _bar(unit: str) -> Progress:
+    return progress_bar(BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
 
 
 def _table(evaluation: "Evaluation", harness: "LmEvalPerplexity", folder: Path) -> Table:

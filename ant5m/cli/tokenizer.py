@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ant5m.console import progress_bar
 from ant5m.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class TokenizerTrain:
         check_vocab_size(self.vocab_size)
         _check_amounts(self.sample_mb, self.max_documents)
         corpus = Corpus.open(self.inputs, self.text_column, self.on_error)
-        with new_folder(self.out) as folder, _progress() as progress:
+        with new_folder(self.out) as folder, _bar() as progress:
             texts = itertools.islice(tracked(corpus, progress), self.max_documents)
             train_tokenizer(texts, self.vocab_size, self.sample_mb * 1_000_000, progress).save(folder)
         Console().print(f"learned {self.vocab_size:,} entries; written to {escape(str(self.out))}")
@@ -118,7 +119,7 @@ class TokenizerHealth:
         table = functools.partial(count_table, load_config(self.preset))
         tokenizer = Tokenizer.load(self.tokenizer)
         corpus = Corpus.open(self.inputs, self.text_column, self.on_error)
-        with _progress() as progress:
+        with _bar() as progress:
             texts = itertools.islice(tracked(corpus, progress), self.max_documents)
             found = health.examine(
                 tokenizer, texts, table, self.preset, self.compare, self.sample_mb * 1_000_000, progress
@@ -133,21 +134,15 @@ class TokenizerHealth:
             Console().print(f"picture: {escape(str(self.picture))}")
 
 
+def _bar() -> Progress:
+    return progress_bar(BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+
+
 def _check_amounts(sample_mb: int, max_documents: int | None) -> None:
     if sample_mb < 1 or (max_documents is not None and max_documents < 1):
         raise UserError("--sample-mb and --max-documents must be at least 1")
     if sample_mb > LARGEST_SAMPLE_MB or (max_documents or 0) > sys.maxsize:
         raise UserError(f"--sample-mb must be at most {LARGEST_SAMPLE_MB:,}: the sample is held in memory")
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-    )
 
 
 def _show(health: "Health", console: Console, rare: int) -> None:
