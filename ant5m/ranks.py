@@ -162,9 +162,9 @@ def join() -> Ranks:
             timeout=TIMEOUT,
             wait_for_workers=False,
         )
-        # torchrun keeps one store over all restarts: without a prefix for each, ranks would read the
-        # addresses of those that died, and wait for them for ever.
-        store = dist.PrefixStore(f"ant5m/{torchrun.restarts()}", tcp)
+        # torchrun's own store lives over all restarts: without a prefix for each, ranks would read the
+        # addresses of those that died, and wait for them for ever. A store of rank 0's dies with it.
+        store = dist.PrefixStore(f"ant5m/{torchrun.restarts()}", tcp) if agent else tcp
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(
             backend, store=store, rank=torchrun.rank(), world_size=torchrun.size(), timeout=TIMEOUT

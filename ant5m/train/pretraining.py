@@ -75,7 +75,8 @@ def pretrain(config: TrainConfig, ranks: Ranks | None = None) -> Result:
     ranks = ranks or join()
     run = None
     try:
-        run = Run.of_rank_0(lambda: _open(config), ranks)
+        (restarts,) = ranks.most(torchrun.restarts())
+        run = Run.of_rank_0(lambda: _open(config, restarts > 0), ranks)
         device = choose_device(run.config.device, torchrun.local_rank())
         if device.type == "cuda" and device.index is not None:
             # Whatever asks the current device, as the check of the kernels does, means this one.
@@ -91,10 +92,10 @@ def pretrain(config: TrainConfig, ranks: Ranks | None = None) -> Result:
         ranks.leave()
 
 
-def _open(config: TrainConfig) -> Run:
+def _open(config: TrainConfig, restarted: bool) -> Run:
     """The run, with all that can be refused checked, and the built-in text packed where it was given none."""
     from_hub = str(config.resume).startswith(PREFIX)
-    if torchrun.restarts() and (config.resume is None or from_hub):
+    if restarted and (config.resume is None or from_hub):
         config = _restarted(config)
     elif from_hub:
         config = dataclasses.replace(config, resume=fetch_run(str(config.resume), config.out), out=None)
