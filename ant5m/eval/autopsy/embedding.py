@@ -167,7 +167,7 @@ def _as_initialized(table: Tensor, deviation: float) -> Tensor:
 
 
 def _mass(net: Ant, sample: Sample, order: Tensor) -> dict[int, dict[str, Estimate]]:
-    """k -> share of the k most frequent tokens: in probability, as the likeliest token, in the text."""
+    """k -> share of the k most frequent tokens: in probability, as the most likely token, in the text."""
     tops = [k for k in TOPS if k < len(order)] or [max(1, len(order) // 2)]
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
@@ -194,12 +194,12 @@ def _masses(net: Ant, mass: dict[int, dict[str, Estimate]], where: str) -> list[
             f"mass on the {k} most frequent tokens",
             one["difference"].mean,
             f"model {one['model'].mean:.1%}, text {one['text'].mean:.1%}: difference "
-            f"{100 * one['difference'].mean:+.1f} ± {100 * one['difference'].half:.1f} points; its likeliest "
-            f"token is one of them {one['likeliest'].mean:.1%} of the time",
+            f"{100 * one['difference'].mean:+.1f} ± {100 * one['difference'].half:.1f} points; its most "
+            f"likely token is one of them {one['likeliest'].mean:.1%} of the time",
             f"the text's own share, {one['text'].mean:.1%}",
             _mass_meaning(one["difference"]),
             f"The k are those of {where}. A calibrated model that knows nothing but frequencies also has the "
-            "text's share; that the likeliest token is a frequent one is normal.",
+            "text's share; that the most likely token is a frequent one is normal.",
             f"probability of the {k} most frequent tokens: {one['model'].mean:.1%} (text: "
             f"{one['text'].mean:.1%})"
             if k == min(mass)
@@ -272,7 +272,7 @@ def _picture(
     axes[1, 0].set(xscale="log", xlabel="occurrences", ylabel="length of the row", title="Length of rows")
     axes[1, 0].legend()
 
-    names = {"text": "text", "model": "model, mean probability", "likeliest": "model, likeliest token"}
+    names = {"text": "text", "model": "model, mean probability", "likeliest": "model, most likely token"}
     for index, (name, label) in enumerate(names.items()):
         places = np.arange(len(mass)) + 0.27 * (index - 1)
         heights = [100 * one[name].mean for one in mass.values()]
