@@ -19,6 +19,7 @@ for name in ("libc10.so", "libtorch_cpu.so"):
 ctypes.CDLL(sys.argv[2])
 
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
@@ -26,6 +27,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 from ant5m.kernels import check, cuda, dispatch, triton  # noqa: E402
 from ant5m.model.ant import Ant  # noqa: E402
 from ant5m.model.config_file import load_config  # noqa: E402
+from ant5m.ranks import Ranks  # noqa: E402
 from ant5m.train import step as module  # noqa: E402
 from ant5m.train.loss_scaler import LossScaler  # noqa: E402
 from ant5m.train.losses import make_loop_loss  # noqa: E402
@@ -64,7 +66,7 @@ def pretend(capability):
     torch.optim.AdamW.step = lambda self: None
 
 
-def train(capability, precision, documents=False, loop_loss="none"):
+def train(capability, precision, documents=False, loop_loss="none", ranks=None):
     """The ops of two steps of two micro-batches."""
     pretend(capability)
     with FakeTensorMode(), torch.device("cuda"):
@@ -75,10 +77,19 @@ def train(capability, precision, documents=False, loop_loss="none"):
         with torch.device("cpu"):  # where a run makes its step
             optimizer = Optimizer(net, "muon", precision=precision)
             step = Step(net, optimizer, Schedule(9), 2, 1.0, precision, scaler, 0, eos, loss)
+            step.ranks = ranks or step.ranks
             ids = torch.zeros(4, 1_024, dtype=torch.int64, device="cuda")
             with Ours() as ours:
                 assert all(step(ids, ids).device.type == "cuda" for _ in range(2))
     return sorted(ours.names)
+
+
+def fake_ranks():
+    """Two ranks over torch's group for tests, which exchanges nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    return Ranks(0, 2, FakeStore())
 
 
 def on_the_host(function):
@@ -111,6 +122,7 @@ CASES = {
     "9.0 fp32": lambda: train((9, 0), "fp32"),
     "9.0 bf16 unlikelihood": lambda: train((9, 0), "bf16", loop_loss="unlikelihood"),
     "9.0 bf16 ditto": lambda: train((9, 0), "bf16", loop_loss="ditto"),
+    "9.0 bf16 ranks": lambda: train((9, 0), "bf16", ranks=fake_ranks()),
     "7.5 fp16": lambda: train((7, 5), "fp16"),
     "7.5 fp16 documents": lambda: train((7, 5), "fp16", documents=True),
     "7.5 fp32": lambda: train((7, 5), "fp32"),

@@ -26,6 +26,7 @@ ALL = {
     "9.0 bf16 documents": ("triton", OPS | ROPE | BLOCK),
     "9.0 bf16 unlikelihood": ("triton", OPS | ROPE | BLOCK),
     "9.0 bf16 ditto": ("triton", OPS | ROPE | BLOCK),
+    "9.0 bf16 ranks": ("triton", OPS | ROPE | BLOCK),
     "9.0 fp16": ("triton", OPS | ROPE | BLOCK),
     "9.0 fp32": ("triton", OPS | ROPE | SWIGLU),
     "7.5 fp16": ("cuda", OPS | ROPE | BLOCK),

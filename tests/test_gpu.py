@@ -20,6 +20,7 @@ from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import latest_checkpoint
 from ant5m.model.config import PRESETS
 from ant5m.model.costs import fitting_tokens
+from ant5m.ranks import Ranks
 from ant5m.train import TrainConfig, pretrain
 from ant5m.train.loss_scaler import LossScaler
 from ant5m.train.losses import make_loop_loss
@@ -144,6 +145,33 @@ def test_the_captured_step_is_the_step_and_never_waits(kind, loop, precision):
     assert (one[counted, 0] - other[counted, 0]).abs().max() < 5e-3
     for a, b in zip(plain.net.parameters(), step.net.parameters(), strict=True):
         assert (a - b).norm() <= 2e-2 * a.norm()
+
+
+class Twins(Ranks):
+    """Two ranks that always have the same sequences."""
+
+    alone = False
+
+    def __init__(self):
+        super().__init__(0, 2)
+
+    def sum(self, x):
+        x *= 2
+
+    def most(self, *values):
+        return list(values)
+
+
+def test_among_ranks_two_graphs_are_the_step():
+    """Gradients and loss leave the first graph in one buffer, are summed, and come back into the second."""
+    asked = {"layers": 2, "precision": "fp32", "kind": "muon"}
+    one, other = CapturedStep(make(**asked)), make(**asked)
+    other.ranks = Twins()
+    two = CapturedStep(other)
+    pairs = [(one(*batch), two(*batch)) for batch in batches(20, 8, 16_384, 256)]
+    assert one.captured and two.captured
+    for a, b in pairs:
+        assert torch.allclose(a, b, rtol=1e-4)
 
 
 def test_a_captured_step_of_the_cuda_backend_learns():
