@@ -72,7 +72,7 @@ def of_training_step(
 ) -> list[Resources]:
     """The kernels that a training step of such a Llama launches, with activations in `dtype`, the rest fp32.
 
-    `documents`: attention stays inside document boundaries. Below 80 there is none: `why_not` refuses it.
+    `documents`: attention stays inside document boundaries. Below 80 there is none.
     """
 
     def draw(*shape, dtype=dtype):
