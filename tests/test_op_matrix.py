@@ -183,12 +183,12 @@ def test_an_op_falls_through_to_the_next_backend_and_then_to_its_composition(mon
 
 
 def test_a_backend_by_name_runs_an_op_of_its_own_parts():
-    """`mlp` of 300 channels is products and `swiglu` of the same backend; one of the core ops is an error."""
-    (arguments,) = OPS["mlp"].samples(Draw(SIZES["wide"]))
-    assert kernels.mlp.unsupported_reason("cpu", *arguments) is not None
-    torch.testing.assert_close(
-        kernels.mlp(*arguments, backend="cpu"), kernels.mlp(*arguments, backend="reference")
-    )
+    """`rope_packed`, which `cpu` has not, is its `rope`; one of the core ops is an error."""
+    (packed,) = OPS["rope_packed"].samples(Draw(SIZES["odd"]))
+    assert kernels.rope_packed.unsupported_reason("cpu", *packed) == "it has no rope_packed"
+    pairs = zip(*(kernels.rope_packed(*packed, backend=name) for name in ("cpu", "reference")), strict=True)
+    assert all(torch.allclose(*pair, atol=1e-5) for pair in pairs)
+    (arguments,) = OPS["mlp"].samples(Draw(SIZES["odd"]))
     wide = with_tensors(arguments, [x.double() for x in tensors_of(arguments)])
     with pytest.raises(UserError, match="'cpu' cannot run swiglu: it takes fp32 and bf16, not float64"):
         kernels.mlp(*wide, backend="cpu")
