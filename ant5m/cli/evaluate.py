@@ -197,22 +197,21 @@ def _comparison_table(found: "list[Difference]", first: Path, second: Path) -> T
     """Short enough for 80 columns."""
     table = Table(
         title=f"{second} minus {first}",
-        caption="points of accuracy, 95 % intervals paired by item; p: corrected for the number of tasks "
-        "(Holm), below 0.05 a difference is shown",
+        caption="points of accuracy with 95 % intervals, paired by item; p: corrected for the number of "
+        "tasks (Holm), below 0.05 a difference is shown",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         show_edge=False,
     )
-    for heading in ("task", "metric", "difference", "95 % interval", "p", "second model"):
-        table.add_column(heading, no_wrap=heading in ("task", "metric"))
+    for heading in ("task", "metric", "difference", "p", "second model"):
+        table.add_column(heading, overflow="fold")
     for one in found:
         table.add_row(
             one.task,
             one.metric,
-            f"{100 * one.difference:+.1f}",
-            f"{100 * one.low:+.1f} to {100 * one.high:+.1f}",
+            f"{100 * one.difference:+.1f} [{100 * one.low:+.1f}, {100 * one.high:+.1f}]",
             f"{one.adjusted:.3f}",
             one.verdict,
             style="dim" if one.adjusted >= 0.05 else None,
