@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 import warnings
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -131,3 +132,14 @@ def test_any_json_is_read_or_one_error(tmp_path, name, content):
         READERS[name](tmp_path / name)
     except UserError as error:
         assert "\n" not in str(error).replace(str(tmp_path), "")
+
+
+@pytest.mark.parametrize(
+    "seed", sorted((Path(__file__).parent / "fuzz" / "seeds").iterdir()), ids=lambda p: p.name
+)
+def test_what_the_fuzz_found_stays_mended(tmp_path, seed):
+    """tests/fuzz/readers.py says how the inputs are made: the first byte chooses the reader."""
+    kind, *content = seed.read_bytes()
+    if kind < len(NAMES):
+        (tmp_path / NAMES[kind]).write_bytes(bytes(content))
+        documents_or_error(tmp_path / NAMES[kind])

@@ -416,7 +416,8 @@ def _read_parquet(name: str, column: str, skip: int, report: Report) -> Iterator
                 if skip < len(batch):
                     yield from _texts(batch.column(0)[skip:], name, row + skip, column)
                 row, skip = row + len(batch), max(0, skip - len(batch))
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError) as error:
+        # ValueError: pyarrow takes any bytes for names too. ArithmeticError: counts that cannot be.
         raise UserError(f"{name} is not a readable parquet file ({first_line(error)})") from None
 
 
