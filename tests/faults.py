@@ -27,7 +27,7 @@ EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.trun
 MODULES = (
     *(
         f"ant5m.cli.{name}"
-        for name in ("compare", "data", "evaluate", "export", "generate", "tokenizer", "train")
+        for name in ("compare", "data", "doctor", "evaluate", "export", "generate", "tokenizer", "train")
     ),
     *("ant5m.data.packing", "ant5m.export.huggingface", "ant5m.study.experiment", "ant5m.train.pretraining"),
     *("pyarrow.parquet", "torch._dynamo", "matplotlib.pyplot", "torch.utils.tensorboard"),

@@ -297,11 +297,8 @@ COMPARE = ["compare", "tiny.json", "other.json", "--data", "text.jsonl", "--out"
 GENERATE = ["generate", "run", "--prompt", "the"]
 HUGE = str(10**30)  # is all right where a size only says "at most"
 FLAGS = (
-    (
-        TRAIN,
-        "steps tokens batch-size micro-batch-size sequence-length seed warmup grad-clip eps max-minutes",
-        (),
-    ),
+    (TRAIN, "steps tokens batch-size micro-batch-size sequence-length seed warmup", ()),
+    (TRAIN, "grad-clip eps max-minutes", (HUGE,)),
     (TRAIN, "learning-rate muon-learning-rate weight-decay", (HUGE,)),
     (PACK, "validation-fraction seed", ("-1",)),
     (PACK, "shard-tokens", (HUGE,)),
