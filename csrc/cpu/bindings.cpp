@@ -86,15 +86,6 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("instruction_set", &ant5m::instruction_set, "The instruction set in use");
     m.def("instruction_sets", &ant5m::instruction_sets, "Those that this processor has, best first, and the emulation");
     m.def("use", &ant5m::use, py::arg("name"), "Switch the instruction set; False when this processor lacks it");
-    m.def(
-        "gather",
-        [](uintptr_t windows, int64_t rows, int64_t length, uintptr_t inputs, uintptr_t targets) {
-            py::gil_scoped_release release;
-            ant5m::ops().gather(at<const uint16_t* const>(windows), rows, length, at<int64_t>(inputs),
-                                at<int64_t>(targets));
-        },
-        py::arg("windows"), py::arg("rows"), py::arg("length"), py::arg("inputs"), py::arg("targets"),
-        "See ops.h: uint16 windows to int64 inputs and targets");
     m.def("use_openmp", &ant5m::use_openmp, py::arg("gomp_parallel"),
           "Run on the OpenMP pool whose GOMP_parallel is at this address; 0: on threads of our own");
     py::class_<ant5m::Memory>(m, "Memory", py::buffer_protocol(), "See memory.h: fp32 with undefined content")

@@ -19,7 +19,7 @@ struct Entry {
 };
 
 #define ANT5M_OPS(isa)                                                                     \
-    {isa::gather, isa::attention_forward, isa::attention_backward, isa::attention_tiles,   \
+    {isa::attention_forward, isa::attention_backward, isa::attention_tiles,                \
      isa::linear_cross_entropy, isa::logsumexp_argmax, isa::rms_norm_forward,              \
      isa::rms_norm_backward, isa::rope, isa::swiglu_forward, isa::swiglu_backward,         \
      isa::mlp_forward, isa::mlp_backward, isa::rms_norm_linear, isa::fused_post_attention, \

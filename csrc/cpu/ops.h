@@ -40,10 +40,6 @@ struct MlpShape {
 };
 constexpr int64_t kMlpTokens = 128;
 
-// Each of `windows` [rows] points to `length` + 1 tokens, which are widened to int64:
-// inputs [rows, length] and the same shifted by one, targets [rows, length].
-using Gather = void(const uint16_t* const* windows, int64_t rows, int64_t length, int64_t* inputs, int64_t* targets);
-
 // Position t sees key s when s <= t < ends[s]; ends [batch, length] may be null: then every s <= t. Each position must
 // see itself.
 // out [batch, length, heads, dim] and lse [batch, heads, length], the log2 of the softmax's denominator; null when there
@@ -132,7 +128,6 @@ using ProductOverTokens = void(int64_t tokens, int64_t rows, int64_t columns, co
                                const float* b, int64_t b_row, float* out, bool bf16, int threads);
 
 struct Ops {
-    Gather* gather;
     AttentionForward* attention_forward;
     AttentionBackward* attention_backward;
     AttentionTiles* attention_tiles;
@@ -160,7 +155,6 @@ std::vector<const char*> instruction_sets();
 
 #define ANT5M_DECLARE(isa)                   \
     namespace isa {                          \
-    Gather gather;                           \
     AttentionForward attention_forward;      \
     AttentionBackward attention_backward;    \
     AttentionTiles attention_tiles;          \
