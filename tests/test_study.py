@@ -317,7 +317,7 @@ def stopping_after(steps):
 def test_a_stopped_run_begins_no_other(config, monkeypatch):
     stopped = Result(config.folder, 1, 4, "interrupted", None, "a device")
     calls = []
-    monkeypatch.setattr(experiment, "pretrain", lambda run: calls.append(run) or stopped)
+    monkeypatch.setattr(experiment, "pretrain", lambda run, ranks: calls.append(run) or stopped)
     assert experiment.compare(config) == "interrupted" and len(calls) == 1
 
 

@@ -102,7 +102,7 @@ class Run:
     @property
     def has_tokenizer(self) -> bool:
         """Whether all of it is there: after a kill or a full disk it may be a part."""
-        return (self.tokenizer / "tokenizer_config.json").exists()
+        return all((self.tokenizer / f"{name}.json").exists() for name in ("tokenizer", "tokenizer_config"))
 
     @property
     def shards(self) -> Path:
