@@ -63,7 +63,7 @@ def split_of(tokens: np.ndarray, vocab_size: int) -> Shards:
     return Shards(Path("memory"), "validation", meta, Tokens([tokens.astype(np.uint16)]))
 
 
-def sample_of(net: Ant, tokens: np.ndarray, length: int = LENGTH) -> evidence.Sample:
+def sample_of(net: Ant, tokens: np.ndarray, length: int = LENGTH) -> evidence.Windows:
     with torch.inference_mode():
         windows = evidence.windows(split_of(tokens, net.config.vocab_size), length, len(tokens))
         return evidence.sample(net, *windows)

@@ -15,7 +15,7 @@ from ant5m.errors import UserError
 from ant5m.files import write_json
 from ant5m.train import TrainConfig, default_text, pretrain, report
 from ant5m.train.progress import TrainingProgress
-from ant5m.train.samples import Sample
+from ant5m.train.samples import GeneratedText
 
 
 @pytest.fixture
@@ -72,8 +72,8 @@ def test_a_given_tokenizer_is_used(config, builtin, tmp_path):
 
 
 def test_loops_are_named():
-    good = Sample("The", " ant carries a leaf.", looping=False)
-    bad = Sample("The", " the the the", looping=True)
+    good = GeneratedText("The", " ant carries a leaf.", looping=False)
+    bad = GeneratedText("The", " the the the", looping=True)
     assert "None of these texts loops" in report._remark([good])
     assert "1 of these 2 texts fall" in report._remark([good, bad])
     assert "falls into a loop" in report._quoted(bad) and "falls into a loop" not in report._quoted(good)

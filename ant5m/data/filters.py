@@ -11,6 +11,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from ant5m.data.ngrams import covered_by, hash_ngrams
+
 FilterName = Literal["repeats", "boilerplate"]
 FILTERS: tuple[FilterName, ...] = get_args(FilterName)
 
@@ -59,16 +61,11 @@ def repeated_share(text: str, n: int = NGRAM) -> float:
     words = np.array([numbers.setdefault(word, len(numbers)) for word in text.split()], np.uint64)
     if len(words) < 2 * n:
         return 0.0
-    hashes = np.zeros(len(words) - n + 1, np.uint64)
-    for place in range(n):  # polynomial in an odd number (Knuth's 2^64 / phi), modulo 2^64
-        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + words[place : place + len(hashes)] + np.uint64(1)
+    hashes = hash_ngrams(words, n)
     _, first = np.unique(hashes, return_index=True)
     again = np.ones(len(hashes), bool)
     again[first] = False
-    edges = np.zeros(len(words) + 1, np.int64)
-    edges[:-n] += again
-    edges[n:] -= again
-    return float((np.cumsum(edges[:-1]) > 0).mean())
+    return float(covered_by(again, n).mean())
 
 
 def _without_repeats(text: str, removed: Counter[str]) -> str:

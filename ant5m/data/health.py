@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ant5m.data.ngrams import covered_by, hash_ngrams
 from ant5m.data.tokenizer import MAX_VOCAB_SIZE, Tokenizer, check_vocab_size, learn_bpe, spread_sample
 from ant5m.errors import UserError
 from ant5m.files import write_file
@@ -35,7 +36,6 @@ NGRAM = 16
 """tokens of a fragment that is looked for again"""
 REPEATS = 5
 """occurrences from which a fragment or a line counts as boilerplate"""
-HASH = np.uint64(0x9E3779B97F4A7C15)
 LINE = 40
 """characters of a line that is looked for again"""
 ROUND_TRIP_BYTES = 2_000_000
@@ -260,15 +260,9 @@ def repeated_ngrams(tokenizer: Tokenizer, ids: np.ndarray, number: int = 5) -> t
     """
     if len(ids) < NGRAM:
         return [], 0.0
-    hashes = np.zeros(len(ids) - NGRAM + 1, np.uint64)
-    for offset in range(NGRAM):  # a polynomial of the ids, modulo 2^64
-        hashes = hashes * HASH + ids[offset : offset + len(hashes)] + np.uint64(1)
+    hashes = hash_ngrams(ids.astype(np.uint64), NGRAM)
     _, first, inverse, counts = np.unique(hashes, return_index=True, return_inverse=True, return_counts=True)
-    starts = np.zeros(len(ids) + 1, np.int64)
-    repeated = np.flatnonzero(counts[inverse] >= REPEATS)
-    np.add.at(starts, repeated, 1)
-    np.add.at(starts, repeated + NGRAM, -1)
-    covered = np.cumsum(starts[:-1]) > 0
+    covered = covered_by(counts[inverse] >= REPEATS, NGRAM)
     fragments: list[Fragment] = []
     taken: list[int] = []
     for index in np.lexsort((first, -counts)):

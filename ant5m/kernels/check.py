@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ant5m.errors import first_line
 from ant5m.kernels.registry import OPS, load
 from ant5m.kernels.samples import Draw, Sizes, tensors_of, with_tensors
 from ant5m.kernels.tracing import constant_when_traced
@@ -133,7 +134,7 @@ class Trial:
         except torch.OutOfMemoryError:
             raise  # of what else is there now, not of the op
         except Exception as error:  # whatever a compiler or a driver says: the next backend is asked
-            return f"{self.op.name} failed its check on this device: {_first_line(error)}"
+            return f"{self.op.name} failed its check on this device: {_describe(error)}"
         worst = max((_error(*pair) for pair in zip(got, expected, strict=True)), key=lambda x: (x != x, x))
         allowed = max(_TOLERANCES.get(x, 0.0) for x in (*self.dtypes, self.autocast) if x is not None)
         if worst <= allowed:
@@ -155,7 +156,7 @@ class Trial:
         except torch.OutOfMemoryError:
             return None  # it takes less than what it stands for
         except Exception as error:  # at so many tokens something fails that the comparison had no need of
-            return f"{self.op.name} could not be timed on this device: {_first_line(error)}"
+            return f"{self.op.name} could not be timed on this device: {_describe(error)}"
         alone, composed = map(min, zip(*rounds, strict=True))
         if alone < composed:
             return None
@@ -227,6 +228,6 @@ def _error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return (off / expected.double().square().mean().sqrt()).item()
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def _describe(error: Exception) -> str:
+    name, line = type(error).__name__, first_line(error)
+    return line if line == name else f"{name}: {line}"

@@ -22,7 +22,7 @@ BEST_TABLE_SHARE = 0.22
 
 
 @dataclass(frozen=True)
-class Finding:
+class Check:
     """One thing that was looked at, good or bad."""
 
     topic: str
@@ -47,7 +47,7 @@ class Diagnosis:
     flops_training: dict[str, int]
     """forward and backward, per token"""
     memory: dict[str, int]
-    findings: list[Finding]
+    findings: list[Check]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -93,19 +93,19 @@ def _memory(config: ModelConfig, device_memory: int | None) -> dict[str, int]:
     return memory
 
 
-def _envelope(config: ModelConfig, max_params: int) -> Finding:
+def _envelope(config: ModelConfig, max_params: int) -> Check:
     parameters = count_parameters(config)
     total = sum(parameters.values())
     number = f"{total:,} of {max_params:,} parameters"
     if total <= max_params:
-        return Finding("envelope", "ok", total, number, f"{max_params - total:,} are left.", "", "exact")
+        return Check("envelope", "ok", total, number, f"{max_params - total:,} are left.", "", "exact")
     published = "This is the published correction as written. " if config == PRESETS["ant-5m-wide"] else ""
     tables = parameters["embedding"] + parameters["head"]
     why = (
         f"{published}It exceeds the envelope by {total - max_params:,} ({total / max_params - 1:.0%}): "
         f"token tables {tables:,}, everything else {total - tables:,}."
     )
-    return Finding("envelope", "failure", total, number, why, _shrink(config, max_params), "exact")
+    return Check("envelope", "failure", total, number, why, _shrink(config, max_params), "exact")
 
 
 def _shrink(config: ModelConfig, max_params: int) -> str:
@@ -132,7 +132,7 @@ def _shrink(config: ModelConfig, max_params: int) -> str:
     return text + (f" Presets within it: {', '.join(fitting)}." if fitting else "")
 
 
-def _table_share(config: ModelConfig) -> Finding:
+def _table_share(config: ModelConfig) -> Check:
     parameters = count_parameters(config)
     total = sum(parameters.values())
     share = (parameters["embedding"] + parameters["head"]) / total
@@ -148,12 +148,12 @@ def _table_share(config: ModelConfig) -> Finding:
     )
     if not config.tie_word_embeddings:
         remedy = f"Tie the head to the table (saves {parameters['head']:,} parameters). " + remedy
-    return Finding(
+    return Check(
         "embedding share", severity, share, number, why, "" if severity == "ok" else remedy, "suggestive"
     )
 
 
-def _vocabulary(config: ModelConfig) -> Finding:
+def _vocabulary(config: ModelConfig) -> Check:
     ratio = config.vocab_size / config.hidden_size
     severity: Severity = "ok" if ratio <= 50 else "note" if ratio <= 100 else "warning"
     number = f"{ratio:.0f} entries per dimension of the width"
@@ -164,10 +164,10 @@ def _vocabulary(config: ModelConfig) -> Finding:
     )
     fitting = _round_down(50 * config.hidden_size, 256)
     remedy = "" if severity == "ok" else f"At most about {fitting:,} entries at this width, or a wider model."
-    return Finding("vocabulary against width", severity, ratio, number, why, remedy, "suggestive")
+    return Check("vocabulary against width", severity, ratio, number, why, remedy, "suggestive")
 
 
-def _head_size(config: ModelConfig) -> Finding:
+def _head_size(config: ModelConfig) -> Check:
     size = config.head_size
     severity: Severity = "ok" if size >= 32 else "warning"
     number = f"{size} dimensions a head, {size // 2} rotation pairs"
@@ -177,7 +177,7 @@ def _head_size(config: ModelConfig) -> Finding:
         "estimated at 0.01-0.03 nats."
     )
     remedy = "" if severity == "ok" else _larger_heads(config)
-    return Finding("head size", severity, size, number, why, remedy, "suggestive")
+    return Check("head size", severity, size, number, why, remedy, "suggestive")
 
 
 def _larger_heads(config: ModelConfig) -> str:
@@ -206,13 +206,13 @@ def turning_base(config: ModelConfig) -> float | None:
     return math.pow(fastest, config.head_size / (config.head_size - 2))
 
 
-def _rope_base(config: ModelConfig) -> Finding:
+def _rope_base(config: ModelConfig) -> Check:
     turns = rope_turns(config)
     still = [pair for pair, count in enumerate(turns) if count < 1]
     context = f"{config.max_position_embeddings:,} positions"
     number = f"{len(still)} of {len(turns)} rotation pairs never complete a turn in {context}"
     if not still:
-        return Finding("RoPE base", "ok", 0, number, "Every pair tells positions apart.", "", "exact")
+        return Check("RoPE base", "ok", 0, number, "Every pair tells positions apart.", "", "exact")
     listed = ", ".join(str(pair) for pair in still) if len(still) <= 4 else f"{still[0]}-{still[-1]}"
     why = (
         f"Pairs {listed} (slowest: {turns[-1]:.2g} turns) tell positions apart only weakly; they can still "
@@ -226,10 +226,10 @@ def _rope_base(config: ModelConfig) -> Finding:
         if base is not None and base >= 2
         else "The context is too short for any base."
     )
-    return Finding("RoPE base", "note", len(still), number, why, remedy, "weak")
+    return Check("RoPE base", "note", len(still), number, why, remedy, "weak")
 
 
-def _key_value_heads(config: ModelConfig) -> Finding:
+def _key_value_heads(config: ModelConfig) -> Check:
     keys = config.num_key_value_heads
     ratio = config.num_attention_heads // keys
     alone = keys == 1 and ratio > 1
@@ -250,7 +250,7 @@ def _key_value_heads(config: ModelConfig) -> Finding:
             else config.num_attention_heads
         )
         remedy = f"{better} key/value heads cost {(better - keys) * saved:,} parameters more."
-    return Finding(
+    return Check(
         "queries per key/value head",
         severity,
         ratio,
@@ -261,7 +261,7 @@ def _key_value_heads(config: ModelConfig) -> Finding:
     )
 
 
-def _depth(config: ModelConfig) -> Finding:
+def _depth(config: ModelConfig) -> Check:
     ratio = config.hidden_size / config.num_hidden_layers
     severity: Severity = "ok" if 16 <= ratio <= 80 else "note" if ratio > 8 else "warning"
     number = f"width / depth = {ratio:.0f} ({config.hidden_size} / {config.num_hidden_layers})"
@@ -277,7 +277,7 @@ def _depth(config: ModelConfig) -> Finding:
         remedy = (
             f"About {layers} layers at width {width} hold as many parameters; the token table changes too."
         )
-    return Finding("depth against width", severity, ratio, number, why, remedy, "suggestive")
+    return Check("depth against width", severity, ratio, number, why, remedy, "suggestive")
 
 
 def _round_down(value: float, multiple: int) -> int:

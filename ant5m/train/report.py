@@ -20,7 +20,7 @@ from ant5m.model.ant import Ant
 from ant5m.train.data import TrainingData
 from ant5m.train.metrics import read_metrics
 from ant5m.train.run import Run, versions
-from ant5m.train.samples import Sample, final_samples
+from ant5m.train.samples import GeneratedText, final_samples
 from ant5m.train.trainer import Trainer
 from ant5m.train.validation import validate
 
@@ -108,7 +108,7 @@ def report(
     trainer: Trainer,
     lines: list[dict[str, Any]],
     evaluation: Evaluation,
-    samples: list[Sample],
+    samples: list[GeneratedText],
     tasks: str,
 ) -> str:
     """The text of report.md. `tasks`: its section on 0-shot tasks, or nothing."""
@@ -155,13 +155,13 @@ def _results(evaluation: Evaluation) -> str:
     return "\n".join(f"| {name} | {value} | {over} |" for name, value, over in rows)
 
 
-def _quoted(sample: Sample) -> str:
+def _quoted(sample: GeneratedText) -> str:
     note = " (falls into a loop)" if sample.looping else ""
     body = f"{sample.prompt}{sample.text}".replace("\n", "\n> ")
     return f"**{sample.prompt}** ...{note}\n\n> {body}"
 
 
-def _remark(samples: list[Sample]) -> str:
+def _remark(samples: list[GeneratedText]) -> str:
     loops = sum(sample.looping for sample in samples)
     verdict = (
         f"{loops} of these {len(samples)} texts fall into a loop." if loops else "None of these texts loops."
@@ -174,7 +174,7 @@ def _remark(samples: list[Sample]) -> str:
 
 
 def _export(
-    run: Run, net: Ant, tokenizer: Tokenizer, checkpoint: Path, samples: list[Sample], tasks: str
+    run: Run, net: Ant, tokenizer: Tokenizer, checkpoint: Path, samples: list[GeneratedText], tasks: str
 ) -> None:
     folder = run.folder / "hf"
     if folder.is_symlink():  # somebody moved it to another disk: the export goes there

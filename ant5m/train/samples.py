@@ -26,7 +26,7 @@ _SEARCHED = 1 << 22
 
 
 @dataclass(frozen=True)
-class Sample:
+class GeneratedText:
     """One text of the finished model."""
 
     prompt: str
@@ -48,7 +48,7 @@ class WriteSamples(Periodic):
         trainer.log("sample", samples=samples)
 
 
-def final_samples(net: Ant, tokenizer: Tokenizer, validation: Shards, seed: int) -> list[Sample]:
+def final_samples(net: Ant, tokenizer: Tokenizer, validation: Shards, seed: int) -> list[GeneratedText]:
     """The first text for each of the prompts, and one greedy text: that loops most easily."""
     prompts = find_prompts(validation, tokenizer, net.config.max_position_embeddings)
     texts = generate(net, tokenizer, prompts, max_new_tokens=FINAL_TOKENS, seed=seed)
@@ -56,7 +56,7 @@ def final_samples(net: Ant, tokenizer: Tokenizer, validation: Shards, seed: int)
         net, tokenizer, prompts[:1], max_new_tokens=FINAL_TOKENS, temperature=0, repetition_penalty=1
     )
     pairs = zip((*prompts, prompts[0]), (*texts, *greedy), strict=True)
-    return [Sample(prompt, text, find_loops(text).looping) for prompt, text in pairs]
+    return [GeneratedText(prompt, text, find_loops(text).looping) for prompt, text in pairs]
 
 
 def find_prompts(shards: Shards, tokenizer: Tokenizer, context: int) -> list[str]:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ant5m.data.shards import Shards
-from ant5m.eval.autopsy.evidence import Estimate, Finding, Sample, Section, Step, estimate
+from ant5m.eval.autopsy.evidence import Estimate, Finding, Section, Step, Windows, estimate
 from ant5m.model.ant import Ant
 
 TOPS = (10, 100, 1000)
@@ -46,7 +46,7 @@ def effective_rank(singular: Tensor) -> float:
 
 
 @torch.inference_mode()
-def examine(net: Ant, sample: Sample, counts: Counts, step: Step) -> Section:
+def examine(net: Ant, sample: Windows, counts: Counts, step: Step) -> Section:
     """The table of the inputs; where the head has its own, mass and bottleneck are the head's."""
     step("embedding: spectrum and rows")
     table, occurred = net.model.embed_tokens.weight.float(), counts.values.to(net.device)
@@ -166,7 +166,7 @@ def _as_initialized(table: Tensor, deviation: float) -> Tensor:
     return ((square - 1).abs() < 3 * (2 / size) ** 0.5) & (mean.abs() < 3 * size**-0.5)
 
 
-def _mass(net: Ant, sample: Sample, order: Tensor) -> dict[int, dict[str, Estimate]]:
+def _mass(net: Ant, sample: Windows, order: Tensor) -> dict[int, dict[str, Estimate]]:
     """k -> share of the k most frequent tokens: in probability, as the most likely token, in the text."""
     tops = [k for k in TOPS if k < len(order)] or [max(1, len(order) // 2)]
     place = torch.empty_like(order)
@@ -216,7 +216,7 @@ def _mass_meaning(difference: Estimate) -> str:
     return f"The model gives them {more} than the text does, beyond the uncertainty."
 
 
-def _bottleneck(net: Ant, sample: Sample) -> Finding:
+def _bottleneck(net: Ant, sample: Windows) -> Finding:
     head, read = net.head_weight.double(), sample.read.flatten(0, 1).double()
     # Softmax ignores what is common to all tokens. The singular values of read @ head.T, from small products:
     # those of R @ head.T, where read = Q R.

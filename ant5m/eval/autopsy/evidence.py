@@ -92,7 +92,7 @@ def estimate(values: Tensor) -> Estimate:
 
 
 @dataclass(frozen=True)
-class Sample:
+class Windows:
     """Held-out windows, and what the model makes of them untouched."""
 
     input_ids: Tensor
@@ -143,13 +143,13 @@ def windows(shards: Shards, length: int, tokens: int) -> tuple[Tensor, Tensor]:
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def sample(net: Ant, input_ids: Tensor, targets: Tensor) -> Sample:
+def sample(net: Ant, input_ids: Tensor, targets: Tensor) -> Windows:
     """The untouched model on windows."""
     attend = forward.Attention.of(net, input_ids.shape[1])
     start = net.model.embed_tokens(input_ids)
     streams = [start, *forward.residuals(net, start, attend)]
     read = forward.normed(net.model.norm, streams[-1])
-    return Sample(input_ids, targets, streams[:-1], read, forward.token_losses(net, read, targets))
+    return Windows(input_ids, targets, streams[:-1], read, forward.token_losses(net, read, targets))
 
 
 def untrained(net: Ant) -> Ant:

@@ -6,13 +6,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ant5m.eval.autopsy import forward
-from ant5m.eval.autopsy.evidence import Estimate, Finding, Sample, Section, Step, estimate, untrained, within
+from ant5m.eval.autopsy.evidence import Estimate, Finding, Section, Step, Windows, estimate, untrained, within
 from ant5m.eval.autopsy.heads import ROWS, WINDOWS
 from ant5m.model.ant import Ant
 
 
 @torch.inference_mode()
-def examine(net: Ant, sample: Sample, step: Step) -> Section:
+def examine(net: Ant, sample: Windows, step: Step) -> Section:
     """Likeness of heads, and the loss when a KV head is silenced or query heads read another one."""
     config = net.config
     step("groups: likeness of heads")
@@ -81,7 +81,7 @@ def _only(layer: int, changed: forward.Attend, usual: forward.Attend) -> forward
     return lambda index, q, k, v: (changed if index == layer else usual)(index, q, k, v)
 
 
-def _silenced(net: Ant, sample: Sample, layer: int, head: int, step: Step) -> Estimate:
+def _silenced(net: Ant, sample: Windows, layer: int, head: int, step: Step) -> Estimate:
     """Cost of replacing what a KV head's queries read by its mean over all tokens."""
     step(f"groups: layer {layer} without KV head {head}")
     usual = forward.Attention.of(net, sample.length)
@@ -95,7 +95,7 @@ def _silenced(net: Ant, sample: Sample, layer: int, head: int, step: Step) -> Es
     return sample.cost(net, _only(layer, silent, usual), layer)
 
 
-def _swapped(net: Ant, sample: Sample, layer: int, step: Step) -> Estimate:
+def _swapped(net: Ant, sample: Windows, layer: int, step: Step) -> Estimate:
     """Cost of every query head of a layer reading the next group's KV head."""
     step(f"groups: layer {layer} regrouped")
     usual = forward.Attention.of(net, sample.length)

@@ -15,9 +15,9 @@ from ant5m.eval.autopsy.embedding import Counts
 from ant5m.eval.autopsy.evidence import (
     Estimate,
     Finding,
-    Sample,
     Section,
     Step,
+    Windows,
     estimate,
     untrained,
     within,
@@ -56,7 +56,7 @@ class Looks:
 
 
 @torch.inference_mode()
-def examine(net: Ant, sample: Sample, counts: Counts, step: Step) -> Section:
+def examine(net: Ant, sample: Windows, counts: Counts, step: Step) -> Section:
     """Patterns and scores on some windows, losses on all."""
     usual = forward.Attention.of(net, sample.length)
     looks = look(net, sample.spread(WINDOWS), step)
@@ -179,7 +179,7 @@ def _positions(usual: forward.Attention, length: int) -> dict[str, forward.Atten
     }
 
 
-def _far_past(net: Ant, sample: Sample) -> Estimate:
+def _far_past(net: Ant, sample: Windows) -> Estimate:
     """Nats per token that the windows' last quarters cost more when the first halves are hidden."""
     half, quarter = sample.length // 2, max(1, sample.length // 4)
     late = sample.targets[:, half:]
@@ -189,7 +189,7 @@ def _far_past(net: Ant, sample: Sample) -> Estimate:
     return estimate((hidden - sample.losses[:, half:])[:, -quarter:])
 
 
-def _unigram(sample: Sample, counts: Counts) -> Tensor:
+def _unigram(sample: Windows, counts: Counts) -> Tensor:
     """Nats [W, T] of the targets by frequency alone, each token counted once more than it occurs."""
     share = (counts.values.double() + 1) / (counts.values.sum() + len(counts.values))
     return -share.log().to(sample.targets.device)[sample.targets]
