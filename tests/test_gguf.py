@@ -1,6 +1,7 @@
 """llama.cpp itself opens what is written: same ids, same text, same probabilities, defaults as said."""
 
 import json
+import subprocess
 import sys
 import urllib.request
 from pathlib import Path
@@ -18,8 +19,9 @@ from ant5m.export.huggingface import export
 from ant5m.model.ant import Ant
 from ant5m.model.config import PRESETS, ModelConfig
 
-xllamacpp = pytest.importorskip("xllamacpp")
+pytest.importorskip("xllamacpp")
 pytest.importorskip("gguf")
+HERE = Path(__file__).parent
 
 AWKWARD = [
     "the ant carries a leaf",
@@ -60,22 +62,25 @@ def make_net(config: ModelConfig) -> Ant:
 
 
 class Server:
-    """llama.cpp's server on a file, at full precision."""
+    """llama.cpp's server on a file, until it is forgotten."""
 
     def __init__(self, file: Path, context: int = 128):
-        kinds = xllamacpp.llama_flash_attn_type
-        params = xllamacpp.CommonParams()
-        params.model.path, params.n_ctx, params.n_parallel = str(file), context, 1
-        params.warmup, params.cpuparams.n_threads, params.verbosity = False, 1, 0
-        params.flash_attn_type = kinds.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        self.server = xllamacpp.Server(params)
+        command = [sys.executable, HERE / "llama_server.py", file, str(context)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        lines = iter(self.process.stdout.readline, "")  # llama.cpp may print, too
+        self.address = next(line.strip() for line in lines if line.startswith("http"))
+
+    def __del__(self):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
 
     def ask(self, path: str, **values):
         data = json.dumps(values).encode() if values else None
-        request = urllib.request.Request(
-            f"{self.server.listening_address}/{path}", data, {"Content-Type": "application/json"}
-        )
+        request = urllib.request.Request(f"{self.address}/{path}", data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)
 
