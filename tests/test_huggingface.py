@@ -442,7 +442,7 @@ def test_a_run_gives_its_newest_good_checkpoint(tokenizer, tmp_path):
     [
         ({"format": "other"}, "not a checkpoint of ant5m"),
         ({"version": 2}, "checkpoint version 2"),
-        ({"files": {}}, "lacks the model or the hashes"),
+        ({"files": {}}, "has no hash of model.safetensors: the checkpoint is damaged"),
         ({"files": {"model.safetensors": "0", "../x": "0"}}, "its hash differs"),
         ({"model": {"hidden_size": 1}}, "missing in a model config"),
         ({"tokenizer": "0" * 64}, "not the tokenizer"),
@@ -459,5 +459,5 @@ def test_foreign_and_damaged_checkpoints(change, message, tokenizer, tmp_path):
 def test_a_name_in_the_hashes_never_leaves_the_checkpoint(tmp_path):
     folder = write_checkpoint(tmp_path, 5, small_net(), files={"../../secret": "0", "model.safetensors": "0"})
     (tmp_path / "secret").write_text("x")
-    with pytest.raises(UserError, match="secret is missing"):
+    with pytest.raises(UserError, match="secret, which is no file of the folder"):
         verify_checkpoint(folder)
