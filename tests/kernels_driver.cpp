@@ -51,12 +51,12 @@ struct Report {
 
 void check_products(const Report& report, int64_t n, int64_t d, int64_t r) {
     const Floats x = draw(n * d), weight = draw(r * d), across = draw(d * r), grad = draw(n * r);
-    Floats out = empty(n * r), turned = empty(n * r), over = empty(r * d);
+    Floats out = empty(n * r), transposed = empty(n * r), over = empty(r * d);
     ant5m::ops().product(n, d, r, x.data(), d, weight.data(), false, out.data(), false, report.bf16, 2);
-    ant5m::ops().product(n, d, r, x.data(), d, across.data(), true, turned.data(), false, report.bf16, 2);
+    ant5m::ops().product(n, d, r, x.data(), d, across.data(), true, transposed.data(), false, report.bf16, 2);
     ant5m::ops().product_over_tokens(n, r, d, grad.data(), r, x.data(), d, over.data(), report.bf16, 2);
     report("product", out, multiply(n, d, r, widen(x), d, 1, widen(weight), 1, d));
-    report("product_transposed", turned, multiply(n, d, r, widen(x), d, 1, widen(across), r, 1));
+    report("product_transposed", transposed, multiply(n, d, r, widen(x), d, 1, widen(across), r, 1));
     report("product_over_tokens", over, multiply(r, n, d, widen(grad), 1, r, widen(x), d, 1));
 }
 

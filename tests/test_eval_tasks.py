@@ -378,11 +378,11 @@ def test_a_stopped_evaluation_goes_on(run, data_dir, monkeypatch, capsys):
 
 def test_other_weights_do_not_inherit_results(run, data_dir):
     result = TaskResult("piqa", {"acc": (0.5, 0.1)}, 9, 0.5, SETTINGS)
-    results.record(run / "eval.json", "old", "step-1", result)
+    results.record_task(run / "eval.json", "old", "step-1", result)
     assert results.recorded(run / "eval.json", "new") == []
     assert results.recorded(run / "eval.json", "old") == [result]
     write_json(run / "eval.json", {"perplexity": [1], "tasks": read_json(run / "eval.json")["tasks"]})
-    results.record(run / "eval.json", "new", "step-2", result)
+    results.record_task(run / "eval.json", "new", "step-2", result)
     assert read_json(run / "eval.json")["perplexity"] == [1]
     assert len(read_json(run / "eval.json")["tasks"]) == 2
 

@@ -423,11 +423,11 @@ def test_offsets_beyond_32_bits():
     )
     heads = [2, 1, 1]
 
-    def turned(qkv):
+    def rotated(qkv):
         q, k, v = qkv.unflatten(-1, (4, 16)).split(heads, 2)
         return *reference.rope(q, k, angle, angle), v
 
-    agree(lambda qkv: ops.rope_packed(qkv, angle, angle, heads), turned, *(1, 2, 3, 64))
+    agree(lambda qkv: ops.rope_packed(qkv, angle, angle, heads), rotated, *(1, 2, 3, 64))
     weights = [(draw(*shape) / 8).half() for shape in ((8, 64), (8, 64), (64, 8))]
 
     def block(x):

@@ -112,7 +112,7 @@ MISFITS = {
     "ends of one row": ("tree_attention", *[zeros(2, 3, 2, 4)] * 3, TreeMask(long(1, 3))),
     "up of one row": ("swiglu", zeros(4, 8), zeros(1, 8)),
     "dtypes of gate and up": ("swiglu", zeros(3), zeros(3, dtype=fp64)),
-    "a down that is not turned": ("mlp", zeros(3, 4), zeros(5, 4), zeros(5, 4), zeros(5, 4)),
+    "a down that is not transposed": ("mlp", zeros(3, 4), zeros(5, 4), zeros(5, 4), zeros(5, 4)),
     "no width": ("mlp", zeros(3, 4), zeros(0, 4), zeros(0, 4), zeros(4, 0)),
     "channels": ("linear", zeros(3, 4), zeros(9, 5)),
     "a weight of one dimension": ("linear", zeros(3, 4), zeros(4)),

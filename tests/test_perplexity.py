@@ -21,7 +21,7 @@ from ant5m.eval.perplexity import (
     evaluate,
     evaluate_as_lm_eval,
     open_data,
-    record,
+    record_evaluation,
     rolling,
     run_data,
 )
@@ -174,10 +174,10 @@ def test_run_data(tmp_path):
 def test_record_keeps_what_else_is_known(tmp_path):
     first = Evaluation("a", 4.0, 2, 1, 5, 32)
     (tmp_path / "eval.json").write_text('{"zero_shot": {"blimp": 0.7}}')
-    record(tmp_path, "step-00000005", first, held_out=True)
-    record(tmp_path, "step-00000005", Evaluation("b", 4.0, 2, 1, 5, 32), held_out=False)
-    record(tmp_path, "step-00000010", first, held_out=True)
-    record(tmp_path, "step-00000010", Evaluation("a", 2.0, 2, 1, 5, 32), held_out=True)
+    record_evaluation(tmp_path, "step-00000005", first, held_out=True)
+    record_evaluation(tmp_path, "step-00000005", Evaluation("b", 4.0, 2, 1, 5, 32), held_out=False)
+    record_evaluation(tmp_path, "step-00000010", first, held_out=True)
+    record_evaluation(tmp_path, "step-00000010", Evaluation("a", 2.0, 2, 1, 5, 32), held_out=True)
     values = json.loads((tmp_path / "eval.json").read_text())
     assert values["zero_shot"] == {"blimp": 0.7}
     kept = [(one["text"], one["loss"], one["checkpoint"], one["held_out"]) for one in values["perplexity"]]
@@ -188,7 +188,7 @@ def test_record_keeps_what_else_is_known(tmp_path):
     ]
     (tmp_path / "eval.json").write_text("[]")
     with pytest.raises(UserError, match="move it away"):
-        record(tmp_path, "step-00000010", first, held_out=True)
+        record_evaluation(tmp_path, "step-00000010", first, held_out=True)
 
 
 def test_no_bits_per_byte_where_bytes_are_lost(tmp_path, net):

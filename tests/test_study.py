@@ -150,14 +150,16 @@ def test_the_bigram_against_counting_by_hand():
     lower = [(count + 3 / 4) / 11 for count in (4, 3, 1, 0)]
     pairs = [(3 + 2 * lower[1]) / 6, (0 + 1 * lower[2]) / 2, (1 + 1 * lower[0]) / 2, 2 * lower[3] / 6]
     assert bigram_nats([sequences], text, 4) == pytest.approx(-sum(map(math.log, pairs)))
-    # Token 3 was never a context: the chances of single tokens, which add up to 1.
+    # Token 3 was never a context: the probabilities of single tokens, which add up to 1.
     assert bigram_nats([sequences], np.array([3, 1]), 4) == pytest.approx(-math.log(lower[1]))
     assert bigram_bits_per_byte([sequences], np.array([3, 1]), 4, 2) == pytest.approx(
         -math.log2(lower[1]) / 2
     )
     for context in range(4):
-        chances = [math.exp(-bigram_nats([sequences], np.array([context, token]), 4)) for token in range(4)]
-        assert sum(chances) == pytest.approx(1)
+        probabilities = [
+            math.exp(-bigram_nats([sequences], np.array([context, token]), 4)) for token in range(4)
+        ]
+        assert sum(probabilities) == pytest.approx(1)
 
 
 def test_the_bigram_counts_block_by_block(monkeypatch):

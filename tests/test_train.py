@@ -19,7 +19,7 @@ from ant5m.data.packing import pack
 from ant5m.data.shards import Shards
 from ant5m.data.tokenizer import train_tokenizer
 from ant5m.errors import UserError
-from ant5m.eval.perplexity import masks_documents, record
+from ant5m.eval.perplexity import masks_documents, record_evaluation
 from ant5m.export.card import card_of_run
 from ant5m.files import write_json
 from ant5m.kernels import dispatch
@@ -184,8 +184,8 @@ def test_the_card_tells_of_the_runs_own_text_and_checkpoint(config):
     result = pretrain(config)
     newest, older = latest_checkpoint(result.run), result.run / "checkpoints" / "step-00000006"
     other = dataclasses.replace(result.evaluation, text="validation split of elsewhere", nats=1.0)
-    record(result.run, newest.name, other, held_out=False)
-    record(result.run, older.name, dataclasses.replace(result.evaluation, nats=2.0), held_out=True)
+    record_evaluation(result.run, newest.name, other, held_out=False)
+    record_evaluation(result.run, older.name, dataclasses.replace(result.evaluation, nats=2.0), held_out=True)
     validation = card_of_run("ant", result.run, newest).validation
     assert validation["loss"] == pytest.approx(result.evaluation.loss)
     assert card_of_run("ant", result.run, older).validation["loss"] < 1

@@ -110,7 +110,7 @@ class Evaluate:
             )
             harness = perplexity.evaluate_as_lm_eval(net, shards, tokenizer, progress)
         if run:
-            perplexity.record(run, folder.name, evaluation, held_out=not self.data)
+            perplexity.record_evaluation(run, folder.name, evaluation, held_out=not self.data)
         if self.json:
             _print_json({**evaluation.to_dict(), "lm_eval": harness.to_dict(), "model": str(folder)})
         else:
@@ -160,7 +160,7 @@ class Evaluate:
 
         def keep(result: "TaskResult") -> None:
             if kept and result not in known:
-                results.record(kept, weights, folder.name, result)
+                results.record_task(kept, weights, folder.name, result)
 
         with _bar("requests") as progress:
             found = tasks.evaluate_tasks(

@@ -2,8 +2,8 @@
 
 A sentence is encoded as `transformers` does it: with a BOS only where the tokenizer adds one, so that
 elsewhere its first token is not scored. A phrase at its end is scored by the tokens that overlap it, as
-offsets say. The likeliest is the answer, the first of equal ones. A task's accuracy is the mean over its
-parts.
+offsets say. The most likely one is the answer, the first of equal ones. A task's accuracy is the mean over
+its parts.
 """
 
 from collections.abc import Sequence

@@ -32,7 +32,8 @@ def blimp(model: Model, rows: Sequence[Row]) -> dict[str, Measured]:
 
 
 def arc_easy(model: Model, rows: Sequence[Row]) -> dict[str, Measured]:
-    """Question, a space and each choice as one text; the likeliest is the answer, the first of equal ones."""
+    """Question, a space and each choice as one text; the most likely is the answer, the first of equal
+    ones."""
     texts = [f"{row['question']} {choice}" for row in rows for choice in row["choices"]["text"]]
     sums = iter(model.sentences(_cut(model, model.ids(texts))))
     right = []

@@ -310,7 +310,7 @@ def _train_config(run: Path) -> dict[str, Any]:
     return train if isinstance(train, dict) else {}
 
 
-def record(run: Path, checkpoint: str, evaluation: Evaluation, held_out: bool) -> None:
+def record_evaluation(run: Path, checkpoint: str, evaluation: Evaluation, held_out: bool) -> None:
     """Put an evaluation into the run's eval.json, in place of one of the same checkpoint over the same text.
 
     `held_out`: the text is the validation split of what the run was trained on.

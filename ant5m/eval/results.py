@@ -93,7 +93,7 @@ def recorded(path: Path, weights: str) -> list[TaskResult]:
     return [TaskResult.from_dict(one) for one in _tasks(_read(path), path) if one.get("weights") == weights]
 
 
-def record(path: Path, weights: str, checkpoint: str, result: TaskResult) -> None:
+def record_task(path: Path, weights: str, checkpoint: str, result: TaskResult) -> None:
     """Put a result into an eval.json, in place of one of the same weights, task and limit; the rest stays."""
     values = _read(path)
     old = _tasks(values, path)

@@ -71,9 +71,9 @@ def score(
         with torch.inference_mode():
             packs = pack_requests(requests, net.config.max_position_embeddings, _pack_tokens(net.device))
             for batch in _batches(packs):
-                ids, log_probs, likeliest = _score_batch(net, batch)
+                ids, log_probs, is_argmax = _score_batch(net, batch)
                 np.add.at(total, ids, log_probs)
-                np.logical_and.at(greedy, ids, likeliest)
+                np.logical_and.at(greedy, ids, is_argmax)
                 if on_scored:
                     on_scored(len(np.unique(ids)))
     finally:
@@ -166,14 +166,14 @@ def _offsets(packs: list[Pack]) -> np.ndarray:
 
 
 def _score_batch(net: Ant, packs: list[Pack]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(index of the request, log-probability, whether it is the likeliest) for every token asked for."""
+    """(index of the request, log-probability, whether it is the most likely) for every token asked for."""
     pairs = zip(packs, _offsets(packs), strict=True)
     rows = np.concatenate([np.array(pack.rows) + offset for pack, offset in pairs])
     targets = np.array(list(itertools.chain.from_iterable(pack.targets for pack in packs)))
     requests = np.array(list(itertools.chain.from_iterable(pack.requests for pack in packs)))
     unique, pointer = np.unique(rows, return_inverse=True)
-    log_probs, likeliest = _log_probs(net, _hidden(net, packs, unique), pointer, targets)
-    return requests, log_probs, likeliest
+    log_probs, is_argmax = _log_probs(net, _hidden(net, packs, unique), pointer, targets)
+    return requests, log_probs, is_argmax
 
 
 def _hidden(net: Ant, packs: list[Pack], rows: np.ndarray) -> Tensor:
@@ -190,7 +190,7 @@ def _log_probs(
     net: Ant, hidden: Tensor, rows: np.ndarray, targets: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """log p(targets[i] | hidden[rows[i]]), and whether it is the largest."""
-    log_sum, likeliest = kernels.logsumexp_argmax(hidden, net.head_weight)
+    log_sum, argmax = kernels.logsumexp_argmax(hidden, net.head_weight)
     row, target = (torch.from_numpy(x).to(hidden.device) for x in (rows, targets))
     logits = (hidden[row] * net.head_weight[target]).sum(-1, dtype=torch.float32)
-    return (logits - log_sum[row]).cpu().numpy(), (likeliest[row] == target).cpu().numpy()
+    return (logits - log_sum[row]).cpu().numpy(), (argmax[row] == target).cpu().numpy()

@@ -279,7 +279,7 @@ def _whole(input_ids: torch.Tensor, targets: torch.Tensor) -> NDArray[np.int64]:
 def plan_jobs(config: CompareConfig, variants: list[Variant], materials: Materials) -> list[Job]:
     """All runs, seed by seed, so that an experiment that is stopped early has whole rounds.
 
-    Arms with the baseline's tokenizer take as many tokens, in the same order; the others as many bytes.
+    Variants with the baseline's tokenizer take as many tokens, in the same order; the others as many bytes.
     """
     baseline = next(variant for variant in variants if variant.name == config.baseline)
     length = baseline.model.max_position_embeddings

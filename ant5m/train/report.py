@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from ant5m.data.tokenizer import Tokenizer
 from ant5m.device import describe_device
-from ant5m.eval.perplexity import Evaluation, record
+from ant5m.eval.perplexity import Evaluation, record_evaluation
 from ant5m.eval.results import section_of
 from ant5m.export.card import card_of_run
 from ant5m.export.huggingface import export
@@ -31,7 +31,7 @@ def finish(run: Run, trainer: Trainer, data: TrainingData) -> Evaluation:
     if not trainer.ranks.is_first:
         return evaluation
     checkpoint = run.checkpoints / f"step-{trainer.step:08d}"
-    record(run.folder, checkpoint.name, evaluation, held_out=True)
+    record_evaluation(run.folder, checkpoint.name, evaluation, held_out=True)
     samples = final_samples(trainer.net, data.tokenizer, data.validation, trainer.settings.seed)
     lines = read_metrics(run.folder / "metrics.jsonl")
     final = {"kind": "validation", "step": trainer.step, "loss": evaluation.loss, "tokens": evaluation.tokens}

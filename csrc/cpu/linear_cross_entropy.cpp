@@ -75,7 +75,7 @@ struct Block {
     float* hidden_rows;   // [kTokens, row], zero behind dim and behind the last token; packed along the tokens
     float* highest;       // [tiles, kTokens]
     float* total;         // [tiles, kTokens]
-    float* likeliest = nullptr;  // [tiles, kTokens], row of the tile's first largest logit; null when not wanted
+    float* argmax = nullptr;  // [tiles, kTokens], row of the tile's first largest logit; null when not wanted
     float* exponentials = nullptr;  // [tiles, kTokens / kLanes, kEntries, kLanes]; null when no gradient is wanted
     float* shift;         // [kTokens], the softmax's maximum
     float* scale;         // [kTokens], 1 / (denominator * count); 0 where nothing counts
@@ -170,7 +170,7 @@ struct Block {
                 });
             if constexpr (kLikeliest)
                 ANT5M_UNROLL for (int j = 0; j < kVecs; ++j)
-                    store(likeliest + tile * kTokens + panel * kLanes + j * kWidth, where[j]);
+                    store(argmax + tile * kTokens + panel * kLanes + j * kWidth, where[j]);
             if (head.targets) for_targets(tile, panel, [&](int64_t token, int64_t i) {
                 target_logit[token] = logits[i * kLanes + token - panel * kLanes];
             });
@@ -225,7 +225,7 @@ struct Block {
         for (int64_t token = 0; token < tokens; ++token) {
             int64_t tile = 0;
             while (tile + 1 < tiles && highest[tile * kTokens + token] != shift[token]) ++tile;
-            most_likely[first + token] = tile * kEntries + static_cast<int64_t>(likeliest[tile * kTokens + token]);
+            most_likely[first + token] = tile * kEntries + static_cast<int64_t>(argmax[tile * kTokens + token]);
             log_sum[first + token] = (shift[token] + log2f(scale[token])) * kLn2;
         }
     }
@@ -320,7 +320,7 @@ void logsumexp_argmax(int64_t tokens, int64_t dim, int64_t vocab, const float* h
     const Memory memory(Block<Fp32>::size(head));
     Block<Fp32> block(head, 0, memory.data());
     const Memory rows(block.tiles * kTokens);
-    block.likeliest = rows.data();
+    block.argmax = rows.data();
     for (block.first = 0; block.first < tokens; block.first += kTokens) {
         block.begin(threads);
         parallel(threads, block.tiles, [&](int64_t tile) { block.exponentiate<true>(tile); });

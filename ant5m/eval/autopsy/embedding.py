@@ -171,16 +171,16 @@ def _mass(net: Ant, sample: Windows, order: Tensor) -> dict[int, dict[str, Estim
     tops = [k for k in TOPS if k < len(order)] or [max(1, len(order) // 2)]
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
-    mass, likeliest = [], []
+    mass, argmax = [], []
     for read in sample.read:
         probability = F.linear(read, net.head_weight).float().softmax(-1)
         mass.append(torch.stack([probability[:, order[:k]].sum(-1) for k in tops]))
-        likeliest.append(place[probability.argmax(-1)])
-    masses, best, text = torch.stack(mass, 1), torch.stack(likeliest), place[sample.targets]
+        argmax.append(place[probability.argmax(-1)])
+    masses, best, text = torch.stack(mass, 1), torch.stack(argmax), place[sample.targets]
     return {
         k: {
             "model": estimate(masses[index]),
-            "likeliest": estimate((best < k).double()),
+            "argmax": estimate((best < k).double()),
             "text": estimate((text < k).double()),
             "difference": estimate(masses[index] - (text < k).float()),
         }
@@ -195,7 +195,7 @@ def _masses(net: Ant, mass: dict[int, dict[str, Estimate]], where: str) -> list[
             one["difference"].mean,
             f"model {one['model'].mean:.1%}, text {one['text'].mean:.1%}: difference "
             f"{100 * one['difference'].mean:+.1f} ± {100 * one['difference'].half:.1f} points; its most "
-            f"likely token is one of them {one['likeliest'].mean:.1%} of the time",
+            f"likely token is one of them {one['argmax'].mean:.1%} of the time",
             f"the text's own share, {one['text'].mean:.1%}",
             _mass_meaning(one["difference"]),
             f"The k are those of {where}. A calibrated model that knows nothing but frequencies also has the "
@@ -272,7 +272,7 @@ def _picture(
     axes[1, 0].set(xscale="log", xlabel="occurrences", ylabel="length of the row", title="Length of rows")
     axes[1, 0].legend()
 
-    names = {"text": "text", "model": "model, mean probability", "likeliest": "model, most likely token"}
+    names = {"text": "text", "model": "model, mean probability", "argmax": "model, most likely token"}
     for index, (name, label) in enumerate(names.items()):
         places = np.arange(len(mass)) + 0.27 * (index - 1)
         heights = [100 * one[name].mean for one in mass.values()]
