@@ -137,6 +137,9 @@ Cache& cache() {
     return *only;
 }
 
+// Made when the library is loaded: a child forked while another thread makes it would wait for that thread for ever.
+[[maybe_unused]] const Cache& made_at_load = cache();
+
 int64_t large_bytes(int64_t floats) {
     const int64_t bytes = floats * static_cast<int64_t>(sizeof(float));
     return floats < kLarge ? 0 : (bytes + kPage - 1) / kPage * kPage;
