@@ -5,6 +5,7 @@ import pytest
 import torch
 from test_shards import write_shards
 
+from ant5m.data import order
 from ant5m.data.loader import Loader, sequences
 from ant5m.data.shards import Shards
 from ant5m.errors import UserError
@@ -79,6 +80,21 @@ def test_resume_is_exact_and_may_change_the_batch(shards):
     assert starts(other, 12) == following
 
 
+def test_a_run_keeps_the_kind_of_order_that_it_began_with(shards, monkeypatch):
+    state = Loader(shards, 6, LENGTH, seed=0).state_dict()
+    assert state.pop("order") == "permutation"  # states of ant5m 0.1.0 do not name it
+    expected = starts(Loader(shards, 6, LENGTH, seed=0), 10)
+    monkeypatch.setattr(order, "LARGEST_PERMUTATION", 28)
+    loader = Loader(shards, 6, LENGTH, seed=0)
+    following = starts(loader, 5)
+    assert loader.state_dict()["order"] == "feistel"
+    assert sorted(following[:29]) == list(range(29))
+    assert following != expected[:30]
+    loader.load_state_dict(state)
+    assert starts(loader, 10) == expected
+    assert loader.state_dict()["order"] == "permutation"
+
+
 def test_a_state_of_other_data_or_options_is_refused(shards, tmp_path):
     state = Loader(shards, 2, LENGTH, seed=0).state_dict()
     write_shards(tmp_path / "other", [np.arange(100)])
@@ -88,7 +104,7 @@ def test_a_state_of_other_data_or_options_is_refused(shards, tmp_path):
         Loader(shards, 2, LENGTH, seed=1).load_state_dict(state)
     with pytest.raises(UserError, match="sequence_length 8, not 4"):
         Loader(shards, 2, 4, seed=0).load_state_dict(state)
-    for damaged in ({}, {**state, "position": "far"}, {**state, "position": -1}):
+    for damaged in ({}, {**state, "position": "far"}, {**state, "position": -1}, {**state, "order": "?"}):
         with pytest.raises(UserError, match="damaged"):
             Loader(shards, 2, LENGTH, seed=0).load_state_dict(damaged)
 

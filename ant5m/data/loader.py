@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ant5m.data.order import ORDERS, Order
 from ant5m.data.resident import ResidentTokens
 from ant5m.data.shards import Shards, Tokens
 from ant5m.errors import UserError
@@ -63,8 +64,7 @@ class Loader:
         self._rank = rank
         self._world_size = world_size
         self._position = 0
-        self._order_epoch = -1
-        self._order: NDArray[np.int64] = np.empty(0, np.int64)
+        self._order = Order(self.num_sequences, [seed])
 
     @property
     def epoch(self) -> int:
@@ -74,9 +74,8 @@ class Loader:
     def next(self) -> Batch:
         """The next (input_ids, targets), int64 [batch_size, sequence_length], new tensors each time."""
         first = self._position + self._rank * self.batch_size
-        numbers = self._sequences_at(np.arange(first, first + self.batch_size))
+        starts = self._order.at(np.arange(first, first + self.batch_size)) * self.sequence_length
         self._position += self.batch_size * self._world_size
-        starts = numbers * self.sequence_length
         if self._resident is not None:
             return self._resident.gather(starts, self.sequence_length)
         return _gather(self._tokens, starts, self.sequence_length)
@@ -88,12 +87,16 @@ class Loader:
             "seed": self.seed,
             "sequence_length": self.sequence_length,
             "data": self._fingerprint,
+            "order": self._order.name,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state` was taken. Raises `UserError` when data, seed or length differ."""
         current = self.state_dict()
-        if set(state) != set(current) or not isinstance(state["position"], int) or state["position"] < 0:
+        state = {"order": "permutation", **state}  # the only one there was, in states that do not name it
+        position = state.get("position")
+        whole = set(state) == set(current) and isinstance(position, int) and position >= 0
+        if not whole or state["order"] not in ORDERS:
             raise UserError("the saved position in the data is damaged: resume from another checkpoint")
         if state["data"] != current["data"]:
             raise UserError(
@@ -105,21 +108,8 @@ class Loader:
                     f"the checkpoint has {name} {state[name]}, not {current[name]}: resume with the same one"
                 )
         self._position = state["position"]
-
-    def _sequences_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Sequence numbers at global positions; a batch may span epochs."""
-        epochs, places = np.divmod(positions, self.num_sequences)
-        numbers = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            inside = epochs == epoch
-            numbers[inside] = self._permutation(int(epoch))[places[inside]]
-        return numbers
-
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        if epoch != self._order_epoch:
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(self.num_sequences)
-            self._order_epoch = epoch
-        return self._order
+        if state["order"] != self._order.name:
+            self._order = Order(self.num_sequences, [self.seed], state["order"])
 
 
 def document_starts(input_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
