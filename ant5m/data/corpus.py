@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
 import msgspec
 
@@ -60,7 +60,10 @@ class Source:
 
     name: str
     size: int
-    """bytes on the disk; 0 when not known"""
+    """bytes on the disk, of what is read; 0 when not known"""
+    span: tuple[int, int] | None = None
+    """what is read of the file, from the first to before the second: bytes, in a .parquet row groups; None:
+    all. A span begins and ends between documents, as `ant5m.data.parts` finds it."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ class Cursor(Iterator[str]):
 
             blank = not skip
             try:
-                for record, item in enumerate(_read(source.name, corpus.text_column, skip, report), skip + 1):
+                for record, item in enumerate(_read(source, corpus.text_column, skip, report), skip + 1):
                     self.position = Position(index, record)
                     if isinstance(item, UserError):
                         self._leave_out("rows", item)
@@ -153,7 +156,7 @@ class Cursor(Iterator[str]):
                     if text and not text.isspace():
                         blank = False
                         yield text
-                if blank:
+                if blank and source.span is None:
                     raise UserError(f"{source.name} holds no text")
             except UserError as error:
                 self._leave_out("files", error)
@@ -216,7 +219,7 @@ def _find(name: str) -> Iterable[str]:
 
 
 def _within(folder: Path) -> list[str]:
-    found = find_files(folder, lambda path: _format(path) in FORMATS)
+    found = find_files(folder, lambda path: file_format(path) in FORMATS)
     found.warn()
     if not found.files:
         raise UserError(f"{folder} holds no text file: {KNOWN} are read")
@@ -227,7 +230,7 @@ def _source(name: str) -> Source:
     if name == "builtin" or name.startswith("hf:"):
         return Source(name, 0)
     path = Path(name)
-    if _format(path) not in FORMATS:
+    if file_format(path) not in FORMATS:
         raise UserError(f"{name} is of an unknown kind: {KNOWN} are read")
     try:
         size = path.stat().st_size
@@ -242,51 +245,54 @@ def _source(name: str) -> Source:
     return Source(name, size)
 
 
-def _format(path: Path) -> str:
+def file_format(path: Path) -> str:
+    """One of `FORMATS`, or another ending; the ending of a compression is left out."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in compression.SUFFIXES and suffixes[-2:-1] != [".parquet"]:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
 
 
-def _read(name: str, column: str, skip: int, report: Report) -> Iterator[Record]:
+def _read(source: Source, column: str, skip: int, report: Report) -> Iterator[Record]:
     """The records of one source after the first `skip`; one without text is an empty str."""
-    if name == "builtin":
+    if source.name == "builtin":
         from ant5m.data.builtin import load_builtin
 
         return iter(load_builtin().documents[skip:])
-    if name.startswith("hf:"):
-        return _read_hub(name, column, skip)
-    return _read_file(name, column, skip, report)
+    if source.name.startswith("hf:"):
+        return _read_hub(source.name, column, skip)
+    return _read_file(source, column, skip, report)
 
 
-def _read_file(name: str, column: str, skip: int, report: Report) -> Iterator[Record]:
-    kind = _format(Path(name))
+def _read_file(source: Source, column: str, skip: int, report: Report) -> Iterator[Record]:
+    name, kind = source.name, file_format(Path(source.name))
     try:
         if kind == ".parquet":
-            yield from _read_parquet(name, column, skip, report)
+            yield from _read_parquet(source, column, skip, report)
         elif kind == ".jsonl":
-            yield from _read_jsonl(name, column, skip, report)
+            yield from _read_jsonl(source, column, skip, report)
         else:
-            yield from _read_text(name, skip, report)
+            yield from _read_text(source, skip, report)
     except OSError as error:
         raise UserError(f"{name} cannot be read ({error.strerror or first_line(error)})") from None
 
 
-def _read_text(name: str, skip: int, report: Report) -> Iterator[Record]:
-    for record, item in enumerate(cut_documents(_decoded_blocks(name, report))):
+def _read_text(source: Source, skip: int, report: Report) -> Iterator[Record]:
+    documents = cut_documents(_decoded_blocks(source, report), source.span is not None)
+    for record, item in enumerate(documents):
         if record >= skip:
             yield item
 
 
-def cut_documents(blocks: Iterable[str]) -> Iterator[str | Piece]:
+def cut_documents(blocks: Iterable[str], separated: bool = False) -> Iterator[str | Piece]:
     """Documents of a text that arrives in blocks.
 
-    Where `<|endoftext|>` occurs, it separates documents and they lose the line breaks around it. A document
+    Where `<|endoftext|>` occurs, or has occurred before (`separated`), it separates documents and they lose
+    the line breaks around it. A document
     longer than `WHOLE` is cut into pieces that, put together, are the document: the first is a str, those
     after it are `Piece`s.
     """
-    pending, head, separated = "", None, False
+    pending, head = "", None
     for block in blocks:
         *ended, pending = (pending + block).split(SEPARATOR)
         for text in ended:
@@ -323,19 +329,21 @@ def _paragraph_end(text: str, start: int, end: int) -> int:
     return end
 
 
-def _read_jsonl(name: str, column: str, skip: int, report: Report) -> Iterator[Record]:
+def _read_jsonl(source: Source, column: str, skip: int, report: Report) -> Iterator[Record]:
     # Only the text is parsed, whatever stands beside it; `_text_of_row` knows what is wrong with other rows.
     row: Any = msgspec.defstruct("Row", [("text", str | None)], rename={"text": column})
     parse: Any = msgspec.json.Decoder(row).decode
-    for number, line in enumerate(_lines(_raw_blocks(name, report)), 1):
+    start = source.span[0] if source.span else 0
+    where = f"{source.name}, behind byte {start:,}" if start else source.name
+    for number, line in enumerate(_lines(_raw_blocks(source, report)), 1):
         if number <= skip:
             continue
-        if number == 1 and line:
+        if number == 1 and line and not start:
             line = line.removeprefix(codecs.BOM_UTF8)
         try:
             text = parse(line).text or ""
         except (msgspec.MsgspecError, ValueError, RecursionError, TypeError):
-            text = _text_of_row(line, f"{name}, line {number}", column)
+            text = _text_of_row(line, f"{where}, line {number}", column)
         yield text
 
 
@@ -394,11 +402,11 @@ def _without_surrogates(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _read_parquet(name: str, column: str, skip: int, report: Report) -> Iterator[Record]:
+def _read_parquet(source: Source, column: str, skip: int, report: Report) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
-    size = Path(name).stat().st_size
+    name = source.name
     try:
         # A buffered stream in place of whole row groups in memory.
         with pyarrow.parquet.ParquetFile(name, buffer_size=compression.BLOCK, pre_buffer=False) as file:
@@ -406,13 +414,15 @@ def _read_parquet(name: str, column: str, skip: int, report: Report) -> Iterator
             if column not in schema.names:
                 raise UserError(f"{name}: {_no_column(column, schema.names)}")
             groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-            first = row = 0
-            while first < len(groups) and skip >= groups[first]:
+            first, last = source.span or (0, len(groups))
+            row = before = sum(groups[:first])
+            rows = sum(groups[first:last])
+            while first < last and skip >= groups[first]:
                 skip -= groups[first]
                 row += groups[first]
                 first += 1
-            for batch in file.iter_batches(1024, row_groups=range(first, len(groups)), columns=[column]):
-                report(size * (row + len(batch)) // file.metadata.num_rows)
+            for batch in file.iter_batches(1024, row_groups=range(first, last), columns=[column]):
+                report(source.size * (row + len(batch) - before) // rows)
                 if skip < len(batch):
                     yield from _texts(batch.column(0)[skip:], name, row + skip, column)
                 row, skip = row + len(batch), max(0, skip - len(batch))
@@ -493,24 +503,34 @@ def _no_column(column: str, found: Iterable[str]) -> str:
     return f"no column '{column}' (found: {', '.join(found) or 'none'}): name the text with --text-column"
 
 
-def _raw_blocks(name: str, report: Report) -> Iterator[bytes]:
+def _raw_blocks(source: Source, report: Report) -> Iterator[bytes]:
     """The bytes of a text file, plain or compressed, in blocks."""
-    offset = 0
+    name = source.name
+    start = offset = source.span[0] if source.span else 0
     with open(name, "rb") as raw:
-        for block in compression.blocks(name, raw):
+        for block in compression.blocks(name, raw) if source.span is None else _span(raw, source.span):
             if not offset and block[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                 raise UserError(f"{name} is UTF-16: convert it, try iconv -f UTF-16 -t UTF-8")
             if b"\0" in block:
                 raise UserError(f"{name} is binary, not text (byte {offset + block.index(0):,} is NUL)")
-            report(raw.tell())
+            report(raw.tell() - start)
             yield block
             offset += len(block)
 
 
-def _decoded_blocks(name: str, report: Report) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    offset = 0
-    for block in _raw_blocks(name, report):
+def _span(raw: BinaryIO, span: tuple[int, int]) -> Iterator[bytes]:
+    place, end = span
+    raw.seek(place)
+    while block := raw.read(min(compression.BLOCK, end - place)):
+        place += len(block)
+        yield block
+
+
+def _decoded_blocks(source: Source, report: Report) -> Iterator[str]:
+    name = source.name
+    offset = source.span[0] if source.span else 0
+    decoder = codecs.getincrementaldecoder("utf-8" if offset else "utf-8-sig")()
+    for block in _raw_blocks(source, report):
         yield _decoded(decoder, block, name, offset)
         offset += len(block)
     yield _decoded(decoder, b"", name, offset, final=True)

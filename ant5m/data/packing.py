@@ -341,7 +341,7 @@ def _finish(
         "eos_token_id": tokenizer.eos_token_id,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "splits": journal.splits,
-        "sources": [dataclasses.asdict(source) for source in corpus.sources],
+        "sources": [{"name": source.name, "size": source.size} for source in corpus.sources],
         "options": {name: journal.plan[name] for name in OPTIONS},
         "held_out": "pieces" if journal.by_piece else HELD_OUT,
         "left_out": journal.left_out,
