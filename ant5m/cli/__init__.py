@@ -67,6 +67,7 @@ COMMANDS = {
         "examine a trained model: embeddings, heads, groups, loops",
     ),
     "generate": ("ant5m.cli.generate:Generate", "generate text with a model"),
+    "chat": ("ant5m.cli.chat:Chat", "talk to a model that was trained on conversations"),
     "doctor": ("ant5m.cli.doctor:Doctor", "examine an architecture before training it"),
     "compare": ("ant5m.cli.compare:Compare", "a controlled experiment: models, seeds, intervals, verdicts"),
     "push": ("ant5m.cli.push:Push", "put a trained model on the Hugging Face hub"),

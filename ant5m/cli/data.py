@@ -3,7 +3,7 @@
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich import box
@@ -19,6 +19,10 @@ from rich.progress import (
 from rich.table import Table
 
 from ant5m.console import progress_bar
+
+if TYPE_CHECKING:
+    from ant5m.data.corpus import Corpus
+    from ant5m.data.tokenizer import Tokenizer
 
 FEW_DOCUMENTS, FEW_TOKENS = 20, 20_000
 """fewer held out say little about the loss"""
@@ -39,6 +43,7 @@ class DataPack:
         ant5m data pack web.jsonl.zst --tokenizer my-tokenizer --out data/web --filters repeats boilerplate
         ant5m data pack web.jsonl.zst --tokenizer my-tokenizer --out data/clean --exclude-items benchmarks
         ant5m data pack builtin --tokenizer my-tokenizer --out data/builtin --validation-fraction 0.02
+        ant5m data pack chats.jsonl --tokenizer runs/base/tokenizer --out data/chat --chat
     """
 
     inputs: Annotated[
@@ -56,6 +61,9 @@ class DataPack:
     """share of the documents that is held out for validation"""
     text_column: str = "text"
     """name of the text field in .jsonl, .parquet and hf: data"""
+    chat: bool = False
+    """the rows are conversations: their messages (in --text-column, by default "messages") are written with
+    the tokenizer's chat template, and training learns only what the assistant says"""
     shard_tokens: int = 1 << 26
     """tokens in one shard file"""
     seed: int = 0
@@ -74,13 +82,13 @@ class DataPack:
 
     def run(self) -> None:
         from ant5m.data.contamination import ItemIndex
-        from ant5m.data.corpus import Corpus, describe_left_out
+        from ant5m.data.corpus import describe_left_out
         from ant5m.data.packing import pack
         from ant5m.data.tokenizer import Tokenizer
         from ant5m.eval.items import texts_by_task
 
         tokenizer = Tokenizer.load(self.tokenizer)
-        corpus = Corpus.open(self.inputs, self.text_column, self.on_error)
+        corpus = self._open(tokenizer)
         with progress_bar(
             BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn(), TimeRemainingColumn()
         ) as progress:
@@ -102,6 +110,15 @@ class DataPack:
             warnings.warn(describe_left_out(meta["left_out"]), stacklevel=2)
         self._warn_about_loss(meta["splits"])
         self._warn_about_validation(meta["splits"])
+
+    def _open(self, tokenizer: "Tokenizer") -> "Corpus":
+        from ant5m.data.conversations import MESSAGES, PLAIN_TEMPLATE, ChatTemplate, Conversations
+        from ant5m.data.corpus import Corpus
+
+        if not self.chat:
+            return Corpus.open(self.inputs, self.text_column, self.on_error)
+        column = MESSAGES if self.text_column == "text" else self.text_column
+        return Conversations.find(self.inputs, ChatTemplate(tokenizer, PLAIN_TEMPLATE), column, self.on_error)
 
     def _warn_about_loss(self, splits: dict[str, Any]) -> None:
         lost, size = (sum(split[key] for split in splits.values()) for key in ("lost_bytes", "bytes"))

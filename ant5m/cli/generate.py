@@ -1,19 +1,16 @@
 """`ant5m generate`."""
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 from rich.markup import escape
 
+from ant5m.cli.stream import Stream, write
 from ant5m.errors import UserError
-
-if TYPE_CHECKING:
-    from ant5m.data.tokenizer import Tokenizer
 
 
 @dataclass
@@ -61,7 +58,11 @@ class Generate:
         device = choose_device(self.device)
         net, tokenizer = load_with_tokenizer(self.model)
         written = [0] * len(self.prompt)
-        stream = _Stream(self.prompt[0], tokenizer) if len(self.prompt) == 1 and not self.json else None
+        stream = (
+            Stream(tokenizer, tokenizer.encode(self.prompt[0]), self.prompt[0])
+            if len(self.prompt) == 1 and not self.json
+            else None
+        )
 
         def on_token(row: int, token: int) -> None:
             written[row] += 1
@@ -88,47 +89,14 @@ class Generate:
             stream.end()
         else:
             for prompt, text in zip(self.prompt, texts, strict=True):
-                _write(prompt, bold=True)
-                _write(f"{text}\n\n")
+                write(prompt, bold=True)
+                write(f"{text}\n\n")
         context = net.config.max_position_embeddings
         for prompt, count, report in zip(self.prompt, written, reports, strict=True):
             if max(1, len(tokenizer.encode(prompt))) + count == context:
                 _warn(f"the text ends here because the model's context of {context:,} tokens is full")
             if report.looping:
                 _warn(report.advice)
-
-
-class _Stream:
-    """Prints a text token by token, behind its prompt; a character whose bytes have not all come waits."""
-
-    def __init__(self, prompt: str, tokenizer: "Tokenizer") -> None:
-        self._tokenizer = tokenizer
-        self._tokens = tokenizer.encode(prompt)
-        self._shown = len(tokenizer.decode(self._tokens))
-        self._prompt = prompt
-
-    def add(self, token: int) -> None:
-        self._tokens.append(token)
-        text = self._tokenizer.decode(self._tokens)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            self._show(text)
-
-    def end(self) -> None:
-        self._show(self._tokenizer.decode(self._tokens) + "\n")
-
-    def _show(self, text: str) -> None:
-        if self._prompt:
-            _write(self._prompt, bold=True)
-            self._prompt = ""
-        _write(text[self._shown :])
-        sys.stdout.flush()
-        self._shown = len(text)
-
-
-def _write(text: str, bold: bool = False) -> None:
-    """To stdout as it is: rich would turn tabs into spaces and `:key:` into a picture."""
-    shown = bold and Console().is_terminal
-    sys.stdout.write(f"\033[1m{text}\033[0m" if shown else text)
 
 
 def _row(prompt: str, text: str, tokens: int, report) -> dict:

@@ -55,6 +55,15 @@ class Position(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Column:
+    """The field of a row that is read."""
+
+    name: str
+    render: "Callable[[Any], str] | None" = None
+    """as in `Corpus`"""
+
+
+@dataclass(frozen=True)
 class Source:
     """A file, `hf:...` or `builtin`."""
 
@@ -73,6 +82,8 @@ class Corpus:
     sources: tuple[Source, ...]
     text_column: str = "text"
     on_error: OnError = "stop"
+    render: "Callable[[Any], str] | None" = None
+    """what makes a text of the column's value, or raises `UserError`; None: it is text"""
 
     @classmethod
     def open(
@@ -146,8 +157,9 @@ class Cursor(Iterator[str]):
                 self.bytes_read = before + offset
 
             blank = not skip
+            column = Column(corpus.text_column, corpus.render)
             try:
-                for record, item in enumerate(_read(source, corpus.text_column, skip, report), skip + 1):
+                for record, item in enumerate(_read(source, column, skip, report), skip + 1):
                     self.position = Position(index, record)
                     if isinstance(item, UserError):
                         self._leave_out("rows", item)
@@ -253,7 +265,7 @@ def file_format(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def _read(source: Source, column: str, skip: int, report: Report) -> Iterator[Record]:
+def _read(source: Source, column: Column, skip: int, report: Report) -> Iterator[Record]:
     """The records of one source after the first `skip`; one without text is an empty str."""
     if source.name == "builtin":
         from ant5m.data.builtin import load_builtin
@@ -264,7 +276,7 @@ def _read(source: Source, column: str, skip: int, report: Report) -> Iterator[Re
     return _read_file(source, column, skip, report)
 
 
-def _read_file(source: Source, column: str, skip: int, report: Report) -> Iterator[Record]:
+def _read_file(source: Source, column: Column, skip: int, report: Report) -> Iterator[Record]:
     name, kind = source.name, file_format(Path(source.name))
     try:
         if kind == ".parquet":
@@ -329,9 +341,9 @@ def _paragraph_end(text: str, start: int, end: int) -> int:
     return end
 
 
-def _read_jsonl(source: Source, column: str, skip: int, report: Report) -> Iterator[Record]:
+def _read_jsonl(source: Source, column: Column, skip: int, report: Report) -> Iterator[Record]:
     # Only the text is parsed, whatever stands beside it; `_text_of_row` knows what is wrong with other rows.
-    row: Any = msgspec.defstruct("Row", [("text", str | None)], rename={"text": column})
+    row: Any = msgspec.defstruct("Row", [("text", str | None)], rename={"text": column.name})
     parse: Any = msgspec.json.Decoder(row).decode
     start = source.span[0] if source.span else 0
     where = f"{source.name}, behind byte {start:,}" if start else source.name
@@ -340,6 +352,9 @@ def _read_jsonl(source: Source, column: str, skip: int, report: Report) -> Itera
             continue
         if number == 1 and line and not start:
             line = line.removeprefix(codecs.BOM_UTF8)
+        if column.render:
+            yield _text_of_row(line, f"{where}, line {number}", column)
+            continue
         try:
             text = parse(line).text or ""
         except (msgspec.MsgspecError, ValueError, RecursionError, TypeError):
@@ -368,7 +383,7 @@ def _lines(blocks: Iterable[bytes]) -> Iterator[bytes | None]:
     yield line()
 
 
-def _text_of_row(line: bytes | None, where: str, column: str) -> str | UserError:
+def _text_of_row(line: bytes | None, where: str, column: Column) -> str | UserError:
     """The text of a row that is blank, wrong in some way, or has what only Python's parser takes."""
     if line is None:
         return UserError(
@@ -386,10 +401,10 @@ def _text_of_row(line: bytes | None, where: str, column: str) -> str | UserError
         return UserError(f"{where}: not valid JSON ({getattr(error, 'msg', 'nested too deeply')})")
     if not isinstance(row, dict):
         return UserError(f"{where}: not a JSON object")
-    if column not in row:
+    if column.name not in row:
         return UserError(f"{where}: {_no_column(column, row)}")
-    text = _text(row[column], where, column)
-    return text if isinstance(text, UserError) else _without_surrogates(text)
+    text = _text(row[column.name], where, column)
+    return text if isinstance(text, UserError) or column.render else _without_surrogates(text)
 
 
 def _parse_int(digits: str) -> int:
@@ -402,7 +417,7 @@ def _without_surrogates(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _read_parquet(source: Source, column: str, skip: int, report: Report) -> Iterator[Record]:
+def _read_parquet(source: Source, column: Column, skip: int, report: Report) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
@@ -411,7 +426,7 @@ def _read_parquet(source: Source, column: str, skip: int, report: Report) -> Ite
         # A buffered stream in place of whole row groups in memory.
         with pyarrow.parquet.ParquetFile(name, buffer_size=compression.BLOCK, pre_buffer=False) as file:
             schema = file.schema_arrow
-            if column not in schema.names:
+            if column.name not in schema.names:
                 raise UserError(f"{name}: {_no_column(column, schema.names)}")
             groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             first, last = source.span or (0, len(groups))
@@ -421,7 +436,7 @@ def _read_parquet(source: Source, column: str, skip: int, report: Report) -> Ite
                 skip -= groups[first]
                 row += groups[first]
                 first += 1
-            for batch in file.iter_batches(1024, row_groups=range(first, last), columns=[column]):
+            for batch in file.iter_batches(1024, row_groups=range(first, last), columns=[column.name]):
                 report(source.size * (row + len(batch) - before) // rows)
                 if skip < len(batch):
                     yield from _texts(batch.column(0)[skip:], name, row + skip, column)
@@ -431,7 +446,7 @@ def _read_parquet(source: Source, column: str, skip: int, report: Report) -> Ite
         raise UserError(f"{name} is not a readable parquet file ({first_line(error)})") from None
 
 
-def _texts(values: Any, name: str, row: int, column: str) -> Iterator[Record]:
+def _texts(values: Any, name: str, row: int, column: Column) -> Iterator[Record]:
     """Of a column of pyarrow, whose first value stands behind `row` others."""
     try:
         found = values.to_pylist()
@@ -448,7 +463,7 @@ def _text_of_value(value: Any, where: str) -> Any:
         return UserError(f"{where}: not UTF-8 text")
 
 
-def _read_hub(name: str, column: str, skip: int) -> Iterator[Record]:
+def _read_hub(name: str, column: Column, skip: int) -> Iterator[Record]:
     batches = _open_hub(name).skip(skip).iter(batch_size=256)
 
     def stop() -> None:
@@ -460,9 +475,9 @@ def _read_hub(name: str, column: str, skip: int) -> Iterator[Record]:
     atexit.register(stop)
     try:
         for batch in batches:
-            if column not in batch:
+            if column.name not in batch:
                 raise UserError(f"{name}: {_no_column(column, batch)}")
-            for value in batch[column]:
+            for value in batch[column.name]:
                 yield _text(value, name, column)
     except UserError:
         raise
@@ -491,16 +506,23 @@ def _open_hub(name: str) -> Any:
         raise UserError(f"{name} cannot be opened ({first_line(error)})") from None
 
 
-def _text(value: Any, where: str, column: str) -> str | UserError:
+def _text(value: Any, where: str, column: Column) -> str | UserError:
     if value is None:
         return ""
+    if column.render:
+        try:
+            return column.render(value)
+        except UserError as error:
+            return UserError(f"{where}: {error}")
     if not isinstance(value, str):
-        return UserError(f"{where}: column '{column}' holds {type(value).__name__}, not text")
+        return UserError(f"{where}: column '{column.name}' holds {type(value).__name__}, not text")
     return value
 
 
-def _no_column(column: str, found: Iterable[str]) -> str:
-    return f"no column '{column}' (found: {', '.join(found) or 'none'}): name the text with --text-column"
+def _no_column(column: Column, found: Iterable[str]) -> str:
+    return (
+        f"no column '{column.name}' (found: {', '.join(found) or 'none'}): name the text with --text-column"
+    )
 
 
 def _raw_blocks(source: Source, report: Report) -> Iterator[bytes]:

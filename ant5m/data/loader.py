@@ -13,11 +13,8 @@ from numpy.typing import NDArray
 
 from ant5m.data.order import ORDERS, Order
 from ant5m.data.resident import ResidentTokens
-from ant5m.data.shards import Shards, Tokens
+from ant5m.data.shards import IGNORE, Shards, Tokens
 from ant5m.errors import UserError
-
-IGNORE = -100
-"""The target that no loss counts, as in `torch.nn.functional.cross_entropy`."""
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -58,6 +55,8 @@ class Loader:
         self.batch_size = batch_size
         self.sequence_length = sequence_length
         self.seed = seed
+        self.masked = shards.tokens.masked
+        """whether some targets are `IGNORE`"""
         self._tokens = shards.tokens
         self._resident = None if resident is None else ResidentTokens(shards.tokens, resident)
         self._fingerprint = shards.fingerprint
@@ -152,7 +151,8 @@ def _padded(tokens: Tokens, start: int, rest: int, length: int, filler: int) -> 
     targets = torch.full((1, length), IGNORE, dtype=torch.int64)
     window = torch.from_numpy(tokens[start : start + rest + 1].astype(np.int64))
     inputs[0, :rest] = window[:-1]
-    targets[0, :rest] = window[1:]
+    counted = torch.from_numpy(tokens.counted(start + 1, start + rest + 1))
+    targets[0, :rest] = torch.where(counted, window[1:], IGNORE)
     return inputs, targets
 
 

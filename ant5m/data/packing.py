@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 import ant5m
 from ant5m.data.builtin import load_builtin
 from ant5m.data.contamination import ItemIndex
+from ant5m.data.conversations import ChatTemplate, Conversation, Conversations
 from ant5m.data.corpus import Corpus, Cursor, Position
 from ant5m.data.filters import FILTERS, FilterName, clean
 from ant5m.data.shards import COUNTS, FORMAT, META, PROGRESS, TOKEN
@@ -99,6 +100,9 @@ def pack(
     of both splits, but not which document is in which. Documents that share 13 words in a row with an item of
     `exclude` are left out.
 
+    Of `Conversations`, each is a document, and a shard's `mask` file says which of its tokens are learned: a
+    bit for each, lowest bit first. The copy of the tokenizer has their template.
+
     A folder with an unfinished packing of the same corpus, tokenizer and options is continued. Raises
     `UserError` when the folder holds anything else, another process is packing into it, the ids do not fit
     uint16, a filter is not known, the text cannot be split, the disk is full, or the tokenizer loses bytes of
@@ -119,7 +123,11 @@ def pack(
         zip(OPTIONS, (corpus.text_column, validation_fraction, seed, shard_tokens, chosen), strict=True)
     )
     options["exclude_items"] = exclude.fingerprint if exclude else None
+    template = _template(corpus)
+    options["chat_template"] = template.text if template else None
     _check(tokenizer, validation_fraction, seed, shard_tokens, filters)
+    if filters and template:
+        raise UserError("the filters are for text, not for conversations: leave out --filters")
     _refuse_content(out)
     with _full_disk_explained(out), lock(out):
         remove_asides(out)
@@ -193,6 +201,10 @@ def _check(
             f"the tokenizer has {tokenizer.vocab_size:,} entries, a shard's uint16 {MAX_VOCAB_SIZE:,}: "
             "take or train a smaller one"
         )
+
+
+def _template(corpus: Corpus) -> ChatTemplate | None:
+    return corpus.template if isinstance(corpus, Conversations) else None
 
 
 @contextlib.contextmanager
@@ -278,12 +290,15 @@ def _pack(
     bar = progress.add_task(what, total=corpus.size or None) if progress else None
     unsaved = 0
     with contextlib.ExitStack() as stack:
+        template = _template(corpus)
         writers = {
-            name: stack.enter_context(_Writer(out, name, split, journal.plan["shard_tokens"]))
+            name: stack.enter_context(
+                _Writer(out, name, split, journal.plan["shard_tokens"], masked=template is not None)
+            )
             for name, split in journal.splits.items()
         }
         batches = _batches(cursor, journal.plan, journal.by_piece, exclude)
-        for batch in _encoded(batches, tokenizer, journal.trusted, allow_loss):
+        for batch in _encoded(batches, tokenizer, journal.trusted, allow_loss, template):
             if not batch.verified and not journal.trusted:
                 raise UserError("tokenizers gives this text other ids each time: use another tokenizer")
             if not batch.verified:
@@ -331,9 +346,10 @@ def _finish(
                 "rows, or <|endoftext|> between the documents of a .txt), or another --validation-fraction"
             )
     # What the journal does not list is the next shard, still empty, or comes from a start that was given up.
-    _remove_shards(
-        out, keep={shard["name"] for split in journal.splits.values() for shard in split["shards"]}
-    )
+    _remove_shards(out, keep=set(_shard_files(journal.splits)))
+    if template := _template(corpus):
+        settings = {**tokenizer.settings, "chat_template": template.text}
+        tokenizer = Tokenizer(tokenizer.backend, tokenizer.eos_token, tokenizer.bos_token, settings)
     tokenizer.save(out / "tokenizer")
     meta = {
         "format": FORMAT,
@@ -363,18 +379,25 @@ def _finish(
 def _write_meta(out: Path, meta: dict[str, Any]) -> None:
     """The manifest, and last of all `meta.json`, which makes the folder a data set."""
     raw = to_json(meta)
-    hashes = {
-        shard["name"]: shard["sha256"] for split in meta["splits"].values() for shard in split["shards"]
-    }
+    shards = _shard_files(meta["splits"])
+    hashes = {name: shard["sha256"] for name, shard in shards.items() if name == shard["name"]}
+    hashes |= hash_files(out, (out / name for name in shards if name not in hashes))
     hashes |= hash_files(out, sorted((out / "tokenizer").iterdir()))
     write_manifest(out, {META: hashlib.sha256(raw).hexdigest(), **hashes})
     write_file(out / META, raw)
 
 
+def _shard_files(splits: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The entry of the shard that each file belongs to, by the file's name."""
+    shards = [shard for split in splits.values() for shard in split["shards"]]
+    return {shard[name]: shard for shard in shards for name in ("name", "mask") if name in shard}
+
+
 def _remove_shards(out: Path, keep: set[str]) -> None:
-    for path in [*out.glob("*.bin"), *out.glob("*.bin.partial")]:
-        if path.name not in keep:
-            path.unlink()
+    for pattern in ("*.bin", "*.mask", "*.bin.partial", "*.mask.partial"):
+        for path in out.glob(pattern):
+            if path.name not in keep:
+                path.unlink()
 
 
 @dataclass
@@ -403,6 +426,8 @@ class _Encoded:
 
     tokens: NDArray[np.uint16]
     """[tokens], every document with its end-of-text id"""
+    mask: NDArray[np.uint8] | None
+    """[tokens], of conversations: 1 where a token is learned"""
     counts: dict[str, NDArray[np.int64]]
     """`documents` (ones), `tokens`, `bytes`, `words` and `lost_bytes` of each document"""
     source: _Batch
@@ -454,7 +479,11 @@ def _batches(
 
 
 def _encoded(
-    batches: Iterator[_Batch], tokenizer: Tokenizer, trusted: bool, allow_loss: bool
+    batches: Iterator[_Batch],
+    tokenizer: Tokenizer,
+    trusted: bool,
+    allow_loss: bool,
+    template: ChatTemplate | None,
 ) -> Iterator[_Encoded]:
     """Encode each batch while the next one is read."""
     lossless = spells_everything(tokenizer)
@@ -462,7 +491,7 @@ def _encoded(
         running: Future[_Encoded] | None = None
         encoder, size = _encoder(tokenizer, trusted), 0
         for batch in batches:
-            following = pool.submit(_encode, batch, encoder, lossless, allow_loss)
+            following = pool.submit(_encode, batch, encoder, lossless, allow_loss, template)
             size += sum(map(len, batch.raw))
             if size >= CACHE_BYTES:
                 encoder, size = _encoder(tokenizer, trusted), 0
@@ -481,17 +510,24 @@ def _encoder(tokenizer: Tokenizer, trusted: bool) -> Tokenizer:
     return encoder
 
 
-def _encode(batch: _Batch, tokenizer: Tokenizer, lossless: bool, allow_loss: bool) -> _Encoded:
-    ids, lengths = tokenizer.encode_flat(batch.texts)
-    check_no_end_of_text(tokenizer, ids)
-    lost = np.zeros_like(lengths)
+def _encode(
+    batch: _Batch, tokenizer: Tokenizer, lossless: bool, allow_loss: bool, template: ChatTemplate | None
+) -> _Encoded:
+    encoded = _encode_conversations(batch, template) if template else _encode_texts(batch, tokenizer)
     if not lossless:
-        lost = lost_bytes(tokenizer, batch.texts, np.split(ids, np.cumsum(lengths)[:-1]))
+        lost = lost_bytes(tokenizer, batch.texts, tokenizer.encode_batch(batch.texts))
         if lost.any() and not allow_loss:
             raise UserError(
                 f"{describe_lost(tokenizer, batch.texts, lost)}: take one that has every byte, as ant5m "
                 "tokenizer train makes them, or pack without it (--allow-loss)"
             )
+        encoded.counts["lost_bytes"] = lost
+    return encoded
+
+
+def _encode_texts(batch: _Batch, tokenizer: Tokenizer) -> _Encoded:
+    ids, lengths = tokenizer.encode_flat(batch.texts)
+    check_no_end_of_text(tokenizer, ids)
     lengths = lengths + 1
     ends = np.cumsum(lengths) - 1
     tokens = np.empty(len(ids) + len(ends), TOKEN)
@@ -499,14 +535,24 @@ def _encode(batch: _Batch, tokenizer: Tokenizer, lossless: bool, allow_loss: boo
     inside[ends] = False
     tokens[inside] = ids
     tokens[ends] = tokenizer.eos_token_id
-    counts = {
+    return _Encoded(tokens, None, _counts(batch, lengths), batch, _verify(batch.texts, tokenizer))
+
+
+def _encode_conversations(batch: _Batch, template: ChatTemplate) -> _Encoded:
+    conversations = [text for text in batch.texts if isinstance(text, Conversation)]
+    ids, learned, lengths = template.encode(conversations)
+    tokens, mask = np.array(ids, TOKEN), np.array(learned, np.uint8)
+    return _Encoded(tokens, mask, _counts(batch, np.array(lengths, np.int64)), batch, verified=True)
+
+
+def _counts(batch: _Batch, lengths: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+    return {
         "documents": np.ones_like(lengths),
         "tokens": lengths,
         "bytes": np.array([len(piece) for piece in batch.raw], np.int64),
         "words": count_words(batch.raw),
-        "lost_bytes": lost,
+        "lost_bytes": np.zeros_like(lengths),
     }
-    return _Encoded(tokens, counts, batch, _verify(batch.texts, tokenizer))
 
 
 def count_words(raw: list[bytes]) -> NDArray[np.int64]:
@@ -542,7 +588,8 @@ def _write(batch: _Encoded, journal: _Journal, writers: dict[str, "_Writer"]) ->
     for_validation = source.hashes <= np.uint64(journal.limit)
     for name, rows in (("validation", for_validation), ("train", ~for_validation)):
         if rows.any():
-            writers[name].write(batch.tokens[np.repeat(rows, batch.counts["tokens"])])
+            chosen = np.repeat(rows, batch.counts["tokens"])
+            writers[name].write(batch.tokens[chosen], None if batch.mask is None else batch.mask[chosen])
         for count in COUNTED:
             journal.splits[name][count] += int(batch.counts[count][rows].sum())
     if len(source.hashes):  # the filters may have left none
@@ -556,68 +603,95 @@ def _write(batch: _Encoded, journal: _Journal, writers: dict[str, "_Writer"]) ->
 
 class _Writer:
     """The shard files of one split. The one being written is `NAME.partial`, and its length is the journal's
-    matter.
+    matter. The mask of a shard is a byte for each token there, and becomes a bit when the shard is ended.
 
     Keeps the `shards` of the split's entry in the journal.
     """
 
-    def __init__(self, folder: Path, name: str, split: dict[str, Any], shard_tokens: int) -> None:
+    def __init__(
+        self, folder: Path, name: str, split: dict[str, Any], shard_tokens: int, masked: bool = False
+    ) -> None:
         self._folder = folder
         self._name = name
         self._split = split
         self._shard_tokens = shard_tokens
         self._filled = split["tokens"] - sum(shard["tokens"] for shard in split["shards"])
-        self._file = self._open()
+        self._masked = masked
+        self._files = self._open()
 
     def __enter__(self) -> "_Writer":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._close()
 
     @property
     def _path(self) -> Path:
         return self._folder / f"{self._name}-{len(self._split['shards']):05d}.bin"
 
     @property
-    def _partial(self) -> Path:
-        return self._path.with_suffix(".bin.partial")
+    def _mask(self) -> Path:
+        return self._path.with_suffix(".mask")
 
-    def write(self, tokens: NDArray[np.uint16]) -> None:
+    def write(self, tokens: NDArray[np.uint16], mask: NDArray[np.uint8] | None = None) -> None:
         while len(tokens):
             room = self._shard_tokens - self._filled
             piece, tokens = tokens[:room], tokens[room:]
-            _write_all(self._file, piece.tobytes())
+            _write_all(self._files[0], piece.tobytes())
+            if mask is not None:
+                _write_all(self._files[1], mask[:room].tobytes())
+                mask = mask[room:]
             self._filled += len(piece)
             if self._filled == self._shard_tokens:
                 self.end_shard()
 
     def sync(self) -> None:
         """Put what was written on the disk, so that the journal may count it."""
-        os.fsync(self._file.fileno())
+        for file in self._files:
+            os.fsync(file.fileno())
 
     def end_shard(self) -> None:
-        """Give the file its name, and begin the next one."""
+        """Give the files their names, and begin the next ones."""
         if not self._filled:
             return
         self.sync()
-        self._file.close()
-        self._partial.replace(self._path)
+        self._close()
+        shard: dict[str, Any] = {"name": self._path.name, "tokens": self._filled}
+        if self._masked:
+            learned = np.fromfile(_partial(self._mask), np.uint8)
+            write_file(self._mask, np.packbits(learned, bitorder="little").tobytes())
+            shard["mask"] = self._mask.name
+        _partial(self._path).replace(self._path)
         fsync(self._folder)
-        shard = {"name": self._path.name, "tokens": self._filled, "sha256": file_sha256(self._path)}
+        shard["sha256"] = file_sha256(self._path)
+        _partial(self._mask).unlink(missing_ok=True)
         self._split["shards"].append(shard)
         self._filled = 0
-        self._file = self._open()
+        self._files = self._open()
 
-    def _open(self) -> io.FileIO:
+    def _close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def _open(self) -> list[io.FileIO]:
         if self._path.exists():  # it was ended after the journal was written
-            self._path.replace(self._partial)
-        file = io.FileIO(self._partial, "ab")
-        kept = self._filled * TOKEN.itemsize
+            self._path.replace(_partial(self._path))
+        if self._mask.exists() and not _partial(self._mask).exists():
+            learned = np.unpackbits(np.fromfile(self._mask, np.uint8), bitorder="little")
+            write_file(_partial(self._mask), learned.tobytes())
+        sizes = {self._path: TOKEN.itemsize} | ({self._mask: 1} if self._masked else {})
+        return [self._reopen(_partial(path), self._filled * size) for path, size in sizes.items()]
+
+    def _reopen(self, path: Path, kept: int) -> io.FileIO:
+        file = io.FileIO(path, "ab")
         if os.fstat(file.fileno()).st_size < kept:
-            raise UserError(f"{self._partial} is shorter than when packing stopped: remove {self._folder}")
+            raise UserError(f"{path} is shorter than when packing stopped: remove {self._folder}")
         file.truncate(kept)
         return file
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
 
 
 def _write_all(file: io.FileIO, data: bytes) -> None:

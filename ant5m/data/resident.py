@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ant5m.data.shards import Tokens
+from ant5m.data.shards import IGNORE, Tokens
 
 LARGEST_SHARE = 1 / 8
 """of a device's memory; the published 655M tokens are 1.3 GB"""
@@ -12,14 +12,18 @@ _CHUNK = 1 << 26
 
 
 class ResidentTokens:
-    """A copy of `tokens` on `device`, two bytes each."""
+    """A copy of `tokens` on `device`, two bytes each, and one for whether it counts where that is said."""
 
     def __init__(self, tokens: Tokens, device: torch.device):
         # int16, because torch has few ops for uint16: those from 32,768 on are negative here.
         self._tokens = torch.empty(len(tokens), dtype=torch.int16, device=device)
+        self._counted = torch.empty(len(tokens) if tokens.masked else 0, dtype=torch.bool, device=device)
         for start in range(0, len(tokens), _CHUNK):
             part = np.array(tokens[start : start + _CHUNK]).view(np.int16)
-            self._tokens[start : start + len(part)].copy_(torch.from_numpy(part))
+            place = slice(start, start + len(part))
+            self._tokens[place].copy_(torch.from_numpy(part))
+            if tokens.masked:
+                self._counted[place].copy_(torch.from_numpy(tokens.counted(place.start, place.stop)))
 
     def gather(self, starts: NDArray[np.int64], length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The windows [start, start + length] and, shifted by one, their targets: int64 [rows, length].
@@ -34,7 +38,10 @@ class ResidentTokens:
             first = first.pin_memory().to(device, non_blocking=True)
         places = first[:, None] + torch.arange(length + 1, device=device)
         windows = self._tokens[places].long() & 0xFFFF
-        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        targets = windows[:, 1:].contiguous()
+        if len(self._counted):
+            targets = torch.where(self._counted[places[:, 1:]], targets, IGNORE)
+        return windows[:, :-1].contiguous(), targets
 
 
 def fits(num_tokens: int, device_memory: int) -> bool:

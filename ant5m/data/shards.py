@@ -26,6 +26,8 @@ PROGRESS = "progress.json"
 FORMAT = "ant5m-shards-1"
 TOKEN = np.dtype("<u2")
 COUNTS = ("documents", "tokens", "bytes", "words")
+IGNORE = -100
+"""The target that no loss counts, as in `torch.nn.functional.cross_entropy`."""
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Some = Annotated[int, msgspec.Meta(ge=1)]
@@ -36,6 +38,8 @@ class _Shard:
     name: str
     tokens: Some
     sha256: str
+    mask: str | None = None
+    """file that says which tokens count"""
 
 
 @dataclass
@@ -67,10 +71,11 @@ class Tokens:
     `tokens[i:j]` is an array (a view where the slice lies in one file, a copy where it crosses).
     """
 
-    def __init__(self, parts: list[NDArray[np.uint16]]) -> None:
+    def __init__(self, parts: list[NDArray[np.uint16]], masks: list[NDArray[np.uint8]] | None = None) -> None:
+        """`masks`: for each part a bit for every token, lowest bit first: whether it counts as a target."""
         if not all(part.dtype == TOKEN and part.ndim == 1 and part.flags.c_contiguous for part in parts):
             raise ValueError("tokens are one-dimensional contiguous uint16")
-        self._parts = parts
+        self._parts, self._masks = parts, masks
         self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -83,26 +88,47 @@ class Tokens:
         self._check_mapped()
         return self._window(start, stop)
 
+    @property
+    def masked(self) -> bool:
+        """Whether some tokens do not count as targets."""
+        return self._masks is not None
+
+    def counted(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Whether each token of [start, stop) counts as a target."""
+        if self._masks is None:
+            return np.ones(stop - start, bool)
+        pieces = [np.empty(0, np.uint8)]
+        for part, first, last in self._spans(start, stop):
+            bits = self._masks[part][first // 8 : -(-last // 8)]
+            skipped = first % 8
+            pieces.append(np.unpackbits(bits, bitorder="little")[skipped : skipped + last - first])
+        return np.concatenate(pieces).astype(bool)
+
     def _window(self, start: int, stop: int) -> NDArray[np.uint16]:
-        pieces = []
-        while start < stop:
-            part = int(np.searchsorted(self._ends, start, side="right"))
-            base = int(self._ends[part]) - len(self._parts[part])
-            end = min(stop, int(self._ends[part]))
-            pieces.append(self._parts[part][start - base : end - base])
-            start = end
+        pieces = [self._parts[part][first:last] for part, first, last in self._spans(start, stop)]
         if not pieces:
             return np.empty(0, TOKEN)
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
+    def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """The parts in which a window lies: number of the part, first and last + 1 of its tokens."""
+        while start < stop:
+            part = int(np.searchsorted(self._ends, start, side="right"))
+            base = int(self._ends[part]) - len(self._parts[part])
+            end = min(stop, int(self._ends[part]))
+            yield part, start - base, end - base
+            start = end
+
     def behind(self, token: int) -> "Tokens":
-        """The same with one token before the first."""
-        return Tokens([np.array([token], TOKEN), *self._parts])
+        """The same with one token before the first, which counts."""
+        masks = None if self._masks is None else [np.ones(1, np.uint8), *self._masks]
+        return Tokens([np.array([token], TOKEN), *self._parts], masks)
 
     def gather(
         self, starts: NDArray[np.int64], length: int, inputs: NDArray[np.int64], targets: NDArray[np.int64]
     ) -> None:
-        """Write the windows [start, start + length] to `inputs` and, shifted by one, to `targets`.
+        """Write the windows [start, start + length] to `inputs` and, shifted by one, to `targets`, which are
+        `IGNORE` where a token does not count.
 
         `starts` is [rows]; `inputs` and `targets` are [rows, length], C-contiguous, int64.
         Raises `IndexError` when a window, with the target of its last token, leaves the tokens.
@@ -116,6 +142,8 @@ class Tokens:
         for row, start in enumerate(starts.tolist()):
             window = self._window(start, start + length + 1)
             inputs[row], targets[row] = window[:-1], window[1:]
+            if self.masked:
+                targets[row, ~self.counted(start + 1, start + length + 1)] = IGNORE
 
     def _check_mapped(self) -> None:
         """Raise `UserError` where a file was cut since it was mapped: reading there kills the process."""
@@ -193,10 +221,12 @@ class Shards:
         meta = _read_meta(folder)
         if split not in meta["splits"]:
             raise UserError(f"{folder} has no {split} split (it has {', '.join(meta['splits'])})")
-        parts = [_map(folder, shard, verify) for shard in meta["splits"][split]["shards"]]
+        shards = meta["splits"][split]["shards"]
+        parts = [_map(folder, shard, verify) for shard in shards]
         if not parts:
             raise UserError(f"the {split} split of {folder} is empty: pack more text")
-        return cls(folder, split, meta, Tokens(parts))
+        masks = [_map_mask(folder, shard) for shard in shards] if "mask" in shards[0] else None
+        return cls(folder, split, meta, Tokens(parts, masks))
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
@@ -225,8 +255,11 @@ def _check_meta(meta: _Meta, folder: Path) -> None:
     if meta.eos_token_id >= meta.vocab_size:
         raise UserError(f"{where}: eos_token_id is {meta.eos_token_id}, of {meta.vocab_size} entries")
     for name, split in meta.splits.items():
-        if any(Path(shard.name).name != shard.name for shard in split.shards):
+        names = [file for shard in split.shards for file in (shard.name, shard.mask or shard.name)]
+        if any(Path(file).name != file for file in names):
             raise UserError(f"{where}: splits.{name} names a shard outside the folder")
+        if len({shard.mask is None for shard in split.shards}) > 1:
+            raise UserError(f"{where}: splits.{name} has a mask for some shards only")
         if split.tokens != sum(shard.tokens for shard in split.shards) or split.documents > split.tokens:
             raise UserError(f"{where}: splits.{name} counts other tokens than its shards have")
         if max(split.words, split.lost_bytes) > split.bytes:
@@ -250,6 +283,13 @@ def _map(folder: Path, shard: dict[str, Any], verify: bool) -> NDArray[np.uint16
     if verify and file_sha256(path) != shard["sha256"]:
         raise UserError(f"{path} does not have the sha256 in {META}: it was edited or damaged, pack again")
     return np.memmap(path, TOKEN, mode="r")
+
+
+def _map_mask(folder: Path, shard: dict[str, Any]) -> NDArray[np.uint8]:
+    mask = np.memmap(folder / shard["mask"], np.uint8, mode="r")
+    if len(mask) != -(-shard["tokens"] // 8):
+        raise UserError(f"{folder / shard['mask']} has not one bit for each token: pack the text again")
+    return mask
 
 
 def _check_gather(

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from ant5m.data.corpus import Corpus
-from ant5m.data.loader import IGNORE, document_starts, sequences
-from ant5m.data.shards import COUNTS, META, TOKEN, Shards, Tokens
+from ant5m.data.loader import document_starts, sequences
+from ant5m.data.shards import COUNTS, IGNORE, META, TOKEN, Shards, Tokens
 from ant5m.data.spelling import check_no_end_of_text, describe_lost, lost_bytes, spells_everything
 from ant5m.data.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 from ant5m.errors import UserError

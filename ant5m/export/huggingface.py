@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ant5m.data.conversations import end_ids
 from ant5m.data.tokenizer import Tokenizer
 from ant5m.export.card import ModelCard
 from ant5m.files import new_folder, write_file, write_json
@@ -19,7 +20,7 @@ def export(net: Ant, tokenizer: Tokenizer, folder: Path, card: ModelCard) -> Non
     Raises `UserError` when `folder` exists, or when the tokenizer has more entries than the model.
     """
     check_tokenizer(tokenizer, net.config)
-    bos, ends = tokenizer.bos_token_id, list(tokenizer.end_ids)
+    bos, ends = tokenizer.bos_token_id, list(end_ids(tokenizer))
     eos = ends[0] if len(ends) == 1 else ends
     with new_folder(folder) as aside:
         write_json(aside / "config.json", config_to_huggingface(net.config, eos, bos))

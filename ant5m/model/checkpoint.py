@@ -173,6 +173,10 @@ def _load_checkpoint(folder: Path, tokenizer_folder: Path) -> "tuple[Ant, Tokeni
     trained_with = state.get("tokenizer")
     if tokenizer and trained_with is not None and not tokenizer.has_fingerprint(trained_with):
         raise UserError(f"{tokenizer_folder} is not the tokenizer that {folder} was trained with")
+    if tokenizer and "chat_template" in tokenizer.settings:
+        from ant5m.data.conversations import end_ids as ends_of_replies
+
+        tokenizer.end_ids = ends_of_replies(tokenizer)
     return load_model(config, folder), tokenizer
 
 

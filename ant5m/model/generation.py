@@ -65,7 +65,7 @@ class Sampling:
 def generate(
     net: "Ant",
     tokenizer: "Tokenizer",
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     max_new_tokens: int = 200,
     temperature: float = TEMPERATURE,
     top_k: int = 0,
@@ -82,6 +82,7 @@ def generate(
     does not depend on its batch.
 
     Args:
+        prompts: texts, or their token ids.
         temperature, top_k, top_p, repetition_penalty: see `Sampling`.
         on_token: called with (row, token id) for every new token, as it comes.
 
@@ -92,7 +93,8 @@ def generate(
         raise UserError(f"the number of new tokens must be at least 1, not {max_new_tokens}")
     if not 0 <= seed < 2**62:
         raise UserError(f"the seed must be at least 0 and below 2^62, not {seed}")
-    rows = [tokenizer.encode(prompt) or [tokenizer.eos_token_id] for prompt in prompts]
+    encoded = [tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    rows = [ids or [tokenizer.eos_token_id] for ids in encoded]
     if not rows:
         return []
     context = net.config.max_position_embeddings

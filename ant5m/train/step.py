@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ant5m.data.loader import document_starts
+from ant5m.data.shards import IGNORE
 from ant5m.device import DTYPES, autocast, casts
 from ant5m.model.ant import Ant
 from ant5m.ranks import Ranks
@@ -28,6 +29,9 @@ from ant5m.train.schedule import Schedule
 
 WARM_UP = 3
 """steps before the capture: kernels are compiled and memory is laid out by then"""
+
+LEAST_SHARE = 1e-30
+"""of the targets that count, so that a batch without any has a loss of 0"""
 
 StepStats = torch.Tensor
 """What a step tells, fp32 [4] on the device: loss, gradient norm, whether it counted (1 or 0), loss scale."""
@@ -50,6 +54,7 @@ class Step:
         loop_loss: adds to the gradient of the cross-entropy.
         on_update: called behind the optimizer with 1, or 0 where the step was skipped; see `Callback`.
         ranks: each takes a step on its own sequences; gradients and losses are averaged over all of them.
+        masked: some targets do not count; the mean is then over those that do, of the whole batch.
     """
 
     def __init__(
@@ -66,9 +71,10 @@ class Step:
         loop_loss: LoopLoss | None = None,
         on_update: Sequence[Callable[[torch.Tensor], None]] = (),
         ranks: Ranks | None = None,
+        masked: bool = False,
     ):
         self.net, self.optimizer, self.scaler = net, optimizer, scaler
-        self.ranks = ranks or Ranks()
+        self.ranks, self.masked = ranks or Ranks(), masked
         self.micro_batch_size, self.grad_clip, self.precision = micro_batch_size, grad_clip, precision
         self.eos_token_id, self.loop_loss, self.on_update = eos_token_id, loop_loss, on_update
         self._parameters = list(net.parameters())
@@ -92,35 +98,41 @@ class Step:
         self, input_ids: torch.Tensor, targets: torch.Tensor, should_abort: Callable[[], bool] = _never
     ) -> torch.Tensor | None:
         """Leave the gradient of the mean loss, times the loss scale, in the parameters; returns the loss,
-        0-dim. None, and no gradients, when it was aborted.
+        fp32 [1]. None, and no gradients, when it was aborted.
 
-        Among several ranks these are this rank's parts of the sums, and what is returned is all of them in
-        one buffer (fp32 [parameters + 1], the loss last), so that one message sums them.
+        Where some targets do not count, it is [2], the second being the share of those that do: gradients and
+        loss are still sums over these, divided by the number of all targets. Among several ranks these are
+        this rank's parts of the sums, and what is returned is all of them in one buffer, the gradients first,
+        so that one message sums them.
         """
         size = self.micro_batch_size
         share = size / (len(input_ids) * self.ranks.size)
         weights = self._half_precision_weights()
-        loss = torch.zeros((), device=self.net.device)
+        loss = torch.zeros(1 + self.masked, device=self.net.device)
         for part, part_targets in zip(input_ids.split(size), targets.split(size), strict=True):
             if should_abort():
                 self.optimizer.zero_grad()
                 return None
             part_loss = self._loss(weights, part, part_targets)
+            if self.masked:
+                counted = (part_targets != IGNORE).to(loss.dtype).mean()
+                loss[1] += counted * share
+                part_loss = part_loss * counted
             (part_loss * (share if self.scaler is None else self.scaler.scale * share)).backward()
-            loss += part_loss.detach() * share
+            loss[0] += part_loss.detach() * share
         return loss if self.ranks.alone else torch.cat([x.flatten() for x in (*self._gradients(), loss)])
 
     def _gradients(self) -> list[torch.Tensor]:
         return [p.grad for p in self._parameters if p.grad is not None]
 
     def _unpack(self, joined: torch.Tensor) -> torch.Tensor:
-        """Make the gradients views of the buffer, and return the loss."""
+        """Make the gradients views of the buffer, and return what stands behind them."""
         sizes = [x.numel() for x in self._gradients()]
-        *parts, loss = torch.split(joined, [*sizes, 1])
+        *parts, loss = torch.split(joined, [*sizes, 1 + self.masked])
         with_gradient = (p for p in self._parameters if p.grad is not None)
         for parameter, part in zip(with_gradient, parts, strict=True):
             parameter.grad = part.view_as(parameter)
-        return loss.reshape(())
+        return loss
 
     def _half_precision_weights(self) -> dict[str, torch.Tensor]:
         """The matrices of the layers in the products' dtype; their gradients arrive in fp32."""
@@ -147,7 +159,12 @@ class Step:
     def update(self, result: torch.Tensor) -> StepStats:
         """Unscale and clip the gradients, take the optimizer's step, and forget them. `result`: of
         `gradients`, summed over the ranks."""
-        loss = result if self.ranks.alone else self._unpack(result)
+        sums = result if self.ranks.alone else self._unpack(result)
+        loss = sums[0]
+        if self.masked:
+            share = sums[1].clamp(min=LEAST_SHARE)
+            loss = loss / share
+            torch._foreach_div_(self._gradients(), share)
         if self.scaler is not None:
             self.scaler.unscale(self._gradients())
         norm = clip(self._parameters, self.grad_clip)

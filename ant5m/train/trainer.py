@@ -196,6 +196,7 @@ class Trainer:
             self._loop_loss,
             [c.on_update for c in self.callbacks if type(c).on_update is not Callback.on_update],
             self.ranks,
+            self.loader.masked,
         )
         return make_step(step)
 

@@ -34,8 +34,12 @@ class Validate(Periodic):
 
 def bytes_per_token(shards: Shards) -> float | None:
     """Mean over a split: with it a loss per token becomes one per byte, exact over the whole split and close
-    over evenly spread parts of it. None where the tokenizer lost bytes."""
-    return None if shards.lost_bytes else shards.counts["bytes"] / shards.counts["tokens"]
+    over evenly spread parts of it. None where the tokenizer lost bytes, or some tokens do not count."""
+    return (
+        None
+        if shards.lost_bytes or shards.tokens.masked
+        else shards.counts["bytes"] / shards.counts["tokens"]
+    )
 
 
 def validate(
