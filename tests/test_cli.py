@@ -27,7 +27,7 @@ SURFACE = {
     "tokenizer train": "out vocab-size sample-mb max-documents text-column on-error",
     "tokenizer health": "tokenizer preset compare sample-mb max-documents text-column on-error picture json",
     "data contamination": "TEXT_OR_SHARDS against json text-column",
-    "data pack": "allow-loss exclude-items filters on-error out seed shard-tokens text-column tokenizer "
+    "data pack": "allow-loss chat exclude-items filters on-error out seed shard-tokens text-column tokenizer "
     "validation-fraction",
     "train": "model data tokenizer out resume steps tokens max-minutes batch-size micro-batch-size "
     "sequence-length document-mask optimizer learning-rate muon-learning-rate betas eps weight-decay "
@@ -36,6 +36,7 @@ SURFACE = {
     "eval-data-dir checkpoint-words sample-every checkpoint-every keep-last "
     "push push-every track",
     "generate": "MODEL device json max-new-tokens prompt repetition-penalty seed temperature top-k top-p",
+    "chat": "MODEL device max-new-tokens repetition-penalty seed system temperature top-k top-p",
     "eval": "MODEL allow-loss batch-size data data-dir device json limit output repository tasks text-column",
     "autopsy": "RUN data device json out prompts text-column tokens",
     "doctor": "MODEL device-memory json max-params",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import random
 import sys
@@ -9,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_resume import fingerprint, interrupt  # noqa: F401  (a fixture)
+from test_resume import fingerprint, interrupt  # noqa: F401
 from test_train import MODEL
 from tokenizers import AddedToken
 
@@ -38,7 +39,24 @@ CHATML = (
     "{% endgeneration %}{% else %}{{ message.content + '<|im_end|>' + '\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-WORDS = "the ant carries a leaf home while other ants build and sleep under old green trees".split()
+WORDS = [
+    "the",
+    "ant",
+    "carries",
+    "a",
+    "leaf",
+    "home",
+    "while",
+    "other",
+    "ants",
+    "build",
+    "and",
+    "sleep",
+    "under",
+    "old",
+    "green",
+    "trees",
+]
 
 
 def chats(count, seed=0):
@@ -167,8 +185,7 @@ def test_packing_keeps_masks_and_goes_on_with_the_same_bytes(chatml, tmp_path, m
         ids, counted = part.tokens[:].tolist(), part.tokens.counted(0, part.num_tokens).tolist()
         ends = [-1, *(i for i, token in enumerate(ids) if token == chatml.eos_token_id)]
         there += [
-            (tuple(ids[a + 1 : b + 1]), tuple(counted[a + 1 : b + 1]))
-            for a, b in zip(ends, ends[1:], strict=False)
+            (tuple(ids[a + 1 : b + 1]), tuple(counted[a + 1 : b + 1])) for a, b in itertools.pairwise(ends)
         ]
     expected = [template.encode([template.split(row)])[:2] for row in rows]
     assert sorted(there) == sorted((tuple(ids), tuple(learned)) for ids, learned in expected)
@@ -251,9 +268,7 @@ def chat_data(chatml, tmp_path_factory):
     return folder
 
 
-def test_a_run_on_conversations_resumes_exactly_and_keeps_the_template(
-    chat_data, chatml, tmp_path, interrupt
-):  # noqa: F811
+def test_a_run_resumes_exactly_and_keeps_the_template(chat_data, chatml, tmp_path, interrupt):  # noqa: F811
     config = TrainConfig(
         model=str(chat_data / "model.json"),
         data=chat_data / "data",
