@@ -16,6 +16,9 @@ from test_resume import fingerprint, interrupt  # noqa: F401  (a fixture)
 from test_train import config, material  # noqa: F401  (fixtures)
 from two_ranks import spoilt
 
+from ant5m.data.conversations import PLAIN_TEMPLATE, ChatTemplate, Conversations
+from ant5m.data.packing import pack
+from ant5m.data.tokenizer import Tokenizer
 from ant5m.model.checkpoint import latest_checkpoint
 from ant5m.train import TrainConfig, pretrain
 from ant5m.train.metrics import read_metrics
@@ -60,6 +63,20 @@ VARIANTS = {
 }
 
 
+def chat_shards(config, tmp_path):  # noqa: F811
+    """Shards in which the two ranks' sequences have unlike numbers of tokens that count."""
+    tokenizer = Tokenizer.load(config.data / "tokenizer")
+    said = [{"role": "user", "content": "the ant"}, {"role": "assistant", "content": "a leaf"}]
+    rows = [
+        {"messages": [*said * (1 + i % 5), {"role": "user", "content": "the " * (i % 40)}]} for i in range(60)
+    ]
+    text = tmp_path / "chats.jsonl"
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = Conversations.find([text], ChatTemplate(tokenizer, PLAIN_TEMPLATE))
+    pack(corpus, tokenizer, tmp_path / "chats", validation_fraction=0.1)
+    return tmp_path / "chats"
+
+
 def test_two_ranks_compute_the_bits_of_one_process(config, tmp_path, monkeypatch):  # noqa: F811
     """20 steps; one process takes the two ranks' sequences as two micro-batches."""
     whole = {
@@ -68,6 +85,9 @@ def test_two_ranks_compute_the_bits_of_one_process(config, tmp_path, monkeypatch
         )
         for name, changes in VARIANTS.items()
     }
+    whole["masked"] = dataclasses.replace(
+        whole["muon"], data=chat_shards(config, tmp_path), out=tmp_path / "masked"
+    )
     jobs = []
     for name, one in whole.items():
         two = dataclasses.replace(one, out=tmp_path / f"{name}-2")
