@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ant5m.data.order import ORDERS, Order
+from ant5m.data.order import ORDERS, Order, OrderName
 from ant5m.data.resident import ResidentTokens
 from ant5m.data.shards import IGNORE, Shards, Tokens
 from ant5m.errors import UserError
@@ -73,8 +73,8 @@ class Loader:
     def next(self) -> Batch:
         """The next (input_ids, targets), int64 [batch_size, sequence_length], new tensors each time."""
         first = self._position + self._rank * self.batch_size
-        starts = self._order.at(np.arange(first, first + self.batch_size)) * self.sequence_length
-        self._position += self.batch_size * self._world_size
+        starts = self._starts(np.arange(first, first + self.batch_size))
+        self._move(self._position + self.batch_size * self._world_size)
         if self._resident is not None:
             return self._resident.gather(starts, self.sequence_length)
         return _gather(self._tokens, starts, self.sequence_length)
@@ -106,9 +106,19 @@ class Loader:
                 raise UserError(
                     f"the checkpoint has {name} {state[name]}, not {current[name]}: resume with the same one"
                 )
+        self._use_order(state["order"])
         self._position = state["position"]
-        if state["order"] != self._order.name:
-            self._order = Order(self.num_sequences, [self.seed], state["order"])
+
+    def _starts(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The first tokens of the sequences at these positions."""
+        return self._order.at(positions) * self.sequence_length
+
+    def _move(self, position: int) -> None:
+        self._position = position
+
+    def _use_order(self, name: OrderName) -> None:
+        if name != self._order.name:
+            self._order = Order(self.num_sequences, [self.seed], name)
 
 
 def document_starts(input_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:

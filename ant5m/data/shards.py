@@ -6,7 +6,7 @@ The shard files of a split are one logical sequence of tokens; where one file en
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -119,6 +119,17 @@ class Tokens:
             yield part, start - base, end - base
             start = end
 
+    @staticmethod
+    def join(several: Sequence["Tokens"]) -> "Tokens":
+        """One behind the other. Where only some are masked, all tokens of the others count."""
+        masks = None
+        if any(tokens.masked for tokens in several):
+            masks = [mask for tokens in several for mask in tokens._masks or tokens._full_masks()]
+        return Tokens([part for tokens in several for part in tokens._parts], masks)
+
+    def _full_masks(self) -> list[NDArray[np.uint8]]:
+        return [np.full(-(-len(part) // 8), 255, np.uint8) for part in self._parts]
+
     def behind(self, token: int) -> "Tokens":
         """The same with one token before the first, which counts."""
         masks = None if self._masks is None else [np.ones(1, np.uint8), *self._masks]
@@ -209,6 +220,25 @@ class Shards:
             pending.append(rest)
         if any(map(len, pending)):
             yield np.concatenate(pending)
+
+    @classmethod
+    def join(cls, parts: Sequence["Shards"]) -> "Shards":
+        """Splits of one tokenizer laid end to end, without a copy; `folder` names all of theirs.
+
+        Raises `UserError` where they were packed with different tokenizers.
+        """
+        first = parts[0]
+        for part in parts[1:]:
+            if part.tokenizer_fingerprint != first.tokenizer_fingerprint:
+                raise UserError(
+                    f"{part.folder} was packed with another tokenizer than {first.folder}: pack both with one"
+                )
+        splits = [part.meta["splits"][part.split] for part in parts]
+        counts = {name: sum(split.get(name, 0) for split in splits) for name in (*COUNTS, "lost_bytes")}
+        shards = [shard for split in splits for shard in split["shards"]]
+        meta = {**first.meta, "splits": {first.split: {**counts, "shards": shards}}}
+        folder = Path(" + ".join(str(part.folder) for part in parts))
+        return cls(folder, first.split, meta, Tokens.join([part.tokens for part in parts]))
 
     @classmethod
     def open(cls, folder: str | Path, split: Split = "train", verify: bool = True) -> "Shards":
