@@ -21,7 +21,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 SOURCES, CUDA_SOURCES = Path("csrc/cpu"), Path("csrc/cuda")
-ONCE = {"bindings", "dispatch", "memory", "parallel"}
+ONCE = {"bindings", "dispatch", "memory", "ngrams", "parallel"}
 COMPILER = os.environ.get("CXX", "c++")
 
 

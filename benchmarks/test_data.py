@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from ant5m.data.builtin import load_builtin
+from ant5m.data.contamination import ItemIndex
 from ant5m.data.corpus import Corpus
 from ant5m.data.packing import pack
-from ant5m.data.shards import Tokens
+from ant5m.data.shards import Shards, Tokens
 from ant5m.data.tokenizer import train_tokenizer
 
 
@@ -70,18 +71,55 @@ def test_packing(benchmark, capsys, tmp_path, copies=8, rounds=5):
     _report(benchmark, capsys, f"packing {sizes['ant5m']:.0f} MB", seconds, sizes)
 
 
+def test_contamination(benchmark, capsys, tmp_path, copies=4, rounds=5, items=50_000, words=60):
+    """Looking for 13-grams of items in a text and in shards, and packing without the documents that have
+    them, beside packing. The items are words of the text at random, which are in none of its documents."""
+    documents = [text.replace("\0", "") for text in load_builtin().documents]
+    tokenizer = train_tokenizer(documents, vocab_size=16_384)
+    (tmp_path / "text.txt").write_text("<|endoftext|>".join(documents * copies), encoding="utf-8")
+    corpus = Corpus.open([tmp_path / "text.txt"])
+    pack(corpus, tokenizer, tmp_path / "packed")
+    known, chance = np.array(" ".join(documents).split()), np.random.default_rng(0)
+    index = ItemIndex({"made": ([" ".join(chance.choice(known, words))] for _ in range(items))})
+
+    def check(documents):
+        assert not index.check((("", text) for text in documents), "", "").contaminated_documents
+
+    def clear():
+        shutil.rmtree(tmp_path / "shards", ignore_errors=True)
+
+    peers = {
+        "packing without items": lambda: pack(corpus, tokenizer, tmp_path / "shards", exclude=index),
+        "check of text": lambda: check(corpus.documents()),
+        "check of shards": lambda: check(map(tokenizer.decode, Shards.open(tmp_path / "packed").documents())),
+    }
+    seconds = _in_turn(
+        benchmark,
+        lambda: pack(corpus, tokenizer, tmp_path / "shards"),
+        peers,
+        clear,
+        rounds,
+        time.process_time,
+    )
+    benchmark.group = "contamination"
+    size = copies * _megabytes(documents)
+    _report(
+        benchmark, capsys, f"packing {size:.0f} MB, processor time", seconds, dict.fromkeys(seconds, size)
+    )
+
+
 def _megabytes(texts):
     return sum(len(text.encode()) for text in texts) / 1e6
 
 
-def _in_turn(benchmark, ours, peers, prepare, rounds):
+def _in_turn(benchmark, ours, peers, prepare, rounds, clock=time.perf_counter):
     """Seconds of every round by variant; `prepare` comes before every variant and is not timed."""
     seconds = {name: [] for name in ("ant5m", *peers)}
 
     def timed(name, action):
-        start = time.perf_counter()
+        start = clock()
         action()
-        seconds[name].append(time.perf_counter() - start)
+        seconds[name].append(clock() - start)
 
     def others():
         for name, action in peers.items():

@@ -1,6 +1,7 @@
 """Benchmark items in a training text are found, named and left out."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -79,6 +80,65 @@ def test_every_shared_stretch_is_found_and_no_other():
         expected = [number for number, item in enumerate(items) if grams(item) & grams(text)]
         assert index.find(text).tolist() == expected
     assert any(len(index.find(text)) for text in texts) and not all(len(index.find(text)) for text in texts)
+
+
+def polynomials(text):
+    """`hashes_of` in plain Python, from the words of `plain`."""
+    base, every = 0x9E3779B97F4A7C15, (1 << 64) - 1
+
+    def mixed(word):
+        x = 0
+        for letter in word:
+            x = (x + ord(letter) + 1) * base & every
+        for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+            x = (x ^ x >> 33) * factor & every
+        return x ^ x >> 33
+
+    words = [mixed(word) for word in plain(text).decode().split(" ") if word]
+    grams = [words[i : i + WORDS] for i in range(len(words) - WORDS + 1)]
+    return [sum(word * base ** (WORDS - 1 - i) for i, word in enumerate(gram)) & every for gram in grams]
+
+
+def test_words_are_those_of_the_plain_text():
+    """Characters of every plane stand inside and between words."""
+    codes = [*range(0, 0xD800, 3), *range(0xE000, 0x40000, 11), *range(0x40000, 0x110000, 997)]
+    for first in range(0, len(codes), 300):
+        text = " ".join(f"x{chr(code)}Y {chr(code)}" for code in codes[first : first + 300])
+        assert hashes_of(text).tolist() == hashes_of(plain(text).decode()).tolist()
+    odd = "aÉß ΑΣ Σ\u0130İ “”—\u00a0\u3000\x1c\x85\x00,.'\U0001f600\U00020000\U0003134a\ud800"
+    random = np.random.default_rng(1)
+    for length in (0, 1, 12, 13, 40, 400):
+        text = "".join(random.choice(list(odd + " " * 10), 4 * length))
+        assert hashes_of(text).tolist() == polynomials(text)
+    assert len(hashes_of(text)) > 100
+
+
+def test_letters_that_change_places_between_words_are_another_text():
+    assert hashes_of(f"to hat {LONG}").tolist()[0] != hashes_of(f"th oat {LONG}").tolist()[0]
+
+
+def peak_of(action):
+    """Bytes that Python and numpy hold at most while it runs, beyond what they held before."""
+    tracemalloc.start()
+    action()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_memory_is_bounded_by_the_items_and_one_document():
+    items = [[f"w{i} {LONG} w{i}"] for i in range(5_000)]
+    grams = sum(len(LONG.split()) + 3 - WORDS for _ in items)
+    hashes_of("")  # the table of letters is made
+    assert peak_of(lambda: ItemIndex({"x": items})) < 200 * grams + (1 << 20)
+    index = ItemIndex({"x": items[:9]})
+    huge = "A line of words, none of which is in an item. “It goes on” ... " * 50_000
+    assert peak_of(lambda: index.find(huge)) < 4 * len(huge.encode())  # while it is encoded
+
+    def check(count):
+        return peak_of(lambda: index.check(((str(i), huge[: 1 << 18] + LONG) for i in range(count)), "", ""))
+
+    assert check(12) < 1.2 * check(2)
 
 
 def test_an_items_texts_are_those_that_could_be_written():

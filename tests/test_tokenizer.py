@@ -56,6 +56,22 @@ def test_the_vocabulary(tokenizer):
     assert " carries" in {tokenizer.decode([i]) for i in range(330)}
 
 
+def test_arrays_are_decoded_as_tokenizers_does_it():
+    """Ids at random, so that bytes are no UTF-8; added tokens with a space; an id that no token has."""
+    backend = foreign(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    backend.add_tokens([" two words ", "naïve", "中"])
+    opened = Tokenizer(backend, "</s>")
+    chance = np.random.default_rng(0)
+    for length in (0, 1, 50, 5_000):
+        ids = chance.integers(0, opened.vocab_size, length).astype(np.uint16)
+        assert opened.decode(ids) == backend.decode(ids.tolist(), skip_special_tokens=False)
+    ids[3] = 60_000
+    assert opened.decode(ids) == backend.decode(ids.tolist(), skip_special_tokens=False)
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip("a", 1, 0)])
+    other = Tokenizer(backend, "</s>")
+    assert other.decode(ids) == backend.decode(ids.tolist(), skip_special_tokens=False)
+
+
 def test_everything_comes_back(tokenizer):
     for text in [*every_byte(), *AWKWARD.values(), *odd_texts()]:
         assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ant5m import _cpu
+
 WORDS = 13
 """in a row"""
 REPORT = "contamination.json"
@@ -25,17 +27,17 @@ REPORT = "contamination.json"
 WORST = 10
 """documents that a report names"""
 
+_SPACE = b" \t\n\v\f\r\x1c\x1d\x1e\x1f"
 _PUNCTUATION = string.punctuation.encode()
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
-_BASE = 0x9E3779B97F4A7C15
-_INVERSE = pow(_BASE, -1, 1 << 64)
-_SPACE = np.isin(np.arange(256), list(b" \t\n\v\f\r\x1c\x1d\x1e\x1f"))
-_TABLE_BITS = 28
-_BITS = np.uint8(1) << np.arange(8, dtype=np.uint8)
+_KNOWN = 0x40000
+"""No code point from here on is a letter, a digit or a space."""
+_NEEDS_PYTHON = "\u0130\u03a3"
+"""Lower case of the first is two characters, that of the second depends on its neighbors."""
 
 
 def plain(text: str) -> bytes:
-    """A text as it is compared: lower case, without punctuation, in UTF-8, with ASCII white space only."""
+    """A text as it is compared: lower case, without punctuation, in UTF-8, with spaces as white space."""
     text = text.lower()
     if not text.isascii():
         for mark in set(_NOT_ASCII.findall(text)):  # a few, in most texts
@@ -43,48 +45,52 @@ def plain(text: str) -> bytes:
                 text = text.replace(mark, " ")
             elif not mark.isalnum():
                 text = text.replace(mark, "")
-    return text.encode("utf-8", "replace").translate(None, _PUNCTUATION)
+    spaces = bytes.maketrans(_SPACE, b" " * len(_SPACE))
+    return text.encode("utf-8", "replace").translate(spaces, _PUNCTUATION)
 
 
-def hashes_of(text: str) -> NDArray[np.uint64]:
-    """A hash of each `WORDS` words in a row, uint64 [words - 12].
+def hashes_of(text: str, filter: NDArray[np.uint64] | None = None) -> NDArray[np.uint64]:
+    """A hash of each `WORDS` words in a row of a text, uint64 [words - 12]: of the words of `plain(text)`.
 
-    A word's is sum_i byte_i * base^i modulo 2^64, from prefix sums over the whole text. That of many words is
-    sum_k word_k * base^k, put together from those of 1, 2, 4 and 8 words: 13 = 8 + 4 + 1.
+    filter: only hashes that it may have (see `_filter_of`), in their order.
     """
-    raw = np.frombuffer(plain(text), np.uint8)
-    inside = np.zeros(len(raw) + 2, np.int8)
-    inside[1:-1] = ~_SPACE[raw]
-    edges = np.flatnonzero(np.diff(inside))
-    starts, ends = edges[::2], edges[1::2]
-    count = len(starts) - WORDS + 1
-    if count < 1:
-        return np.empty(0, np.uint64)
-    sums = np.zeros(len(raw) + 1, np.uint64)
-    np.cumsum((raw + np.uint64(1)) * _powers(len(raw), _BASE), out=sums[1:])
-    one = (sums[ends] - sums[starts]) * _powers(len(raw), _INVERSE)[starts]
-    two = one[:-1] + one[1:] * _power(1)
-    four = two[:-2] + two[2:] * _power(2)
-    eight = four[:-4] + four[4:] * _power(4)
-    return eight[:count] + four[8 : 8 + count] * _power(8) + one[12 : 12 + count] * _power(12)
+    found = _hash(text.encode("utf-8", "replace"), filter)
+    return np.frombuffer(_hash(plain(text), filter) if found is None else found, np.uint64)
 
 
-def _power(exponent: int) -> np.uint64:
-    return np.uint64(pow(_BASE, exponent, 1 << 64))
+def _hash(raw: bytes, filter: NDArray[np.uint64] | None) -> Any:
+    """Bytes of the hashes, or None where the text has a character that needs Python."""
+    letters = _letters()
+    return _cpu.hash_ngrams(
+        text=raw,
+        letters=letters.ctypes.data,
+        known=len(letters),
+        n=WORDS,
+        filter=0 if filter is None else filter.ctypes.data,
+        filter_words=0 if filter is None else len(filter),
+    )
 
 
-def _powers(count: int, base: int) -> NDArray[np.uint64]:
-    """base^0, base^1, ... modulo 2^64; as many as a power of two, so that few lengths are kept."""
-    return _powers_of_two(max(1, count - 1).bit_length(), base)[:count]
-
-
-@functools.lru_cache(maxsize=64)
-def _powers_of_two(bits: int, base: int) -> NDArray[np.uint64]:
-    found = np.ones(1 << bits, np.uint64)
-    for bit in range(bits):
-        half = 1 << bit
-        found[half : 2 * half] = found[:half] * np.uint64(pow(base, half, 1 << 64))
+@functools.cache
+def _letters() -> NDArray[np.uint32]:
+    """What `plain` makes of every single character, for csrc/cpu/ngrams.h."""
+    found = np.full(_KNOWN, _cpu.LEFT_OUT, np.uint32)
+    for code, letter in enumerate(map(str.lower, map(chr, range(_KNOWN)))):
+        if letter.isspace():
+            found[code] = _cpu.SPACE
+        elif letter.isalnum() or (code < 128 and letter not in string.punctuation):
+            found[code] = ord(letter[0])
+    found[[ord(mark) for mark in _NEEDS_PYTHON]] = _cpu.ASK
     return found
+
+
+def _filter_of(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Two bits for each hash, in 64 or more bits for each: nearly all others lack one."""
+    words = np.zeros(1 << max(10, len(hashes) - 1).bit_length(), np.uint64)
+    one, place = np.uint64(1), (hashes >> np.uint64(12)) & np.uint64(len(words) - 1)
+    bits = one << (hashes & np.uint64(63)) | one << (hashes >> np.uint64(6) & np.uint64(63))
+    np.bitwise_or.at(words, place, bits)
+    return words
 
 
 @dataclass
@@ -152,16 +158,11 @@ class ItemIndex:
         order = flat.argsort(kind="stable")
         self._hashes = flat[order]
         self._owners = np.concatenate([*owners, np.empty(0, np.int64)])[order]
-        # A bit for the first bits of each hash: nearly all of a text's are sorted out by it.
-        self._table = np.zeros(1 << (_TABLE_BITS - 3), np.uint8)
-        place = self._hashes >> np.uint64(64 - _TABLE_BITS)
-        np.bitwise_or.at(self._table, place >> np.uint64(3), _BITS[place & np.uint64(7)])
+        self._filter = _filter_of(self._hashes)
 
     def find(self, text: str) -> NDArray[np.int64]:
         """Numbers of the items that share `WORDS` words in a row with a document, sorted."""
-        hashes = hashes_of(text)
-        place = hashes >> np.uint64(64 - _TABLE_BITS)
-        hashes = hashes[(self._table[place >> np.uint64(3)] & _BITS[place & np.uint64(7)]) > 0]
+        hashes = hashes_of(text, self._filter)
         if not len(hashes):
             return np.empty(0, np.int64)
         low = self._hashes.searchsorted(hashes, "left")

@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import pre_tokenizers
 
-from ant5m.data.tokenizer import Tokenizer
+from ant5m.data.tokenizer import Tokenizer, byte_characters
 from ant5m.errors import UserError
 
 NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
@@ -33,7 +32,11 @@ def spells_everything(tokenizer: Tokenizer) -> bool:
         return False
     if not _is_byte_level(content["pre_tokenizer"], ("Split", "Digits", "Punctuation")):
         return False
-    return all(character in model["vocab"] for character in _alphabet())
+    return all(
+        character in model["vocab"]
+        for character, byte in byte_characters().items()
+        if byte not in NEVER_IN_UTF8
+    )
 
 
 def check_no_end_of_text(tokenizer: Tokenizer, ids: NDArray[np.uint32]) -> None:
@@ -43,15 +46,6 @@ def check_no_end_of_text(tokenizer: Tokenizer, ids: NDArray[np.uint32]) -> None:
             f"text of a document becomes the end-of-text token '{tokenizer.eos_token}': "
             'mark it "special" among the added_tokens of tokenizer.json'
         )
-
-
-def _alphabet() -> list[str]:
-    """The characters that stand for the bytes of UTF-8 in a byte-level vocabulary."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(0x100) if byte not in visible]
-    spelled = {byte: chr(byte) for byte in visible} | {byte: chr(0x100 + i) for i, byte in enumerate(hidden)}
-    assert set(spelled.values()) == set(pre_tokenizers.ByteLevel.alphabet())
-    return [character for byte, character in spelled.items() if byte not in NEVER_IN_UTF8]
 
 
 def _is_byte_level(part: Any, others: Sequence[str]) -> bool:

@@ -163,7 +163,12 @@ class Tokenizer:
         return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids, special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""
+        """Text of ids, special tokens spelled out; bytes that are not UTF-8 become U+FFFD.
+
+        An array is taken for text in bulk, which is put together without `tokenizers`, ten times as fast.
+        """
+        if isinstance(ids, np.ndarray) and self._spelled is not None and (ids < len(self._spelled)).all():
+            return b"".join(self._spelled[ids].tolist()).decode(errors="replace")
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def shrunk(self, vocab_size: int) -> "Tokenizer":
@@ -194,6 +199,22 @@ class Tokenizer:
         return _fingerprint(self.backend)
 
     @functools.cached_property
+    def _spelled(self) -> np.ndarray | None:
+        """The bytes of each id, objects [vocab_size], or None where the decoder does more than join them.
+
+        As in the ByteLevel decoder of `tokenizers` a token with any other character (an added one) is text,
+        and an id without a token is nothing.
+        """
+        if not isinstance(self.backend.decoder, decoders.ByteLevel):
+            return None
+        byte_of = byte_characters()
+        found = np.full(self.vocab_size, b"", object)
+        for token, i in self.vocab.items():
+            spelled = byte_of.keys() >= set(token)
+            found[i] = bytes(map(byte_of.__getitem__, token)) if spelled else token.encode()
+        return found
+
+    @functools.cached_property
     def _gigatoken(self) -> Any:
         """gigatoken's encoder of this tokenizer, or None where it cannot stand in."""
         import gigatoken
@@ -208,6 +229,16 @@ class Tokenizer:
         except Exception:  # it raises RuntimeError and ValueError for what it does not support
             return None
         return fast if agrees else None
+
+
+@functools.cache
+def byte_characters() -> dict[str, int]:
+    """The characters by which a byte-level vocabulary spells bytes -> the byte."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(0x100) if byte not in visible]
+    spelled = {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
+    assert set(spelled) == set(pre_tokenizers.ByteLevel.alphabet())
+    return spelled
 
 
 @dataclass

@@ -3,9 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <string_view>
 #include <utility>
 
 #include "memory.h"
+#include "ngrams.h"
 #include "ops.h"
 #include "parallel.h"
 
@@ -100,6 +102,17 @@ PYBIND11_MODULE(_cpu, m) {
         "Bytes of large pieces of Memory: in use, and kept for later");
     m.def("release_memory", &ant5m::release_memory, py::call_guard<py::gil_scoped_release>(),
           "Give what is kept for later back to the system; how many bytes that were");
+    m.def(
+        "hash_ngrams",
+        [](std::string_view text, uintptr_t letters, int64_t known, int64_t n, uintptr_t filter,
+           int64_t filter_words) -> std::optional<py::bytes> {
+            const auto found = ant5m::hash_ngrams(text, at<const uint32_t>(letters), known, n,
+                                                  {at<const uint64_t>(filter), filter_words});
+            if (!found) return std::nullopt;
+            return py::bytes(reinterpret_cast<const char*>(found->data()), found->size() * sizeof(uint64_t));
+        },
+        py::kw_only(), py::arg("text"), py::arg("letters"), py::arg("known"), py::arg("n"), py::arg("filter"),
+        py::arg("filter_words"), "See ngrams.h: the hashes, end to end");
     define(m, "attention_forward", &Ops::attention_forward,
            {"shape", "q", "k", "v", "ends", "out", "lse", "bf16", "threads"});
     define(m, "attention_backward", &Ops::attention_backward,
@@ -138,5 +151,8 @@ PYBIND11_MODULE(_cpu, m) {
     define(m, "product_over_tokens", &Ops::product_over_tokens,
            {"tokens", "rows", "columns", "a", "a_row", "b", "b_row", "out", "bf16", "threads"});
     m.attr("MLP_TOKENS") = ant5m::kMlpTokens;
+    m.attr("SPACE") = ant5m::kSpace;
+    m.attr("LEFT_OUT") = ant5m::kLeftOut;
+    m.attr("ASK") = ant5m::kAsk;
     m.attr("LARGE") = ant5m::kLarge;
 }
