@@ -148,7 +148,11 @@ def test_the_open_forward_pass_is_the_models_own(values):
 
 def test_scores_depend_on_distance_alone():
     torch.manual_seed(0)
-    looks = heads.look(Ant(tiny()), torch.randint(90, (2, 40)), quiet)
+    net, windows = Ant(tiny()), torch.randint(90, (3, 40))
+    looks = heads.look(net, windows, quiet)
+    for name, half in looks.halves.items():  # of each head over the windows
+        each = torch.stack([getattr(heads.look(net, one[None], quiet), name) for one in windows])
+        assert torch.allclose(half, evidence.half_widths(each), rtol=1e-3) and half.min() > 0
     assert looks.shifted.max() < 1e-4 < 0.3 < looks.shuffled.min()
 
 
@@ -305,6 +309,17 @@ def test_collapse_to_frequent_tokens(sharper, meaning):
 
 def test_an_estimate_is_clear_when_zero_is_outside():
     assert Estimate(0.2, 0.1).clear and not Estimate(-0.1, 0.2).clear
+
+
+def test_each_of_many_means_has_its_interval():
+    values = torch.randn(9, 2, 3, generator=torch.Generator().manual_seed(0))
+    halves = evidence.half_widths(values)
+    assert halves.shape == (2, 3) and halves[1, 2].item() == pytest.approx(
+        evidence.estimate(values[:, 1, [2]]).half
+    )
+    expected = 2.306 * values[:, 0, 0].std() / 3  # Student's t with 8 degrees of freedom
+    assert halves[0, 0].item() == pytest.approx(expected.item(), rel=1e-3)
+    assert evidence.half_widths(values[:1]).isinf().all()
 
 
 def test_windows_are_spread_over_the_text():

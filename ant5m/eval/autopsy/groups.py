@@ -6,7 +6,17 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ant5m.eval.autopsy import forward
-from ant5m.eval.autopsy.evidence import Estimate, Finding, Section, Step, Windows, estimate, untrained, within
+from ant5m.eval.autopsy.evidence import (
+    Estimate,
+    Finding,
+    Section,
+    Step,
+    Windows,
+    estimate,
+    half_widths,
+    untrained,
+    within,
+)
 from ant5m.eval.autopsy.heads import ROWS, WINDOWS
 from ant5m.model.ant import Ant
 
@@ -36,6 +46,7 @@ def examine(net: Ant, sample: Windows, step: Step) -> Section:
     ]
     data = {
         "pattern_overlap": patterns.tolist(),
+        "pattern_overlap_half": half_widths(by_window).tolist(),
         "pattern_overlap_with_random_weights": random.tolist(),
         "query_weight_likeness": weights.tolist(),
         "loss_without_kv_head": [[one.to_dict() for one in layer] for layer in silenced],

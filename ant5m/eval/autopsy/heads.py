@@ -19,6 +19,7 @@ from ant5m.eval.autopsy.evidence import (
     Step,
     Windows,
     estimate,
+    half_widths,
     untrained,
     within,
     write_values,
@@ -51,6 +52,8 @@ class Looks:
     """RMS change of the scores when positions are shuffled, over their RMS; both within a row"""
     pairs: Tensor
     """[layers, H, D / 2]: share of the variance of the scores within a row that comes from each pair"""
+    halves: dict[str, Tensor]
+    """of `entropy`, `distance`, `first` and `shuffled`: half the 95 % interval over the windows"""
     means: dict[str, Estimate]
     """`entropy`, `distance`, `first` and `shuffled` over all heads, with an interval over the windows"""
 
@@ -85,7 +88,8 @@ def examine(net: Ant, sample: Windows, counts: Counts, step: Step) -> Section:
         _context(far, sample.length),
     ]
     data = {
-        **{name: getattr(looks, name).tolist() for name in ("entropy", "distance", "first", "shuffled")},
+        **{name: getattr(looks, name).tolist() for name in looks.halves},
+        **{f"{name}_half": half.tolist() for name, half in looks.halves.items()},
         "pair_energy": looks.pairs.tolist(),
         "loss_without_pair": [one.to_dict() for one in pairs],
         "loss_with_positions": {name: one.to_dict() for name, one in costs.items()},
@@ -132,6 +136,10 @@ def look(net: Ant, input_ids: Tensor, step: Step) -> Looks:
     values = {name: each.mean(1) for name, each in windows.items()}
     most = torch.special.entr(alike).sum(-1).mean().cpu()
     middle = (alike * (rows[:, None] - places)).sum(-1).mean().cpu()
+    by_window = {
+        name: windows[name].transpose(0, 1) / scale  # [W, layers, H]
+        for name, scale in (("entropy", most), ("distance", middle), ("first", 1), ("shuffled", 1))
+    }
     return Looks(
         entropy=values["entropy"] / most,
         distance=values["distance"] / middle,
@@ -140,10 +148,8 @@ def look(net: Ant, input_ids: Tensor, step: Step) -> Looks:
         shifted=values["shifted"],
         shuffled=values["shuffled"],
         pairs=pairs,
-        means={
-            name: estimate(windows[name].transpose(0, 1).flatten(1) / scale)
-            for name, scale in (("entropy", most), ("distance", middle), ("first", 1), ("shuffled", 1))
-        },
+        halves={name: half_widths(each) for name, each in by_window.items()},
+        means={name: estimate(each.flatten(1)) for name, each in by_window.items()},
     )
 
 
@@ -202,8 +208,11 @@ def _bins(losses: Tensor) -> list[tuple[int, int, Estimate]]:
     return [(start, end, estimate(losses[:, start:end])) for start, end in itertools.pairwise(edges)]
 
 
-def _span(values: Tensor) -> str:
-    return f"{values.min().item():.2f} to {values.max().item():.2f}"
+def _span(looks: Looks, name: str) -> str:
+    """The lowest and the highest head, each with its interval."""
+    values, halves = getattr(looks, name).flatten(), looks.halves[name].flatten()
+    ends = (int(values.argmin()), int(values.argmax()))
+    return " to ".join(within(Estimate(values[i].item(), halves[i].item())) for i in ends)
 
 
 def _entropy(looks: Looks, random: Looks) -> Finding:
@@ -212,8 +221,8 @@ def _entropy(looks: Looks, random: Looks) -> Finding:
     return Finding(
         "attention entropy",
         value.mean,
-        f"{within(value)} of the largest possible (heads: {_span(looks.entropy)}); {wide:.0%} of the heads "
-        "look nearly everywhere alike (above 0.95)",
+        f"{within(value)} of the largest possible (heads: {_span(looks, 'entropy')}); {wide:.0%} of the "
+        "heads look nearly everywhere alike (above 0.95)",
         f"{random.entropy.mean().item():.2f} with random weights",
         "Low: a head picks few positions. Near 1: it averages over the whole past, and its queries and keys "
         "do next to nothing.",
@@ -227,7 +236,7 @@ def _distance(looks: Looks) -> Finding:
     return Finding(
         "mean distance of attention",
         value.mean,
-        f"{within(value)} times that of looking everywhere alike (heads: {_span(looks.distance)}); "
+        f"{within(value)} times that of looking everywhere alike (heads: {_span(looks, 'distance')}); "
         f"{near:.0%} of the heads look at the near past (below 0.25)",
         "1: everywhere alike",
         "Below 1 a head prefers the recent past, above 1 the distant one (often the first token).",
@@ -236,11 +245,13 @@ def _distance(looks: Looks) -> Finding:
 
 
 def _sink(looks: Looks) -> Finding:
-    value, most = looks.means["first"], looks.first.max().item()
+    value, most = looks.means["first"], int(looks.first.argmax())
+    share, half = (100 * each.flatten()[most].item() for each in (looks.first, looks.halves["first"]))
     return Finding(
         "attention on the first token",
         value.mean,
-        f"{100 * value.mean:.1f} ± {100 * value.half:.1f} % on average, {most:.1%} in the head with the most",
+        f"{100 * value.mean:.1f} ± {100 * value.half:.1f} % on average, {share:.1f} ± {half:.1f} % in the "
+        "head with the most",
         f"{looks.first_alike:.1%} when looking everywhere alike",
         "A share far above chance is an attention sink: where a head looks when it has nothing to look for.",
         "Sinks are usual in trained models (Xiao et al. 2024) and no sign of damage.",
@@ -254,7 +265,7 @@ def _sensitivity(looks: Looks, random: Looks) -> Finding:
         "sensitivity of scores to position",
         value.mean,
         f"shuffled positions change the scores by {within(value)} of their size (heads: "
-        f"{_span(looks.shuffled)}); {deaf:.0%} of the heads hardly notice (below 0.1)",
+        f"{_span(looks, 'shuffled')}); {deaf:.0%} of the heads hardly notice (below 0.1)",
         f"{random.shuffled.mean().item():.2f} with random weights; {math.sqrt(2):.2f} if old and new scores "
         f"had nothing in common; moving all positions by {SHIFT:,}: at most {shifted:.1e} (RoPE: exactly 0)",
         "Near 0 a head's scores depend on content only; large, position decides.",
