@@ -119,6 +119,36 @@ def check_rope_packed(op, shape, kv, dtype, layout=lambda x: x):
     )
 
 
+def check_qk_norm_rope(op, packed, shape, kv, dtype, layout=lambda x: x):
+    """`qk_norm_rope`, and `rope_packed` with norms, which has all gradients of its input in one piece."""
+    batch, length, heads, size = shape
+    angle = draw(length, size // 2).abs()
+    angles = angle.cos(), angle.sin()
+    counts = [heads, kv, kv]
+    norms = [draw(size), draw(size, seed=1)]
+
+    def expected(q, k, *norms):
+        normed = (reference.rms_norm(x, norm, 1e-5) for x, norm in zip((q, k), norms, strict=True))
+        return reference.rope(*normed, *angles)
+
+    def expected_packed(qkv, *norms):
+        q, k, v = qkv.unflatten(-1, (-1, size)).split(counts, 2)
+        return *expected(q, k, *norms), v
+
+    inputs = [draw(*shape), draw(batch, length, kv, size), *norms]
+
+    def alone(q, k, *norms):
+        return op(q, k, *angles, norms, 1e-5)
+
+    check("rope", alone, expected, inputs, dtype, None, lambda x: x if x.ndim == 1 else layout(x))
+    qkv = draw(batch, length, sum(counts) * size)
+
+    def whole(qkv, *norms):
+        return tuple(layout(x) for x in packed(qkv, *angles, counts, norms, 1e-5))
+
+    check("rope", whole, expected_packed, [qkv, *norms], dtype)
+
+
 def check_swiglu(op, shape, dtype, layout=lambda x: x):
     check("swiglu", op, reference.swiglu, [draw(*shape, scale=3), draw(*shape, seed=1)], dtype, None, layout)
 

@@ -66,11 +66,11 @@ def pretend(capability):
     torch.optim.AdamW.step = lambda self: None
 
 
-def train(capability, precision, documents=False, loop_loss="none", ranks=None):
+def train(capability, precision, documents=False, loop_loss="none", ranks=None, qk_norm=False):
     """The ops of two steps of two micro-batches."""
     pretend(capability)
     with FakeTensorMode(), torch.device("cuda"):
-        net = Ant(dataclasses.replace(load_config("ant-5m"), num_hidden_layers=2))
+        net = Ant(dataclasses.replace(load_config("ant-5m"), num_hidden_layers=2, qk_norm=qk_norm))
         scaler = LossScaler("cuda") if precision == "fp16" else None
         eos = 0 if documents else None
         loss = None if loop_loss == "none" else make_loop_loss(loop_loss, 1.0)
@@ -123,7 +123,9 @@ CASES = {
     "9.0 bf16 unlikelihood": lambda: train((9, 0), "bf16", loop_loss="unlikelihood"),
     "9.0 bf16 ditto": lambda: train((9, 0), "bf16", loop_loss="ditto"),
     "9.0 bf16 ranks": lambda: train((9, 0), "bf16", ranks=fake_ranks()),
+    "9.0 bf16 QK-norm": lambda: train((9, 0), "bf16", qk_norm=True),
     "7.5 fp16": lambda: train((7, 5), "fp16"),
+    "7.5 fp16 QK-norm": lambda: train((7, 5), "fp16", qk_norm=True),
     "7.5 fp16 documents": lambda: train((7, 5), "fp16", documents=True),
     "7.5 fp32": lambda: train((7, 5), "fp32"),
     "mixed": mixed,

@@ -125,13 +125,15 @@ def repeating(back: int, count: int = 3_000) -> np.ndarray:
         {"num_key_value_heads": 1},
         {"num_key_value_heads": 4, "tie_word_embeddings": False},
         {"head_dim": 6, "rope_theta": 500.0, "num_hidden_layers": 3},
+        {"head_dim": 6, "num_attention_heads": 6, "qk_norm": True},
     ],
 )
 def test_the_open_forward_pass_is_the_models_own(values):
     torch.manual_seed(1)
     net = Ant(tiny(**values)).eval()
     for layer in net.model.layers:
-        torch.nn.init.uniform_(layer.input_layernorm.weight, 0.5, 2)
+        for weight in (layer.input_layernorm.weight, *(layer.self_attn.norms or [])):
+            torch.nn.init.uniform_(weight, 0.5, 2)
     torch.nn.init.uniform_(net.model.norm.weight, 0.5, 2)
     ids, targets = torch.randint(90, (2, 3, 41))
     with torch.inference_mode():

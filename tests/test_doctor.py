@@ -47,6 +47,7 @@ def random_config(seed: int) -> ModelConfig:
         num_key_value_heads=draw.choice([n for n in range(1, heads + 1) if heads % n == 0]),
         head_dim=draw.choice([None, 2, 10, 32]),
         tie_word_embeddings=draw.random() < 0.5,
+        qk_norm=draw.random() < 0.5,
     )
 
 
@@ -67,8 +68,10 @@ def test_parameters_equal_the_model(config):
         "head": "lm_head",
     }
     for part, name in names.items():
-        # "norm" is also in the names of the layers' norms, and in no other's.
-        there = sum(weight.numel() for full, weight in net.named_parameters() if name in full)
+        # "norm" is in the names of all norms, those of the heads (self_attn.q_norm) too, and in no other's.
+        mine = {full for full, _ in net.named_parameters() if name in full}
+        mine = mine if part == "norms" else {full for full in mine if "norm" not in full}
+        there = sum(weight.numel() for full, weight in net.named_parameters() if full in mine)
         assert counted[part] == there, part
 
 

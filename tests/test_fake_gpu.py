@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 TORCH = Path(torch.__file__).parent
 OPS = {"attention", "attention_backward", "linear_cross_entropy", "rms_norm", "rms_norm_backward"}
 ROPE = {"rope", "rope_back"}
+QK_NORM = {"qk_norm_rope", "qk_norm_rope_backward"}
 BLOCK = {"mlp", "mlp_backward"}
 SWIGLU = {"swiglu", "swiglu_backward"}
 ALL = {
@@ -27,6 +28,7 @@ ALL = {
     "9.0 bf16 unlikelihood": ("triton", OPS | ROPE | BLOCK),
     "9.0 bf16 ditto": ("triton", OPS | ROPE | BLOCK),
     "9.0 bf16 ranks": ("triton", OPS | ROPE | BLOCK),
+    "9.0 bf16 QK-norm": ("triton", OPS | QK_NORM | BLOCK),
     "9.0 fp16": ("triton", OPS | ROPE | BLOCK),
     "9.0 fp32": ("triton", OPS | ROPE | SWIGLU),
     "7.5 fp16": ("cuda", OPS | ROPE | BLOCK),
@@ -52,6 +54,12 @@ def outcomes(tmp_path_factory):
 def test_a_step_stays_on_the_device(outcomes, case):
     backend, ops = ALL[case]
     assert outcomes[case] == sorted(f"ant5m_{backend}.{op}" for op in ops)
+
+
+def test_where_cuda_has_no_norm_of_q_and_k_triton_has(outcomes):
+    """The kernel of a T4 that nobody could time was not written."""
+    expected = [*(f"ant5m_cuda.{op}" for op in OPS | BLOCK), *(f"ant5m_triton.{op}" for op in QK_NORM)]
+    assert outcomes["7.5 fp16 QK-norm"] == sorted(expected)
 
 
 def test_a_tensor_of_the_host_is_refused(outcomes):

@@ -27,6 +27,7 @@ from accuracy import (
     check_head,
     check_mlp,
     check_op,
+    check_qk_norm_rope,
     check_rms_norm,
     check_rope,
     check_rope_packed,
@@ -193,6 +194,7 @@ def test_rms_norm_when_only_the_sum_is_used():
 def test_rope(shape, kv, dtype):
     check_rope(ops.rope, shape, kv, dtype)
     check_rope_packed(ops.rope_packed, shape, kv, dtype)
+    check_qk_norm_rope(ops.qk_norm_rope, ops.norm_rope_packed, shape, kv, dtype)
 
 
 @runs_here
@@ -260,6 +262,7 @@ def test_layouts(layout):
     check_attention(ops.attention, (2, 19, 4, 16), 2, fp32, layout=layout)
     check_rope(ops.rope, (2, 7, 4, 16), 2, fp32, layout)
     check_rope_packed(ops.rope_packed, (2, 7, 4, 16), 2, fp32, layout)
+    check_qk_norm_rope(ops.qk_norm_rope, ops.norm_rope_packed, (2, 7, 4, 16), 2, fp32, layout)
     check_swiglu(ops.swiglu, (2, 5, 3, 20), fp32, layout)
     # A norm's weight has one dimension, and no order of them.
     check_rms_norm(ops.rms_norm, (2, 5, 3, 20), fp32, True, lambda x: x if x.ndim == 1 else layout(x))
@@ -709,6 +712,20 @@ MISTAKES = {
         "KV_ROW: tl.constexpr = (H + 2 * KV if JOIN",
         "KV_ROW: tl.constexpr = (H + KV if JOIN",
     ),
+    "no root mean square": ("qk_norm_rope", "b_first * b_rstd, b_second", "b_first, b_second"),
+    "q's norm for k": ("qk_norm_rope", "_weights(p_k_norm", "_weights(p_q_norm"),
+    "no mean in the head's gradient": ("qk_norm_rope", "- b_u_first * b_along", ""),
+    "rotated forth in the norm's gradient": (
+        "qk_norm_rope",
+        "b_dy_first * b_cos + b_dy_second * b_sin",
+        "b_dy_first * b_cos - b_dy_second * b_sin",
+    ),
+    "sums of earlier blocks lost": ("qk_norm_rope", "b_dwq_first +=", "b_dwq_first ="),
+    "gradient of v lost beside norms": (
+        "qk_norm_rope",
+        "tl.store(p_v_out + o_k_out + HALF",
+        "tl.store(p_v_out + o_k_out",
+    ),
     "sigmoid held constant": ("swiglu", "b_sigmoid + b_silu * (1.0 - b_sigmoid)", "b_sigmoid"),
     "a tile of columns lost": ("mlp", "range(0, W, BW)", "range(BW, W, BW)"),
     "sigmoid held constant in the block": ("mlp", "b_sigmoid + b_silu * (1.0 - b_sigmoid)", "b_sigmoid"),
@@ -740,6 +757,10 @@ def _check_mutant(name, op, monkeypatch, module):
         check_rms_norm(op, (1, 100, 128), fp32, True)
     elif name == "rope":
         check_rope(op, (1, 5, 2, 16), 1, fp32)
+    elif name == "qk_norm_rope":
+        monkeypatch.setattr(module, "_PROGRAMS", 2)  # so that a program has several blocks
+        monkeypatch.setattr(module, "_BACKWARD", 32)
+        check_qk_norm_rope(op, module.norm_rope_packed, (2, 5, 2, 16), 1, fp32)
     elif name == "rope_packed":
         check_rope_packed(op, (1, 5, 2, 16), 1, fp32)
     elif name == "swiglu":
@@ -783,7 +804,7 @@ def test_a_wrong_kernel_fails(mistake, tmp_path, monkeypatch):
 
 
 @runs_here
-@pytest.mark.parametrize("name", (*kernels.OPS, "rope_packed", "mlp"))
+@pytest.mark.parametrize("name", (*kernels.OPS, "rope_packed", "qk_norm_rope", "mlp"))
 def test_the_right_kernel_passes_what_wrong_ones_fail(name, tmp_path, monkeypatch):
     source = _source(name)
     module, op = _op_of(tmp_path / f"copy_of_{name}.py", name, source, f"copy_of_{name}")

@@ -98,6 +98,15 @@ MISFITS = {
     "an odd head size": ("rope", zeros(1, 3, 2, 5), zeros(1, 3, 1, 5), zeros(3, 2), zeros(3, 2)),
     "head sizes of q and k": ("rope", zeros(1, 3, 2, 4), zeros(1, 3, 1, 6), zeros(3, 2), zeros(3, 2)),
     "dtypes of q and k": ("rope", zeros(1, 3, 2, 4), zeros(1, 3, 1, 4).half(), zeros(3, 2), zeros(3, 2)),
+    "a short norm of k": (
+        *("qk_norm_rope", zeros(1, 3, 2, 4), zeros(1, 3, 1, 4), zeros(3, 2), zeros(3, 2)),
+        [zeros(4), zeros(3)],
+    ),
+    "a norm alone": ("rope_packed", zeros(1, 3, 16), zeros(3, 2), zeros(3, 2), HEADS, [zeros(4)]),
+    "norms of another size": (
+        *("qkv_rope", zeros(1, 3, 4), zeros(16, 4), zeros(3, 2), zeros(3, 2), HEADS),
+        [zeros(2), zeros(2)],
+    ),
     "heads beside the width": ("rope_packed", zeros(1, 3, 17), zeros(3, 2), zeros(3, 2), HEADS),
     "other heads of k and v": ("rope_packed", zeros(1, 3, 16), zeros(3, 2), zeros(3, 2), [1, 1, 2]),
     "angles of a packed product": ("rope_packed", zeros(1, 3, 16), zeros(2, 2), zeros(2, 2), HEADS),
@@ -184,10 +193,10 @@ def test_an_op_falls_through_to_the_next_backend_and_then_to_its_composition(mon
 
 def test_a_backend_by_name_runs_an_op_of_its_own_parts():
     """`rope_packed`, which `cpu` has not, is its `rope`; one of the core ops is an error."""
-    (packed,) = OPS["rope_packed"].samples(Draw(SIZES["odd"]))
-    assert kernels.rope_packed.unsupported_reason("cpu", *packed) == "it has no rope_packed"
-    pairs = zip(*(kernels.rope_packed(*packed, backend=name) for name in ("cpu", "reference")), strict=True)
-    assert all(torch.allclose(*pair, atol=1e-5) for pair in pairs)
+    for packed in OPS["rope_packed"].samples(Draw(SIZES["odd"])):
+        assert kernels.rope_packed.unsupported_reason("cpu", *packed) == "it has no rope_packed"
+        given = (kernels.rope_packed(*packed, backend=name) for name in ("cpu", "reference"))
+        assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(*given, strict=True))
     (arguments,) = OPS["mlp"].samples(Draw(SIZES["odd"]))
     wide = with_tensors(arguments, [x.double() for x in tensors_of(arguments)])
     with pytest.raises(UserError, match="'cpu' cannot run swiglu: it takes fp32 and bf16, not float64"):

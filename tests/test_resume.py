@@ -94,11 +94,16 @@ def test_what_a_stopwatch_chose_is_part_of_the_run(config, interrupt, monkeypatc
         {"optimizer": "adamw", "precision": "fp16"},
         {"optimizer": "muon", "precision": "bf16", "eval_every": 5},
         {"loop_loss": "ditto", "loop_loss_share": 0.7},
+        {"optimizer": "muon", "model": "qk_norm"},
         {"loop_loss": "unlikelihood", "loop_loss_share": 0.4, "precision": "fp16"},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
 def test_stopped_and_resumed_equals_uninterrupted(config, changes, tmp_path, interrupt):  # noqa: F811
+    if changes.get("model") == "qk_norm":
+        shape = {**json.loads(Path(config.model).read_text()), "qk_norm": True}
+        (tmp_path / "model.json").write_text(json.dumps(shape))
+        changes = {**changes, "model": str(tmp_path / "model.json")}
     whole = dataclasses.replace(config, steps=10, checkpoint_every=4, out=tmp_path / "whole", **changes)
     pretrain(whole)
     stopped = dataclasses.replace(whole, out=tmp_path / "stopped")

@@ -54,11 +54,16 @@ PRODUCTS = {
         pytest.param(90, torch.bfloat16, FIT, id="ant-5m-fit-90"),
         pytest.param(80, torch.bfloat16, {**ANT_5M, "documents": True}, id="ant-5m-documents-80"),
         pytest.param(90, torch.bfloat16, {**ANT_5M, "documents": True}, id="ant-5m-documents-90"),
+        pytest.param(75, torch.float16, {**ANT_5M, "qk_norm": True}, id="ant-5m-qk-norm-75"),
+        pytest.param(80, torch.bfloat16, {**FIT, "qk_norm": True}, id="ant-5m-fit-qk-norm-80"),
+        pytest.param(90, torch.bfloat16, {**FIT, "qk_norm": True}, id="ant-5m-fit-qk-norm-90"),
     ],
 )
 def test_kernels_fit_the_device(capability, dtype, sizes):
     found = of_training_step(capability, dtype, **sizes)
     expected = KERNELS | (PRODUCTS if capability >= 80 else {"softmax_gradient_kernel"})
+    if sizes.get("qk_norm"):
+        expected = expected - {"rope_kernel"} | {"qk_norm_rope_fwd_kernel", "qk_norm_rope_bwd_kernel"}
     assert {kernel.kernel for kernel in found} == expected
     for kernel in found:
         assert kernel.spill_bytes == 0, kernel

@@ -143,7 +143,8 @@ def make_rope(name: str, rotate: Fill, rotate_back: Fill) -> tuple[Callable, Cal
     def rope(q, k, cos, sin):
         return rotated(q, k, cos, sin, False)
 
-    def rope_packed(qkv, cos, sin, heads):
+    def rope_packed(qkv, cos, sin, heads, norms=None, eps=1e-5):
+        assert norms is None, "see `make_qk_norm_rope`"
         return RopePacked.apply(qkv, cos, sin, heads)
 
     return rope, rope_packed
@@ -167,6 +168,92 @@ def _save_rope(ctx, inputs, output):
     _, _, cos, sin, back = inputs
     ctx.back = back
     ctx.save_for_backward(cos, sin)
+
+
+def make_qk_norm_rope(name: str, forward: Fill, backward: Fill) -> tuple[Callable, Callable]:
+    """`qk_norm_rope`, and `rope_packed` with norms, registered as `name`.
+
+    Args:
+        forward: (q, k, q_norm, k_norm, eps, cos, sin, q_out, k_out) fills the last two.
+        backward: (dq, dk, dv, q, k, q_norm, k_norm, eps, cos, sin, out, dnorms) fills out [B, T, heads, D],
+            the gradients of q and k beside one another, and beside dv if it is not None; and dnorms [2, D],
+            fp32, of both weights.
+    """
+
+    @torch.library.custom_op(name, mutates_args=())
+    def normed(
+        q: Tensor, k: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        outputs = _rope_outputs(q, k, cos, sin, False)
+        forward(q, k, q_norm, k_norm, eps, cos, sin, *outputs)
+        return outputs
+
+    @torch.library.custom_op(f"{name}_backward", mutates_args=())
+    def normed_backward(
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        q_norm: Tensor,
+        k_norm: Tensor,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        outputs = _normed_gradients(dq, dk, dv)
+        backward(dq, dk, dv, q, k, q_norm, k_norm, eps, cos, sin, *outputs)
+        return outputs
+
+    def differentiate(ctx, dq, dk):
+        q, k, q_norm, k_norm, cos, sin = ctx.saved_tensors
+        out, dnorms = normed_backward(dq, dk, None, q, k, q_norm, k_norm, ctx.eps, cos, sin)
+        grads = out.split([q.shape[2], k.shape[2]], 2)
+        return *grads, *_weight_gradients(dnorms, q_norm, k_norm), None, None, None
+
+    normed.register_fake(lambda q, k, q_norm, k_norm, eps, cos, sin: _rope_outputs(q, k, cos, sin, False))
+    normed_backward.register_fake(lambda dq, dk, dv, *_: _normed_gradients(dq, dk, dv))
+    normed.register_autograd(differentiate, setup_context=_save_normed)
+
+    class NormRopePacked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, qkv, q_norm, k_norm, eps, cos, sin, heads):
+            q, k, v = qkv.unflatten(-1, (sum(heads), -1)).split(heads, 2)
+            ctx.heads, ctx.eps = heads, eps
+            ctx.save_for_backward(qkv, q_norm, k_norm, cos, sin)
+            return *normed(q, k, q_norm, k_norm, eps, cos, sin), v
+
+        @staticmethod
+        def backward(ctx, dq, dk, dv):
+            qkv, q_norm, k_norm, cos, sin = ctx.saved_tensors
+            q, k, _ = qkv.unflatten(-1, (sum(ctx.heads), -1)).split(ctx.heads, 2)
+            out, dnorms = normed_backward(dq, dk, dv, q, k, q_norm, k_norm, ctx.eps, cos, sin)
+            grads = _weight_gradients(dnorms, q_norm, k_norm)
+            return out.view(qkv.shape), *grads, None, None, None, None
+
+    def qk_norm_rope(q, k, cos, sin, norms, eps=1e-5):
+        return normed(q, k, *norms, eps, cos, sin)
+
+    def norm_rope_packed(qkv, cos, sin, heads, norms, eps=1e-5):
+        return NormRopePacked.apply(qkv, *norms, eps, cos, sin, heads)
+
+    return qk_norm_rope, norm_rope_packed
+
+
+def _normed_gradients(dq, dk, dv):
+    batch, length, heads, size = dq.shape
+    heads += dk.shape[2] * (1 if dv is None else 2)
+    out = torch.empty(batch, length, heads, size, dtype=dq.dtype, device=dq.device)
+    return out, torch.empty(2, size, dtype=torch.float32, device=dq.device)
+
+
+def _weight_gradients(dnorms, *norms):
+    return (dnorm.to(norm.dtype) for dnorm, norm in zip(dnorms, norms, strict=True))
+
+
+def _save_normed(ctx, inputs, output):
+    *tensors, ctx.eps, cos, sin = inputs
+    ctx.save_for_backward(*tensors, cos, sin)
 
 
 def make_swiglu(name: str, forward: Fill, backward: Fill) -> Callable[[Tensor, Tensor], Tensor]:

@@ -23,6 +23,7 @@ __all__ = [
     "linear_cross_entropy",
     "logsumexp_argmax",
     "mlp",
+    "qk_norm_rope",
     "qkv_rope",
     "rms_norm",
     "rms_norm_linear",
@@ -100,43 +101,88 @@ def rope(
 
 
 @op(
-    shapes="qkv [B, T, (H + 2 KV) * D], D even, and cos, sin [T, D/2]; heads are H, KV, KV",
-    fits=lambda qkv, cos, sin, heads: (
+    shapes="q [B, T, H, D], k [B, T, KV, D] of one dtype, D even, cos, sin [T, D/2] and two norms [D]",
+    fits=lambda q, k, cos, sin, norms, eps: (
+        q.ndim == k.ndim == 4
+        and q.shape[:2] == k.shape[:2]
+        and q.shape[3] == k.shape[3]
+        and q.dtype == k.dtype
+        and _rotates(cos, sin, q.shape[1], q.shape[3])
+        and _are_norms(norms, q.shape[3])
+    ),
+    samples=lambda draw: [(*draw.query_key_value()[:2], *draw.angles(), _norms(draw), 1e-5)],
+    sizes=lambda q, k, *_: {
+        "heads": q.shape[2],
+        "kv_heads": k.shape[2],
+        "head_size": q.shape[3],
+    },
+    cost=lambda q, k, *_: _moved(2, 3, q, k),
+)
+def qk_norm_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    norms: Sequence[torch.Tensor],
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rope` of the `rms_norm` of each head of q [B, T, H, D] and of k [B, T, KV, D]: QK-norm.
+
+    `norms` are the weights [D] of q's norm and of k's; all heads share them. The results have q's dtype.
+    Source: Henry et al., "Query-Key Normalization for Transformers", 2020, as in Qwen3.
+    """
+    normed = [rms_norm(x, norm, eps, backend=backend) for x, norm in zip((q, k), norms, strict=True)]
+    q_normed, k_normed = (x.to(q.dtype) for x in normed if isinstance(x, torch.Tensor))
+    return rope(q_normed, k_normed, cos, sin, backend=backend)
+
+
+@op(
+    shapes="qkv [B, T, (H + 2 KV) * D], D even, cos, sin [T, D/2] and two norms [D]; heads are H, KV, KV",
+    fits=lambda qkv, cos, sin, heads, norms, eps: (
         qkv.ndim == 3
         and _are_heads(heads, qkv.shape[2])
         and _rotates(cos, sin, qkv.shape[1], qkv.shape[2] // sum(heads))
+        and (norms is None or _are_norms(norms, qkv.shape[2] // sum(heads)))
     ),
-    samples=lambda draw: _packed_samples(draw),
-    sizes=lambda qkv, cos, sin, heads: _head_sizes(qkv.shape[2], heads),
-    cost=lambda qkv, cos, sin, heads: _moved(2, 2, qkv),
+    samples=lambda draw: [_packed_sample(draw, None), _packed_sample(draw, _norms(draw))],
+    sizes=lambda qkv, cos, sin, heads, norms, eps: _head_sizes(qkv.shape[2], heads),
+    cost=lambda qkv, cos, sin, heads, norms, eps: _moved(2, 2 if norms is None else 3, qkv),
 )
 def rope_packed(
     qkv: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
     heads: Sequence[int],
+    norms: Sequence[torch.Tensor] | None = None,
+    eps: float = 1e-5,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k, v [B, T, heads, D] of packed qkv [B, T, sum(heads) * D], q and k rotated by `rope`; v is a view.
+    """q, k, v [B, T, heads, D] of packed qkv [B, T, sum(heads) * D], q and k rotated by `rope`, or with
+    `norms` by `qk_norm_rope`; v is a view.
 
     A backend that has it makes qkv's gradient in one piece.
     """
     size = qkv.shape[-1] // sum(heads)
     parts = split(qkv, [count * size for count in heads])
     q, k, v = (part.unflatten(-1, (-1, size)) for part in parts)
-    return *rope(q, k, cos, sin, backend=backend), v
+    if norms is None:
+        return *rope(q, k, cos, sin, backend=backend), v
+    return *qk_norm_rope(q, k, cos, sin, norms, eps, backend=backend), v
 
 
 @op(
-    shapes="x [B, T, C], weight [(H + 2 KV) * D, C], D even, and cos, sin [T, D/2]; heads are H, KV, KV",
-    fits=lambda x, weight, cos, sin, heads: (
+    shapes="x [B, T, C], weight [(H + 2 KV) * D, C], D even, cos, sin [T, D/2] and two norms [D]; heads are "
+    "H, KV, KV",
+    fits=lambda x, weight, cos, sin, heads, norms, eps: (
         x.ndim == 3
         and _multiplies(x, weight)
         and _are_heads(heads, len(weight))
         and _rotates(cos, sin, x.shape[1], len(weight) // sum(heads))
+        and (norms is None or _are_norms(norms, len(weight) // sum(heads)))
     ),
-    samples=lambda draw: _projection_samples(draw),
-    sizes=lambda x, weight, cos, sin, heads: {
+    samples=lambda draw: [_projection_sample(draw, None), _projection_sample(draw, _norms(draw))],
+    sizes=lambda x, weight, cos, sin, heads, norms, eps: {
         "hidden": x.shape[-1],
         **_head_sizes(len(weight), heads),
     },
@@ -148,13 +194,16 @@ def qkv_rope(
     cos: torch.Tensor,
     sin: torch.Tensor,
     heads: Sequence[int],
+    norms: Sequence[torch.Tensor] | None = None,
+    eps: float = 1e-5,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k, v [B, T, heads, D]: x [B, T, C] @ weight^T split into so many heads, q and k rotated by `rope`.
+    """q, k, v [B, T, heads, D]: x [B, T, C] @ weight^T split into so many heads, q and k rotated by `rope`,
+    or with `norms` by `qk_norm_rope`.
 
     `weight` [sum(heads) * D, C] is q's, k's and v's above one another.
     """
-    return rope_packed(linear(x, weight, backend=backend), cos, sin, heads, backend=backend)
+    return rope_packed(linear(x, weight, backend=backend), cos, sin, heads, norms, eps, backend=backend)
 
 
 @op(
@@ -450,19 +499,27 @@ def _are_heads(heads: Sequence[int], width: int) -> bool:
     return len(heads) == 3 and heads[1] == heads[2] > 0 and heads[0] > 0 and width % sum(heads) == 0
 
 
+def _are_norms(norms: Sequence[torch.Tensor], size: int) -> bool:
+    return len(norms) == 2 and all(norm.shape == (size,) for norm in norms)
+
+
 def _head_sizes(width: int, heads: Sequence[int]) -> dict[str, int]:
     return {"heads": heads[0], "kv_heads": heads[1], "head_size": width // sum(heads)}
 
 
-def _packed_samples(draw: Draw) -> list[tuple]:
+def _norms(draw: Draw) -> list[torch.Tensor]:
+    return [draw.vector(draw.sizes.head_size) for _ in range(2)]
+
+
+def _packed_sample(draw: Draw, norms: list[torch.Tensor] | None) -> tuple:
     packed, heads = draw.packed()
-    return [(packed, *draw.angles(), heads)]
+    return packed, *draw.angles(), heads, norms, 1e-5
 
 
-def _projection_samples(draw: Draw) -> list[tuple]:
+def _projection_sample(draw: Draw, norms: list[torch.Tensor] | None) -> tuple:
     heads = [draw.sizes.heads, draw.sizes.kv_heads, draw.sizes.kv_heads]
     weight = draw.matrix(sum(heads) * draw.sizes.head_size, draw.sizes.hidden)
-    return [(draw.activations(draw.sizes.hidden), weight, *draw.angles(), heads)]
+    return draw.activations(draw.sizes.hidden), weight, *draw.angles(), heads, norms, 1e-5
 
 
 def _mlp_weights(draw: Draw) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

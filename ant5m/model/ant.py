@@ -1,8 +1,10 @@
-"""The model: Hugging Face's Llama, number for number, over the ops of `ant5m.kernels`.
+"""The model: Hugging Face's Llama, or with QK-norm its Qwen3, number for number, over the ops of
+`ant5m.kernels`.
 
-Parameters carry the names of `LlamaForCausalLM`, so a state dict moves between the two as it is. The
-matrices stay separate (an optimizer such as Muon must see them one by one); the forward pass multiplies by
-q, k, v together and by gate, up together, because at these sizes reading the activations once is what counts.
+Parameters carry the names of `LlamaForCausalLM` (`Qwen3ForCausalLM`), so a state dict moves between the two
+as it is. The matrices stay separate (an optimizer such as Muon must see them one by one); the forward pass
+multiplies by q, k, v together and by gate, up together, because at these sizes reading the activations once
+is what counts.
 """
 
 from collections.abc import Callable
@@ -84,6 +86,11 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.eps = config.rms_norm_eps
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.head_size, self.eps)
+            self.k_norm = RMSNorm(self.head_size, self.eps)
+        self.qk_norm = config.qk_norm
 
     def forward(
         self,
@@ -93,13 +100,18 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
         starts: Tensor | None = None,
     ) -> Tensor:
-        q, k, v = kernels.qkv_rope(x, join(*self.weights), cos, sin, self.heads)
+        q, k, v = kernels.qkv_rope(x, join(*self.weights), cos, sin, self.heads, self.norms, self.eps)
         return kernels.linear(self.attend(q, k, v, cache, starts), self.o_proj.weight)
 
     @property
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of the product that makes q, k and v."""
         return self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
+
+    @property
+    def norms(self) -> list[Tensor] | None:
+        """Weights of the norms of q and k, where the model has them."""
+        return [self.q_norm.weight, self.k_norm.weight] if self.qk_norm else None
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None, starts: Tensor | None = None
@@ -178,7 +190,7 @@ class Layer(nn.Module):
         """The residual stream behind the layer, in ops that need no gradients."""
         attention, first, second = self.self_attn, self.input_layernorm, self.post_attention_layernorm
         qkv = kernels.rms_norm_linear(residual, first.weight, first.eps, attention.weights)
-        q, k, v = kernels.rope_packed(qkv, cos, sin, attention.heads)
+        q, k, v = kernels.rope_packed(qkv, cos, sin, attention.heads, attention.norms, attention.eps)
         attn_out = attention.attend(q, k, v, cache, starts)
         if rows is not None:
             attn_out, residual = attn_out[:, rows], residual[:, rows]
@@ -224,7 +236,8 @@ def _add_and_norm(norm: RMSNorm, made: Tensor | None, residual: Tensor) -> tuple
 
 
 class Ant(nn.Module):
-    """A Llama of `config`'s shape with freshly drawn weights (torch's global generator decides them).
+    """A Llama, or with `qk_norm` a Qwen3, of `config`'s shape with freshly drawn weights (torch's global
+    generator decides them).
 
     `net(input_ids)` gives the logits [B, T, V] of input_ids [B, T] int64; `net(input_ids, targets)` the mean
     loss in nats over targets [B, T] (-100: not counted); `net(input_ids, cache=cache)` the logits of new

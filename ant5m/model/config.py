@@ -15,7 +15,8 @@ Size = Annotated[int, Meta(ge=1, le=10_000_000)]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Llama. Field names and meanings are those of Hugging Face's `LlamaConfig`.
+    """A Llama, or with `qk_norm` a Qwen3. All other field names and meanings are those of Hugging Face's
+    `LlamaConfig` and `Qwen3Config`.
 
     Raises `UserError` when the values cannot make a model.
     """
@@ -42,6 +43,8 @@ class ModelConfig:
     """the head uses the token table"""
     initializer_range: Positive = 0.02
     """standard deviation of the initial weights"""
+    qk_norm: bool = False
+    """an RMSNorm over each query head and each key head, before RoPE"""
 
     def __post_init__(self) -> None:
         check(self)
@@ -50,11 +53,12 @@ class ModelConfig:
                 f"num_key_value_heads ({self.num_key_value_heads}) must divide "
                 f"num_attention_heads ({self.num_attention_heads})"
             )
-        if self.hidden_size % self.num_attention_heads:
+        free = self.qk_norm and self.head_dim is not None
+        if self.hidden_size % self.num_attention_heads and not free:
             # Whatever head_dim says: transformers opens no other Llama.
             raise UserError(
                 f"num_attention_heads ({self.num_attention_heads}) must divide "
-                f"hidden_size ({self.hidden_size})"
+                f"hidden_size ({self.hidden_size}){', or head_dim be given' if self.qk_norm else ''}"
             )
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
@@ -68,8 +72,14 @@ class ModelConfig:
         return self.head_dim
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `from_dict` takes them."""
-        return dataclasses.asdict(self)
+        """Plain values, as `from_dict` takes them.
+
+        `qk_norm` is left out where it is false, so that runs and studies from before it was there go on.
+        """
+        values = dataclasses.asdict(self)
+        if not self.qk_norm:
+            del values["qk_norm"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":

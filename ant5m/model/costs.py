@@ -22,7 +22,7 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
         "embedding": config.vocab_size * width,
         "attention": layers * width * 2 * (queries + keys),
         "mlp": layers * width * 3 * config.intermediate_size,
-        "norms": (2 * layers + 1) * width,
+        "norms": (2 * layers + 1) * width + (2 * layers * config.head_size if config.qk_norm else 0),
         "head": 0 if config.tie_word_embeddings else config.vocab_size * width,
     }
 

@@ -184,7 +184,7 @@ def _larger_heads(config: ModelConfig) -> str:
     """What heads of 32 would cost, with as many key/value heads as now where there are so many heads."""
     heads, rest = divmod(config.num_attention_heads * config.head_size, 32)
     keys = min(heads, config.num_key_value_heads)
-    if rest or not heads or heads % keys or config.hidden_size % heads:
+    if rest or not heads or heads % keys or (config.hidden_size % heads and not config.qk_norm):
         return "Heads of 32 or more, if the width allows."
     larger = dataclasses.replace(config, num_attention_heads=heads, num_key_value_heads=keys, head_dim=32)
     before, after = (sum(count_parameters(one).values()) for one in (config, larger))

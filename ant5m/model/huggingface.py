@@ -1,14 +1,27 @@
-"""A model's shape in Hugging Face's words: `config.json` of a `LlamaForCausalLM`, read and written."""
+"""A model's shape in Hugging Face's words: `config.json` of a `LlamaForCausalLM`, or with QK-norm of a
+`Qwen3ForCausalLM`, read and written."""
 
 from typing import Any
 
 from ant5m.errors import UserError
 from ant5m.model.config import ModelConfig
 
-# What LlamaConfig takes for a key that the file leaves out, where ModelConfig would take something else.
-_LLAMA_DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 2048}
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+"""by model type"""
 
-# key -> the values that mean "as in a plain Llama"; the first is what a missing key means.
+# What transformers takes for a key that the file leaves out, where ModelConfig would take something else.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 2_048},
+    "qwen3": {
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 32_768,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+    },
+}
+
+# key -> the values that mean "as in a plain Llama or Qwen3"; the first is what a missing key means.
 _PLAIN = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
@@ -17,6 +30,7 @@ _PLAIN = {
     "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
     "auto_map": (None,),
+    "use_sliding_window": (False,),
 }
 
 
@@ -28,16 +42,24 @@ def config_from_huggingface(values: dict[str, Any]) -> ModelConfig:
     weights, own code) raises `UserError`; what only matters elsewhere (token ids, dropout, caching) is
     ignored.
     """
-    if values.get("model_type") != "llama":
-        raise UserError(f"model_type is {values.get('model_type')!r}: only 'llama' can be read")
-    architectures = values.get("architectures") or ["LlamaForCausalLM"]
-    if architectures != ["LlamaForCausalLM"]:
-        raise UserError(f"architectures is {architectures!r}: only ['LlamaForCausalLM'] can be read")
+    model_type = values.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise UserError(
+            f"model_type is {model_type!r}: only {' and '.join(map(repr, ARCHITECTURES))} can be read"
+        )
+    architecture = ARCHITECTURES[model_type]
+    architectures = values.get("architectures") or [architecture]
+    if architectures != [architecture]:
+        raise UserError(f"architectures is {architectures!r}: only [{architecture!r}] can be read")
     for key, plain in _PLAIN.items():
         if values.get(key, plain[0]) not in plain:
             raise UserError(f"{key} is {values[key]!r}: only {plain[0]!r} can be read")
+    kinds = values.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or set(kinds) - {"full_attention"}):
+        raise UserError(f"layer_types is {kinds!r}: only layers of full_attention can be read")
     known = {name: values[name] for name in ModelConfig.__dataclass_fields__ if name in values}
-    known = {**_LLAMA_DEFAULTS, **known, "rope_theta": _rope_theta(values)}
+    known = {**_DEFAULTS[model_type], **known, "rope_theta": _rope_theta(values)}
+    known["qk_norm"] = model_type == "qwen3"
     if known.get("num_key_value_heads") is None and "num_attention_heads" in known:
         known["num_key_value_heads"] = known["num_attention_heads"]
     return ModelConfig.from_dict(known)
@@ -89,24 +111,25 @@ def end_ids(*files: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
 def config_to_huggingface(
     config: ModelConfig, eos_token_id: int | list[int], bos_token_id: int | None = None
 ) -> dict[str, Any]:
-    """The `config.json` that transformers 4.56 and later open as a `LlamaForCausalLM`.
+    """The `config.json` that transformers 4.56 and later open as a `LlamaForCausalLM` or `Qwen3ForCausalLM`.
 
     RoPE stands there twice, as transformers 4 and 5 look for it. Without `bos_token_id` the (first)
     end-of-text id also begins a text, as in the packed data. There is no `pad_token_id`: it would exclude
     that row of the table from fine-tuning.
     """
     first = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
+    model_type = "qwen3" if config.qk_norm else "llama"
+    shape = {name: value for name, value in config.to_dict().items() if name != "qk_norm"}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **config.to_dict(),
+        "architectures": [ARCHITECTURES[model_type]],
+        "model_type": model_type,
+        **shape,
         "rope_scaling": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "mlp_bias": False,
-        "pretraining_tp": 1,
+        **({"use_sliding_window": False} if config.qk_norm else {"mlp_bias": False, "pretraining_tp": 1}),
         "bos_token_id": first if bos_token_id is None else bos_token_id,
         "eos_token_id": eos_token_id,
         "dtype": "float32",

@@ -131,6 +131,11 @@ PYBIND11_MODULE(_cpu, m) {
            {"rows", "dim", "x", "x_row", "weight", "rstd", "grad", "grad_row", "grad_total", "grad_total_row",
             "grad_x", "grad_weight", "threads"});
     define(m, "rope", &Ops::rope, {"shape", "q", "k", "cos", "sin", "sign", "out_q", "out_k", "threads"});
+    define(m, "qk_norm_rope", &Ops::qk_norm_rope,
+           {"shape", "q", "k", "q_norm", "k_norm", "eps", "cos", "sin", "out_q", "out_k", "threads"});
+    define(m, "qk_norm_rope_backward", &Ops::qk_norm_rope_backward,
+           {"shape", "q", "k", "q_norm", "k_norm", "eps", "cos", "sin", "grad_out_q", "grad_out_k", "grad_q", "grad_k",
+            "grad_q_norm", "grad_k_norm", "threads"});
     define(m, "swiglu_forward", &Ops::swiglu_forward,
            {"rows", "width", "gate", "gate_row", "up", "up_row", "out", "threads"});
     define(m, "swiglu_backward", &Ops::swiglu_backward,

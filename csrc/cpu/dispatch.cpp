@@ -18,12 +18,12 @@ struct Entry {
     Ops ops;
 };
 
-#define ANT5M_OPS(isa)                                                                     \
-    {isa::attention_forward, isa::attention_backward, isa::attention_tiles,                \
-     isa::linear_cross_entropy, isa::logsumexp_argmax, isa::rms_norm_forward,              \
-     isa::rms_norm_backward, isa::rope, isa::swiglu_forward, isa::swiglu_backward,         \
-     isa::mlp_forward, isa::mlp_backward, isa::rms_norm_linear, isa::fused_post_attention, \
-     isa::product, isa::product_over_tokens}
+#define ANT5M_OPS(isa)                                                                 \
+    {isa::attention_forward, isa::attention_backward, isa::attention_tiles,            \
+     isa::linear_cross_entropy, isa::logsumexp_argmax, isa::rms_norm_forward,          \
+     isa::rms_norm_backward, isa::rope, isa::qk_norm_rope, isa::qk_norm_rope_backward, \
+     isa::swiglu_forward, isa::swiglu_backward, isa::mlp_forward, isa::mlp_backward,   \
+     isa::rms_norm_linear, isa::fused_post_attention, isa::product, isa::product_over_tokens}
 
 // has_NAME: whether the processor has what setup.py compiled NAME for.
 [[maybe_unused]] bool has_portable() { return true; }

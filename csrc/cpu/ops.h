@@ -85,6 +85,16 @@ using RmsNormBackward = void(int64_t rows, int64_t dim, const float* x, int64_t 
 using Rope = void(const AttentionShape& shape, const Heads& q, const Heads& k, const float* cos, const float* sin,
                   float sign, const OutHeads& out_q, const OutHeads& out_k, int threads);
 
+// QK-norm: out_q and out_k = the rotation by cos, sin [length, dim / 2] of each head's RMSNorm, of the weights q_norm
+// and k_norm [dim]. No output may be an input.
+using QkNormRope = void(const AttentionShape& shape, const Heads& q, const Heads& k, const float* q_norm,
+                        const float* k_norm, float eps, const float* cos, const float* sin, const OutHeads& out_q,
+                        const OutHeads& out_k, int threads);
+using QkNormRopeBackward = void(const AttentionShape& shape, const Heads& q, const Heads& k, const float* q_norm,
+                                const float* k_norm, float eps, const float* cos, const float* sin,
+                                const Heads& grad_out_q, const Heads& grad_out_k, const OutHeads& grad_q,
+                                const OutHeads& grad_k, float* grad_q_norm, float* grad_k_norm, int threads);
+
 // out [rows, width] = silu(gate) * up.
 using SwigluForward = void(int64_t rows, int64_t width, const float* gate, int64_t gate_row, const float* up,
                            int64_t up_row, float* out, int threads);
@@ -136,6 +146,8 @@ struct Ops {
     RmsNormForward* rms_norm_forward;
     RmsNormBackward* rms_norm_backward;
     Rope* rope;
+    QkNormRope* qk_norm_rope;
+    QkNormRopeBackward* qk_norm_rope_backward;
     SwigluForward* swiglu_forward;
     SwigluBackward* swiglu_backward;
     MlpForward* mlp_forward;
@@ -153,24 +165,26 @@ const char* instruction_set();
 bool use(const char* name);
 std::vector<const char*> instruction_sets();
 
-#define ANT5M_DECLARE(isa)                   \
-    namespace isa {                          \
-    AttentionForward attention_forward;      \
-    AttentionBackward attention_backward;    \
-    AttentionTiles attention_tiles;          \
-    LinearCrossEntropy linear_cross_entropy; \
-    LogsumexpArgmax logsumexp_argmax;        \
-    RmsNormForward rms_norm_forward;         \
-    RmsNormBackward rms_norm_backward;       \
-    Rope rope;                               \
-    SwigluForward swiglu_forward;            \
-    SwigluBackward swiglu_backward;          \
-    MlpForward mlp_forward;                  \
-    MlpBackward mlp_backward;                \
-    RmsNormLinear rms_norm_linear;           \
-    FusedPostAttention fused_post_attention; \
-    Product product;                         \
-    ProductOverTokens product_over_tokens;   \
+#define ANT5M_DECLARE(isa)                    \
+    namespace isa {                           \
+    AttentionForward attention_forward;       \
+    AttentionBackward attention_backward;     \
+    AttentionTiles attention_tiles;           \
+    LinearCrossEntropy linear_cross_entropy;  \
+    LogsumexpArgmax logsumexp_argmax;         \
+    RmsNormForward rms_norm_forward;          \
+    RmsNormBackward rms_norm_backward;        \
+    Rope rope;                                \
+    QkNormRope qk_norm_rope;                  \
+    QkNormRopeBackward qk_norm_rope_backward; \
+    SwigluForward swiglu_forward;             \
+    SwigluBackward swiglu_backward;           \
+    MlpForward mlp_forward;                   \
+    MlpBackward mlp_backward;                 \
+    RmsNormLinear rms_norm_linear;            \
+    FusedPostAttention fused_post_attention;  \
+    Product product;                          \
+    ProductOverTokens product_over_tokens;    \
     }
 ANT5M_FOR_EACH_SET(ANT5M_DECLARE)
 #undef ANT5M_DECLARE

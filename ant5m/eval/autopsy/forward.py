@@ -16,7 +16,7 @@ from ant5m.model.ant import Ant, Layer, RMSNorm
 from ant5m.model.config import ModelConfig
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q [B, T, H, D], k, v [B, T, KV, D], none of them rotated) -> what the heads read, [B, T, H, D]"""
+"""(layer, q [B, T, H, D], k, v [B, T, KV, D], normed but not rotated) -> what the heads read, [B, T, H, D]"""
 
 
 def angles(config: ModelConfig, positions: Tensor) -> Tensor:
@@ -96,6 +96,8 @@ def residuals(net: Ant, start: Tensor, attend: Attend, first: int = 0) -> Iterat
     for index, layer in enumerate(layers(net)[first:], first):
         x, own = normed(layer.input_layernorm, stream), layer.self_attn
         q, k, v = (project(x).unflatten(-1, (-1, size)) for project in (own.q_proj, own.k_proj, own.v_proj))
+        if own.qk_norm:
+            q, k = normed(own.q_norm, q), normed(own.k_norm, k)
         stream = stream + own.o_proj(attend(index, q, k, v).flatten(-2))
         x, mlp = normed(layer.post_attention_layernorm, stream), layer.mlp
         stream = stream + mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))

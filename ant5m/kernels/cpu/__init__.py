@@ -17,6 +17,7 @@ from ant5m.kernels.cpu.linear_cross_entropy import linear_cross_entropy
 from ant5m.kernels.cpu.logsumexp_argmax import logsumexp_argmax
 from ant5m.kernels.cpu.mlp import mlp
 from ant5m.kernels.cpu.post_attention import fused_post_attention
+from ant5m.kernels.cpu.qk_norm_rope import qk_norm_rope
 from ant5m.kernels.cpu.qkv_rope import qkv_rope
 from ant5m.kernels.cpu.rms_norm import rms_norm
 from ant5m.kernels.cpu.rms_norm_linear import rms_norm_linear
@@ -40,6 +41,7 @@ __all__ = [
     "logsumexp_argmax",
     "mlp",
     "multiplies_bf16",
+    "qk_norm_rope",
     "qkv_rope",
     "release_memory",
     "rms_norm",
@@ -53,6 +55,7 @@ __all__ = [
 IMPLEMENTATIONS = {
     "rms_norm": Implementation(rms_norm),
     "rope": Implementation(rope),
+    "qk_norm_rope": Implementation(qk_norm_rope),
     "qkv_rope": Implementation(qkv_rope, needs_fp32_products),
     "attention": Implementation(attention),
     "tree_attention": Implementation(lambda q, k, v, mask: tree_attention(q, k, v, mask.ends)),

@@ -79,6 +79,10 @@ def _norm_refuses(x, *_):
     return None
 
 
+def _rope_packed_refuses(qkv, cos, sin, heads, norms, eps):
+    return rope_packed_unsupported_reason() if norms is None else "it has no norm of q and k"
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -86,7 +90,7 @@ def _name(dtype: torch.dtype) -> str:
 IMPLEMENTATIONS = {
     "rms_norm": Implementation(rms_norm, _norm_refuses),
     "rope": Implementation(rope),
-    "rope_packed": Implementation(rope_packed, rope_packed_unsupported_reason),
+    "rope_packed": Implementation(rope_packed, _rope_packed_refuses),
     "attention": Implementation(attention, _attention_refuses),
     "swiglu": Implementation(swiglu),
     "mlp": Implementation(mlp, _mlp_refuses, timed=True),

@@ -18,6 +18,7 @@ else:
     from ant5m.kernels.triton.attention import HEAD_SIZES, attention
     from ant5m.kernels.triton.linear_cross_entropy import linear_cross_entropy
     from ant5m.kernels.triton.mlp import SIZES, mlp
+    from ant5m.kernels.triton.qk_norm_rope import norm_rope_packed, qk_norm_rope
     from ant5m.kernels.triton.rms_norm import MAX_SIZE, rms_norm
     from ant5m.kernels.triton.rope import rope, rope_packed
     from ant5m.kernels.triton.swiglu import swiglu
@@ -96,13 +97,20 @@ def _norm_refuses(x, *_):
     )
 
 
+def _rope_packed(qkv, cos, sin, heads, norms, eps):
+    if norms is None:
+        return rope_packed(qkv, cos, sin, heads)
+    return norm_rope_packed(qkv, cos, sin, heads, norms, eps)
+
+
 IMPLEMENTATIONS = (
     {}
     if triton is None
     else {
         "rms_norm": Implementation(rms_norm, _norm_refuses),
         "rope": Implementation(rope),
-        "rope_packed": Implementation(rope_packed, rope_packed_unsupported_reason),
+        "qk_norm_rope": Implementation(qk_norm_rope),
+        "rope_packed": Implementation(_rope_packed, rope_packed_unsupported_reason),
         "attention": Implementation(attention, _attention_refuses),
         "swiglu": Implementation(swiglu),
         "mlp": Implementation(mlp, _mlp_refuses, timed=not device.interpreted()),

@@ -69,10 +69,12 @@ def of_training_step(
     vocab: int,
     length: int = 1_024,
     documents: bool = False,
+    qk_norm: bool = False,
 ) -> list[Resources]:
     """The kernels that a training step of such a Llama launches, with activations in `dtype`, the rest fp32.
 
-    `documents`: attention stays inside document boundaries. Below 80 there is none.
+    `documents`: attention stays inside document boundaries. Below 80 there is none. `qk_norm`: q and k have
+    norms.
     """
 
     def draw(*shape, dtype=dtype):
@@ -86,7 +88,12 @@ def of_training_step(
         outputs = [ops.rms_norm(residual, weight), *ops.rms_norm(draw(hidden), weight, 1e-5, residual)]
         counts = [heads, kv_heads, kv_heads]
         angles = torch.zeros(length, head_size // 2)
-        q, k, v = ops.rope_packed(draw(sum(counts) * head_size), angles, angles, counts)
+        qkv = draw(sum(counts) * head_size)
+        if qk_norm:
+            norms = [torch.ones(head_size, requires_grad=True) for _ in range(2)]
+            q, k, v = ops.norm_rope_packed(qkv, angles, angles, counts, norms)
+        else:
+            q, k, v = ops.rope_packed(qkv, angles, angles, counts)
         outputs += [q, k, v]
         if capability >= 80:
             starts = torch.zeros(1, length, dtype=torch.int32) if documents else None
