@@ -176,9 +176,9 @@ def lock(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{folder} cannot be a folder: a file is in its way") from None
-    held = filelock.FileLock(folder / LOCK, timeout=0)
+    file_lock = filelock.FileLock(folder / LOCK, timeout=0)
     try:
-        held.acquire()
+        file_lock.acquire()
     except filelock.Timeout:
         raise UserError(
             f"another process is writing into {folder}: wait for it to end, or choose another folder"
@@ -186,7 +186,7 @@ def lock(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        held.release()  # the file stays: without it, whoever waits and whoever comes would lock two files
+        file_lock.release()  # the file stays: without it, who waits and who comes would lock two files
 
 
 def is_unused(folder: Path) -> bool:

@@ -49,7 +49,7 @@ def test_peers_compute_our_ops_and_a_wrong_one_is_not_timed(cases, op):
     assert ops._why_wrong(broken, op, inputs) == "cannot run: no such device"
 
 
-def test_an_arm_is_timed_in_both_directions(cases):
+def test_a_variant_is_timed_in_both_directions(cases):
     case = cases["ant-5m swiglu"]
     timed = ops.Timed(
         peers.swiglu, [case.make(torch.device("cpu"), torch.float32) for _ in range(2)], torch.device("cpu")
@@ -91,7 +91,7 @@ def test_without_nvidia_smi_there_is_no_telemetry(monkeypatch):
     assert Telemetry().stop() == {}
 
 
-def test_arms_of_this_machine(cases):
+def test_variants_of_this_machine(cases):
     """Ours run here, or say why not; nothing that is made for another device is asked."""
     for name in ("ant-5m rope", "ant-5m mlp"):
         case = cases[name]

@@ -205,18 +205,18 @@ def test_severity_follows_the_number(topic, values, severity):
     assert bool(found.remedy) == (severity != "ok")
 
 
-def test_turns_are_those_of_the_models_own_table():
+def test_rotations_are_those_of_the_models_own_table():
     config = PRESETS["ant-5m"]
     net = Ant(dataclasses.replace(config, num_hidden_layers=1, vocab_size=2))
-    # cos of the last position's angle, unwrapped: count full turns by summing the steps between positions.
+    # cos of the last position's angle, unwrapped: count full rotations by summing the steps between.
     angle = torch.atan2(net.sin, net.cos).double()
     step = torch.remainder(angle[1:] - angle[:-1], 2 * torch.pi).mean(0)
-    turns = step * config.max_position_embeddings / (2 * torch.pi)
-    assert doctor.rope_turns(config) == pytest.approx(turns.tolist(), rel=1e-3)
+    rotations = step * config.max_position_embeddings / (2 * torch.pi)
+    assert doctor.rope_rotations(config) == pytest.approx(rotations.tolist(), rel=1e-3)
     assert findings(config)["RoPE base"].value == 3
-    base = doctor.turning_base(config)
+    base = doctor.largest_rotating_base(config)
     assert base == pytest.approx(337, abs=1)
-    assert min(doctor.rope_turns(dataclasses.replace(config, rope_theta=base))) == pytest.approx(1)
+    assert min(doctor.rope_rotations(dataclasses.replace(config, rope_theta=base))) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(

@@ -88,8 +88,8 @@ def test_packing_counts_what_the_filters_took(tmp_path, tokenizer, monkeypatch):
     lost = sum(whole["splits"][name]["bytes"] - meta["splits"][name]["bytes"] for name in meta["splits"])
     assert meta["removed"] == {**counted, "bytes": lost}
     assert "removed" not in whole and meta["options"]["filters"] == ["repeats", "boilerplate"]
-    held = [documents_of(folder, "validation") for folder in (plain, filtered)]
-    assert [ids for ids in held[0] if ids in held[1]] == held[1]  # no document changes sides
+    sides = [documents_of(folder, "validation") for folder in (plain, filtered)]
+    assert [ids for ids in sides[0] if ids in sides[1]] == sides[1]  # no document changes sides
 
 
 def test_packing_with_filters_goes_on(tmp_path, tokenizer, monkeypatch):  # noqa: F811

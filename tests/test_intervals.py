@@ -33,10 +33,10 @@ def test_wilson_interval(successes, trials, low, high):
 def test_tokens_of_one_document_are_alike():
     """95 % of the intervals of few windows hold the mean, however alike the tokens of one are."""
     torch.manual_seed(0)
-    held = []
+    inside = []
     for _ in range(2_000):
         windows = torch.randn(8, 1) + torch.randn(8, 64)
         found = estimate(windows)
-        held.append(abs(found.mean) <= found.half)
-    assert sum(held) / len(held) == pytest.approx(0.95, abs=0.015)
+        inside.append(abs(found.mean) <= found.half)
+    assert sum(inside) / len(inside) == pytest.approx(0.95, abs=0.015)
     assert estimate(torch.ones(1, 5)).half == math.inf

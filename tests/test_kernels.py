@@ -73,11 +73,11 @@ def test_rope(length, heads, kv, size):
     def truth(q, k):
         cos, sin = (torch.cat([f(angle)] * 2, -1)[:, None] for f in (torch.cos, torch.sin))
 
-        def turn(x):
+        def rotate(x):
             first, second = x.chunk(2, -1)
             return x * cos + torch.cat((-second, first), -1) * sin
 
-        return turn(q), turn(k)
+        return rotate(q), rotate(k)
 
     assert_same(lambda q, k: kernels.rope(q, k, angle.cos(), angle.sin(), backend="reference"), truth, q, k)
 

@@ -136,9 +136,9 @@ def test_products_read_copies_and_gradients_come_in_fp32():
     seen = {}
     loss = step._loss
 
-    def look(copies, *batch):
-        seen.update(copies)
-        out = loss(copies, *batch)
+    def look(weights, *batch):
+        seen.update(weights)
+        out = loss(weights, *batch)
         with torch.autocast("cpu", torch.bfloat16):
             torch.testing.assert_close(out, step.net(*batch), rtol=1e-6, atol=0)
         return out
@@ -178,9 +178,9 @@ class Joined(TorchDispatchMode):
 def test_no_weight_is_joined_or_padded_in_a_layer():
     step = make(precision="bf16")
     ids, targets = (x[:2] for x in batches(1)[0])
-    copies = step._half_precision_weights()
+    weights = step._half_precision_weights()
     with Joined() as joined:
-        step._loss(copies, ids, targets).backward()
+        step._loss(weights, ids, targets).backward()
     assert joined.count == 0
     with Joined() as joined, torch.autocast("cpu", torch.bfloat16):
         step.net(ids, targets)

@@ -248,7 +248,7 @@ def test_smaller_vocabularies_are_the_beginning_of_the_largest(material):
     assert sizes[280].vocab.items() <= sizes[300].vocab.items()
 
 
-def test_an_experiment_stopped_after_one_arm_goes_on(config, monkeypatch):
+def test_an_experiment_stopped_after_one_variant_goes_on(config, monkeypatch):
     began = []
 
     def power_cut(job):
@@ -344,7 +344,7 @@ def test_command_line(config, capsys, monkeypatch):
         (["ant-5m"], "needs two models or more"),
         (["ant-5m", "ant-6m"], "ant-6m"),
         (["ant-5m", "ant-5m"], "two models are called ant-5m"),
-        (["--study", "vocab", "--arms", "77"], "there is no variant '77'"),
+        (["--study", "vocab", "--variants", "77"], "there is no variant '77'"),
         (["--study", "vocab", "--seeds", "0"], "--seeds must be"),
         (["--study", "vocab", "--rate-factors", "0"], "--rate-factors"),
         (["--study", "vocab", "--data", "nowhere.txt"], "nowhere.txt"),

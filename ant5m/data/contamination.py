@@ -140,7 +140,7 @@ class ItemIndex:
         self.counts = {name: TaskCount() for name in tasks}
         self._task_of: list[str] = []
         digest = hashlib.sha256()
-        hashes, owners = [], []
+        hashes, item_ids = [], []
         for name, items in tasks.items():
             for texts in items:
                 digest.update("\n".join((name, *texts)).encode("utf-8", "surrogatepass"))
@@ -150,14 +150,14 @@ class ItemIndex:
                 self.counts[name].items += 1
                 self.counts[name].too_short += not len(own)
                 hashes.append(own)
-                owners.append(np.full(len(own), len(self._task_of), np.int64))
+                item_ids.append(np.full(len(own), len(self._task_of), np.int64))
                 self._task_of.append(name)
         self.fingerprint = digest.hexdigest()
         """sha256 of all texts"""
         flat = np.concatenate([*hashes, np.empty(0, np.uint64)])
         order = flat.argsort(kind="stable")
         self._hashes = flat[order]
-        self._owners = np.concatenate([*owners, np.empty(0, np.int64)])[order]
+        self._item_ids = np.concatenate([*item_ids, np.empty(0, np.int64)])[order]
         self._filter = _filter_of(self._hashes)
 
     def find(self, text: str) -> NDArray[np.int64]:
@@ -167,7 +167,7 @@ class ItemIndex:
             return np.empty(0, np.int64)
         low = self._hashes.searchsorted(hashes, "left")
         high = self._hashes.searchsorted(hashes, "right")
-        found = [self._owners[a:b] for a, b in zip(low, high, strict=True) if b > a]
+        found = [self._item_ids[a:b] for a, b in zip(low, high, strict=True) if b > a]
         return np.unique(np.concatenate([*found, np.empty(0, np.int64)]))
 
     def has(self, text: str) -> bool:

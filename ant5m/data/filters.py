@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from ant5m.data.ngrams import covered_by, hash_ngrams
+from ant5m.data.ngrams import covered_by, find_repeats, hash_ngrams
 
 FilterName = Literal["repeats", "boilerplate"]
 FILTERS: tuple[FilterName, ...] = get_args(FilterName)
@@ -61,11 +61,7 @@ def repeated_share(text: str, n: int = NGRAM) -> float:
     words = np.array([numbers.setdefault(word, len(numbers)) for word in text.split()], np.uint64)
     if len(words) < 2 * n:
         return 0.0
-    hashes = hash_ngrams(words, n)
-    _, first = np.unique(hashes, return_index=True)
-    again = np.ones(len(hashes), bool)
-    again[first] = False
-    return float(covered_by(again, n).mean())
+    return float(covered_by(find_repeats(hash_ngrams(words, n)), n).mean())
 
 
 def _without_repeats(text: str, removed: Counter[str]) -> str:

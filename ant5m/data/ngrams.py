@@ -15,6 +15,16 @@ def hash_ngrams(ids: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:
     return hashes
 
 
+def find_repeats(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Which n-grams [N] occurred before. Their share is "rep-n" of Welleck et al., "Neural Text Generation
+    with Unlikelihood Training"; the rest is "distinct-n" of Li et al., "A Diversity-Promoting Objective
+    Function for Neural Conversation Models".
+    """
+    repeats = np.ones(len(hashes), bool)
+    repeats[np.unique(hashes, return_index=True)[1]] = False
+    return repeats
+
+
 def covered_by(starts: NDArray[np.bool_], n: int) -> NDArray[np.bool_]:
     """Which positions [len(starts) + n - 1] lie in an n-gram of those that begin where `starts` is true."""
     edges = np.zeros(len(starts) + n, np.int64)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ant5m.data.ngrams import find_repeats, hash_ngrams
 from ant5m.errors import UserError
 from ant5m.eval.intervals import wilson
 from ant5m.model.generation import LoopReport, Sampling, find_loops, generate, words_of
@@ -297,7 +298,7 @@ def _first_loop(tokenizer: "Tokenizer", row: list[int]) -> int:
 
 
 def _distinct(texts: list[str], n: int) -> float:
-    """distinct-n of Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models"."""
-    texts_words = map(words_of, texts)
-    grams = [gram for words in texts_words for gram in zip(*(words[i:] for i in range(n)), strict=False)]
-    return len(set(grams)) / len(grams) if grams else 0.0
+    numbers: dict[str, int] = {}
+    ids = ([numbers.setdefault(word, len(numbers)) for word in words_of(text)] for text in texts)
+    hashes = np.concatenate([hash_ngrams(np.array(text, np.uint64), n) for text in ids])
+    return 1 - float(find_repeats(hashes).mean()) if len(hashes) else 0.0

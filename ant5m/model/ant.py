@@ -157,7 +157,7 @@ class Layer(nn.Module):
 
     def forward(
         self,
-        made: Tensor | None,
+        pending: Tensor | None,
         residual: Tensor,
         cos: Tensor,
         sin: Tensor,
@@ -165,13 +165,13 @@ class Layer(nn.Module):
         starts: Tensor | None = None,
         rows: Tensor | slice | None = None,
     ) -> tuple[Tensor | None, Tensor]:
-        """`made` [B, T, D], by the layer before, is yet to be added to `residual`; so is what is returned.
+        """`pending` [B, T, D], by the layer before, is yet to be added to `residual`; so is what is returned.
 
         With `rows` only these positions are returned.
         """
         if not torch.is_grad_enabled():
             return None, self._infer(residual, cos, sin, cache, starts, rows)
-        x, residual = _add_and_norm(self.input_layernorm, made, residual)
+        x, residual = _add_and_norm(self.input_layernorm, pending, residual)
         attn_out = self.self_attn(x, cos, sin, cache, starts)
         if rows is not None:
             attn_out, residual = attn_out[:, rows], residual[:, rows]
@@ -223,16 +223,16 @@ class Body(nn.Module):
     ) -> Tensor:
         # Each norm also adds what the block before it made to the residual stream.
         residual = self.embed_tokens(input_ids)
-        made = None
+        pending = None
         for layer in self.layers[:-1]:
-            made, residual = layer(made, residual, cos, sin, cache, starts)
+            pending, residual = layer(pending, residual, cos, sin, cache, starts)
         # Whatever attends to other positions is behind them now.
-        made, residual = self.layers[-1](made, residual, cos, sin, cache, starts, rows)
-        return _add_and_norm(self.norm, made, residual)[0]
+        pending, residual = self.layers[-1](pending, residual, cos, sin, cache, starts, rows)
+        return _add_and_norm(self.norm, pending, residual)[0]
 
 
-def _add_and_norm(norm: RMSNorm, made: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
-    return (norm(residual), residual) if made is None else norm(made, residual)
+def _add_and_norm(norm: RMSNorm, pending: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
+    return (norm(residual), residual) if pending is None else norm(pending, residual)
 
 
 class Ant(nn.Module):

@@ -192,14 +192,14 @@ def _larger_heads(config: ModelConfig) -> str:
     return f"Fewer, larger heads: {heads} of 32, {keys} of them for keys and values, cost {cost}."
 
 
-def rope_turns(config: ModelConfig) -> list[float]:
-    """Full turns that each rotation pair makes within the context, fastest first."""
+def rope_rotations(config: ModelConfig) -> list[float]:
+    """Full rotations that each pair of dimensions makes within the context, fastest first."""
     size, context = config.head_size, config.max_position_embeddings
     return [context * config.rope_theta ** (-pair / size) / (2 * math.pi) for pair in range(0, size, 2)]
 
 
-def turning_base(config: ModelConfig) -> float | None:
-    """The largest RoPE base with which every pair completes a turn within the context, or None."""
+def largest_rotating_base(config: ModelConfig) -> float | None:
+    """The largest RoPE base with which every pair completes a rotation within the context, or None."""
     fastest = config.max_position_embeddings / (2 * math.pi)
     if config.head_size == 2 or fastest < 1:
         return None
@@ -207,22 +207,22 @@ def turning_base(config: ModelConfig) -> float | None:
 
 
 def _rope_base(config: ModelConfig) -> Check:
-    turns = rope_turns(config)
-    still = [pair for pair, count in enumerate(turns) if count < 1]
+    rotations = rope_rotations(config)
+    still = [pair for pair, count in enumerate(rotations) if count < 1]
     context = f"{config.max_position_embeddings:,} positions"
-    number = f"{len(still)} of {len(turns)} rotation pairs never complete a turn in {context}"
+    number = f"{len(still)} of {len(rotations)} rotation pairs never complete a rotation in {context}"
     if not still:
         return Check("RoPE base", "ok", 0, number, "Every pair tells positions apart.", "", "exact")
     listed = ", ".join(str(pair) for pair in still) if len(still) <= 4 else f"{still[0]}-{still[-1]}"
     why = (
-        f"Pairs {listed} (slowest: {turns[-1]:.2g} turns) tell positions apart only weakly; they can still "
-        "carry content, and most Llamas have such pairs. Bases from 5,000 to 50,000 differed by less than "
-        "0.009 bits per byte in a 100-step study."
+        f"Pairs {listed} (slowest: {rotations[-1]:.2g} rotations) tell positions apart only weakly; they can "
+        "still carry content, and most Llamas have such pairs. Bases from 5,000 to 50,000 differed by less "
+        "than 0.009 bits per byte in a 100-step study."
     )
-    base = turning_base(config)
+    base = largest_rotating_base(config)
     remedy = (
-        f"With rope_theta {math.floor(base):,} every pair would turn. Worth an experiment of its own, not a "
-        "first thing to fix."
+        f"With rope_theta {math.floor(base):,} every pair would complete one. Worth an experiment of its "
+        "own, not a first thing to fix."
         if base is not None and base >= 2
         else "The context is too short for any base."
     )

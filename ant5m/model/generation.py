@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ant5m.data.ngrams import find_repeats, hash_ngrams
 from ant5m.errors import UserError
 from ant5m.model.ant import KVCache
 
@@ -202,7 +203,7 @@ class LoopReport:
 
     words: int
     repeated: dict[int, float]
-    """n -> share of the n-grams that occurred before in the text, n = 1..4"""
+    """n -> share of the n-grams that occurred before in the text (rep-n), n = 1..4"""
     cycle: str
     """what is repeated back to back over the longest stretch"""
     times: int
@@ -234,8 +235,9 @@ MAX_TIMES, MIN_CYCLE_WORDS = 4, 12  # back to back
 def find_loops(text: str) -> LoopReport:
     """Measure repetition in a text of any length; below about 20 words there is little to see."""
     words = words_of(text)
-    ids = np.unique(words, return_inverse=True)[1]
-    repeated = {n: _repeated_share(ids, n) for n in range(1, 5)}
+    ids = np.unique(words, return_inverse=True)[1].astype(np.uint64)
+    repeats = {n: find_repeats(hash_ngrams(ids, n)) for n in range(1, 5)}
+    repeated = {n: float(found.mean()) if len(found) else 0.0 for n, found in repeats.items()}
     start, period, length = _longest_cycle(ids)
     times = length // period if period else 0
     looping = (repeated[4] > MAX_REPEATED) or (times >= MAX_TIMES and length >= MIN_CYCLE_WORDS)
@@ -247,14 +249,6 @@ def words_of(text: str) -> list[str]:
     """Words and marks of a text, as repetition is counted over them."""
     # Long words are cut, so that "aaaa..." is a loop too: 12 is a multiple of the short periods.
     return re.findall(r"\w{1,12}|[^\w\s]", text)
-
-
-def _repeated_share(ids: np.ndarray, n: int) -> float:
-    """1 - distinct / all n-grams: "rep-n" of Welleck et al., "Neural Text Generation with Unlikelihood"."""
-    if len(ids) < n:
-        return 0.0
-    grams = np.lib.stride_tricks.sliding_window_view(ids, n)
-    return 1 - len(np.unique(grams, axis=0)) / len(grams)
 
 
 def _longest_cycle(ids: np.ndarray) -> tuple[int, int, int]:

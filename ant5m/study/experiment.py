@@ -93,9 +93,9 @@ def _compare_alone(config: CompareConfig) -> str | None:
     materials = Materials(config.cache or config.folder, corpus, config.validation_fraction)
     check(config, variants)
     _refuse_content(config)
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as locks:
         for folder in {config.folder.resolve(), materials.folder.resolve()}:
-            held.enter_context(lock(folder))
+            locks.enter_context(lock(folder))
             remove_asides(folder)
         return _compare(config, variants, materials)
 
@@ -131,13 +131,13 @@ def _compare_together(config: CompareConfig, ranks: Ranks) -> str | None:
         raise UserError("--workers is for one machine: inside torchrun its processes are the workers")
     variants = config.design()
     materials = Materials(config.cache or config.folder, Corpus.open(config.data), config.validation_fraction)
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as locks:
 
         def prepare() -> tuple[list[str], dict[str, float]]:
             check(config, variants)
             _refuse_content(config)
             for folder in {config.folder.resolve(), materials.folder.resolve()}:
-                held.enter_context(lock(folder))
+                locks.enter_context(lock(folder))
             _, waiting, _, bigrams = _prepare(config, variants, materials)
             return [job.result.parent.name for job in waiting], bigrams
 

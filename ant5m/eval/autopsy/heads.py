@@ -291,16 +291,17 @@ def _losses(costs: dict[str, Estimate]) -> Finding:
 
 def _pairs(net: Ant, looks: Looks, costs: list[Estimate]) -> Finding:
     energy = looks.pairs.mean((0, 1))
-    count, turns = len(energy), _turns(net)
+    count, rotations = len(energy), _rotations(net)
     matter = [pair for pair, one in enumerate(costs) if one.clear and one.mean > 0]
     worst = max(range(count), key=lambda pair: costs[pair].mean)
-    slow = [pair for pair in range(count) if turns[pair] < 1]
+    slow = [pair for pair in range(count) if rotations[pair] < 1]
     share = energy[slow].sum().item() if slow else 0.0
     return Finding(
         "rotation pairs that carry weight",
         float(len(matter)),
         f"{len(matter)} of {count} cost loss when taken away, pair {worst} the most ({costs[worst]} nats); "
-        f"the {len(slow)} pairs that never turn once carry {share:.0%} of the variance of the scores",
+        f"the {len(slow)} pairs that never complete a rotation carry {share:.0%} of the variance of the "
+        "scores",
         f"{len(slow) / count:.0%} of the variance if all pairs carried alike",
         "Fast pairs can say 'just before'; slow ones hardly change with position and serve content. Where "
         "the variance lies in slow pairs, heads look for content more than for place.",
@@ -310,8 +311,8 @@ def _pairs(net: Ant, looks: Looks, costs: list[Estimate]) -> Finding:
     )
 
 
-def _turns(net: Ant) -> list[float]:
-    """Full turns of each pair within the context."""
+def _rotations(net: Ant) -> list[float]:
+    """Full rotations of each pair within the context."""
     last = forward.angles(net.config, torch.tensor([net.config.max_position_embeddings]))
     return (last[0] / (2 * math.pi)).tolist()
 
@@ -363,19 +364,19 @@ def _rope_picture(
     axes = figure.subplots(2, 2)
     every = -(-len(pairs) // 9)  # so many labels have room
     ticks = range(0, len(pairs), every)
-    turns = [f"{pair}\n{count:.3g}" for pair, count in enumerate(_turns(net))][::every]
+    rotations = [f"{pair}\n{count:.3g}" for pair, count in enumerate(_rotations(net))][::every]
     image = axes[0, 0].imshow((100 * looks.pairs.mean(1)).numpy(), aspect="auto", cmap="viridis", vmin=0)
-    axes[0, 0].set(ylabel="layer", xlabel="rotation pair, its turns within the context")
+    axes[0, 0].set(ylabel="layer", xlabel="rotation pair, its rotations within the context")
     axes[0, 0].set_title("Share of the variance of the scores (%)")
-    axes[0, 0].set_xticks(ticks, turns, fontsize=9)
+    axes[0, 0].set_xticks(ticks, rotations, fontsize=9)
     figure.colorbar(image, ax=axes[0, 0])
 
     places = np.arange(len(pairs))
     axes[0, 1].bar(places, [one.mean for one in pairs], yerr=[one.half for one in pairs], capsize=3)
     axes[0, 1].axhline(0, color="black", linewidth=0.8)
-    axes[0, 1].set(ylabel="loss (nats per token)", xlabel="rotation pair, its turns within the context")
+    axes[0, 1].set(ylabel="loss (nats per token)", xlabel="rotation pair, its rotations within the context")
     axes[0, 1].set_title("Rise of the loss without the pair")
-    axes[0, 1].set_xticks(ticks, turns, fontsize=9)
+    axes[0, 1].set_xticks(ticks, rotations, fontsize=9)
 
     axes[1, 0].barh(
         list(costs),

@@ -255,23 +255,23 @@ function sample(logits, seen, { temperature, topP, penalty }, uniform) {
   const scores = Float64Array.from(logits);
   for (const id of seen) scores[id] = scores[id] < 0 ? scores[id] * penalty : scores[id] / penalty;
   if (temperature === 0) return scores.reduce((best, value, id) => (value > scores[best] ? id : best), 0);
-  const chances = softmax(scores.map((value) => value / temperature));
-  let ids = Array.from(chances.keys());
+  const probabilities = softmax(scores.map((value) => value / temperature));
+  let ids = Array.from(probabilities.keys());
   if (topP < 1) {
-    ids.sort((a, b) => chances[b] - chances[a]);
+    ids.sort((a, b) => probabilities[b] - probabilities[a]);
     let kept = 0, sum = 0;
-    while (kept < ids.length && sum < topP) sum += chances[ids[kept++]];
+    while (kept < ids.length && sum < topP) sum += probabilities[ids[kept++]];
     ids = ids.slice(0, kept);
   }
-  let left = uniform * ids.reduce((sum, id) => sum + chances[id], 0);
-  for (const id of ids) if ((left -= chances[id]) < 0) return id;
+  let left = uniform * ids.reduce((sum, id) => sum + probabilities[id], 0);
+  for (const id of ids) if ((left -= probabilities[id]) < 0) return id;
   return ids[ids.length - 1];
 }
 
 // The `count` most likely next tokens: [[id, probability], ...].
 function mostLikely(logits, count) {
-  const chances = softmax(logits);
-  return Array.from(chances.keys()).sort((a, b) => chances[b] - chances[a]).slice(0, count).map((id) => [id, chances[id]]);
+  const probabilities = softmax(logits);
+  return Array.from(probabilities.keys()).sort((a, b) => probabilities[b] - probabilities[a]).slice(0, count).map((id) => [id, probabilities[id]]);
 }
 
 // Does a text repeat itself more than people do? The measure and the limits of `ant5m generate`.
