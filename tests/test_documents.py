@@ -6,8 +6,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+from accuracy import check_op
 
 from ant5m.cli import COMMANDS, call
+from ant5m.kernels import cpu, ops
+from ant5m.kernels.registry import OPS
+from ant5m.kernels.samples import Draw, Sizes
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -109,6 +113,26 @@ def test_what_a_page_says_to_type_works(page, tmp_path, monkeypatch):
         for long, short in PYTHON.items():
             block = block.replace(long, short)
         exec(block, {})
+
+
+def test_the_op_of_the_how_to_computes_what_it_says(monkeypatch):
+    record, function, line = blocks(DOCS / "how-to" / "add-an-op.md", "python")
+    name, draw = "relu_squared", Draw(Sizes(2, 33, 27, 20, 6, 2, 10, 50))
+    for table in (OPS, cpu.IMPLEMENTATIONS):
+        monkeypatch.setitem(table, name, None)  # taken away behind the test
+        del table[name]
+    exec(record, vars(ops) | {"__name__": "ops"})
+    assert OPS[name].unsupported_reason("cpu", *OPS[name].samples(draw)[0]) == f"it has no {name}"
+    check_op(name, "cpu", draw)
+
+    def implement(code):
+        exec(code + line, vars(ops) | vars(cpu) | {"__name__": "cpu"})
+        assert OPS[name].unsupported_reason("cpu", *OPS[name].samples(draw)[0]) is None
+        check_op(name, "cpu", draw)
+
+    implement(function)
+    with pytest.raises(AssertionError):
+        implement(function.replace("2 * ", ""))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
