@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import pty
 import re
+import select
 import shutil
 import subprocess
 import sys
@@ -187,6 +189,37 @@ def test_completion(typed, completed, capsys):
     script = capsys.readouterr().out + asked
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == completed
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
+def test_completion_as_one_types_it_in_zsh(capsys, tmp_path):
+    """In a terminal, without a ~/.zshrc; the tab key asks."""
+    assert run(["completion", "zsh"]) == 0
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+    terminal, other = pty.openpty()
+    environment = {**os.environ, "HOME": str(tmp_path), "TERM": "dumb"}
+    files = dict.fromkeys(("stdin", "stdout", "stderr"), other)
+    zsh = subprocess.Popen(
+        ["zsh", "-f", "-i"], **files, cwd=tmp_path, env=environment, start_new_session=True
+    )
+    try:
+        for typed, expected in (
+            ("source ./script && echo rea''dy\n", "ready"),
+            ("ant5m da\t", "ant5m data "),
+            ("pa\t", "pack "),
+            ("x --tokeni\t", "--tokenizer "),
+            ("\x15ant5m tokenizer \t\t", "health  train"),
+        ):
+            os.write(terminal, typed.encode())
+            shown = ""
+            while expected not in shown:
+                assert select.select([terminal], [], [], 60)[0], (typed, shown)
+                shown += os.read(terminal, 4096).decode()
+    finally:
+        zsh.kill()
+        zsh.wait()
+        os.close(terminal)
+        os.close(other)
 
 
 @pytest.mark.parametrize("words", [["no"], ["no", "--help"], ["tokenizer", "no"], ["--model", "x"]])

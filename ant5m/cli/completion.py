@@ -9,7 +9,7 @@ import tyro
 
 _SCRIPT = """\
 _ant5m() {{
-    local words="${{COMP_WORDS[*]:1:COMP_CWORD-1}} " current="${{COMP_WORDS[COMP_CWORD]}}" choices=""
+    local words="${{COMP_WORDS[*]:1:$((COMP_CWORD-1))}} " current="${{COMP_WORDS[COMP_CWORD]}}" choices=""
     case "$words" in
 {cases}
         " ") choices="{first}" ;;
@@ -19,7 +19,11 @@ _ant5m() {{
 complete -o default -F _ant5m ant5m
 """
 _POSITIONAL = typing.get_args(tyro.conf.Positional[int])[1]
-_ZSH = "autoload -U +X bashcompinit && bashcompinit\n"
+_ZSH = """\
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i }
+autoload -Uz bashcompinit && bashcompinit
+"""
+"""zsh's own completion, where ~/.zshrc has not begun it yet, and bash's within it"""
 
 
 @dataclass
