@@ -91,6 +91,14 @@ def text_file(tmp_path):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_80_columns(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run([*command.split(), "--help"]) == 0
+    _, rest = capsys.readouterr().out.split("\n", 1)  # the usage is one line, which the terminal breaks
+    assert [line for line in rest.splitlines() if len(line) > 80] == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_the_surface_is_frozen(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert run([*command.split(), "--help"]) == 0

@@ -27,8 +27,8 @@ class Compare:
     Examples:
 
         ant5m compare --study published --data books/ --tokens 650000000 --seeds 3
-        ant5m compare --study head-dim --data books/ --sequence-length 256 --tokens 1000000
-        ant5m compare ant-5m ant-5m-fit my-model.json --data books/ --tokens 20000000
+        ant5m compare --study head-dim --data books/ --tokens 1000000
+        ant5m compare ant-5m my-model.json --data books/ --tokens 20000000
     """
 
     config: Annotated[CompareConfig, tyro.conf.arg(name="")]

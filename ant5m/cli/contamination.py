@@ -29,8 +29,8 @@ class DataContamination:
 
     Examples:
 
-        ant5m data contamination data/books --against benchmarks
-        ant5m data contamination books/ more.jsonl.zst --against benchmarks --json
+        ant5m data contamination data/books --against items/
+        ant5m data contamination books/ more.jsonl.zst --against items/ --json
     """
 
     inputs: Annotated[

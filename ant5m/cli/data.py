@@ -38,12 +38,12 @@ class DataPack:
 
     Examples:
 
-        ant5m data pack books/ more.jsonl.zst --tokenizer my-tokenizer --out data/books
-        ant5m data pack hf:roneneldan/TinyStories --tokenizer my-tokenizer --out data/stories
-        ant5m data pack web.jsonl.zst --tokenizer my-tokenizer --out data/web --filters repeats boilerplate
-        ant5m data pack web.jsonl.zst --tokenizer my-tokenizer --out data/clean --exclude-items benchmarks
-        ant5m data pack builtin --tokenizer my-tokenizer --out data/builtin --validation-fraction 0.02
-        ant5m data pack chats.jsonl --tokenizer runs/base/tokenizer --out data/chat --chat
+        ant5m data pack books/ more.jsonl.zst --tokenizer tok --out data/books
+        ant5m data pack hf:roneneldan/TinyStories --tokenizer tok --out data/stories
+        ant5m data pack web.jsonl --tokenizer tok --out web --filters repeats
+        ant5m data pack web.jsonl --tokenizer tok --out web --exclude-items items/
+        ant5m data pack builtin --tokenizer tok --out std --validation-fraction 0.02
+        ant5m data pack chats.jsonl --tokenizer runs/base/tokenizer --out chat --chat
     """
 
     inputs: Annotated[

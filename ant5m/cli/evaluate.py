@@ -40,9 +40,9 @@ class Evaluate:
         ant5m eval runs/my-run --data book.txt more.jsonl.gz
         ant5m eval runs/my-run/hf --data data/books --json
         ant5m eval runs/my-run --tasks all
-        ant5m eval runs/my-run --tasks blimp,arc_easy,piqa --data-dir benchmarks --limit 100
-        ant5m eval runs/my-run --tasks open-slm --data-dir benchmarks --repository me/my-model
-        ant5m eval runs/one runs/other --tasks blimp,sciq --data-dir benchmarks
+        ant5m eval runs/my-run --tasks blimp,piqa --data-dir items/ --limit 100
+        ant5m eval runs/my-run --tasks open-slm --repository me/ants
+        ant5m eval runs/one runs/other --tasks blimp,sciq --data-dir items/
     """
 
     models: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL...")] = ()

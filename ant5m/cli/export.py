@@ -29,7 +29,7 @@ class Export:
         ant5m export runs/my-run my-model
         ant5m export runs/my-run --format gguf --type q8_0
         ant5m export runs/my-run page.html --format html
-        ant5m export runs/my-run/checkpoints/step-00001000 my-model-1000 --name "My model after 1,000 steps"
+        ant5m export runs/my-run/checkpoints/step-00001000 early --name "Half-grown"
     """
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]

@@ -23,8 +23,8 @@ class Generate:
     Examples:
 
         ant5m generate runs/my-run --prompt "Once upon a time"
-        ant5m generate runs/my-run --prompt "The ant" "The tree" --temperature 0.7 --top-p 0.95 --seed 3
-        ant5m generate runs/my-run/hf --prompt "The ant" --temperature 0 --repetition-penalty 1.2 --json
+        ant5m generate runs/my-run --prompt "The ant" "A tree" --seed 3
+        ant5m generate my-model --prompt "The ant" --temperature 0 --json
     """
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]

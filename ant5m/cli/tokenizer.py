@@ -30,9 +30,9 @@ class TokenizerTrain:
 
     Examples:
 
-        ant5m tokenizer train books/ more.jsonl.zst --out my-tokenizer
-        ant5m tokenizer train hf:roneneldan/TinyStories --vocab-size 4096 --out stories-tokenizer
-        ant5m tokenizer train builtin --out docs-tokenizer
+        ant5m tokenizer train books/ more.jsonl.zst --out tok
+        ant5m tokenizer train hf:roneneldan/TinyStories --vocab-size 4096 --out tok
+        ant5m tokenizer train builtin --out tok
     """
 
     inputs: Annotated[
@@ -75,9 +75,9 @@ class TokenizerHealth:
 
     Examples:
 
-        ant5m tokenizer health books/ --tokenizer my-tokenizer
-        ant5m tokenizer health books/ --tokenizer my-tokenizer --preset ant-5m-fit --compare 1024 2048
-        ant5m tokenizer health builtin --tokenizer gpt2/tokenizer.json --json > health.json
+        ant5m tokenizer health books/ --tokenizer tok
+        ant5m tokenizer health books/ --tokenizer tok --preset ant-5m-fit
+        ant5m tokenizer health books/ --tokenizer gpt2/tokenizer.json --json
     """
 
     inputs: Annotated[

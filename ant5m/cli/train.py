@@ -23,7 +23,7 @@ class Train:
     Examples:
 
         ant5m train
-        ant5m train --model ant-5m-fit --data data/books --steps 10000 --batch-size 64
+        ant5m train --model ant-5m-fit --data data/books --steps 10000
         ant5m train --data data/books --max-minutes 60 --out runs/books
         ant5m train --resume runs/books
     """
