@@ -25,6 +25,13 @@ def api() -> Any:
     return HfApi(library_name="ant5m")
 
 
+def hide_progress() -> None:
+    """No progress bars of the client from now on: beside a training they would break up its own."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+
+
 def check_name(repo: str) -> None:
     """Raise `UserError` unless `repo` is OWNER/NAME as the hub allows it."""
     good = isinstance(repo, str) and len(repo) <= 96 and re.fullmatch(f"{_PART}/{_PART}", repo)

@@ -48,6 +48,7 @@ class PushCheckpoints(Periodic):
 
     def on_start(self, trainer: "Trainer") -> None:
         super().on_start(trainer)
+        hub.hide_progress()
         self._thread.start()
 
     def run(self, trainer: "Trainer") -> None:
