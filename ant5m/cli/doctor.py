@@ -111,6 +111,7 @@ def _show(diagnosis: "Diagnosis", name: str, device: str, training: dict[str, An
             f"without validation and checkpoints; *: {TOKENS_PER_PARAMETER} tokens a parameter",
             style="dim italic",
         )
+    console.print("Findings\n", style="italic")
     console.print(_findings(diagnosis))
 
 
@@ -139,13 +140,13 @@ def _memory(diagnosis: "Diagnosis", device: str) -> Table:
     memory, context = diagnosis.memory, diagnosis.config.max_position_embeddings
     fixed = memory["weights"] + memory["gradients"] + memory["adamw_moments"]
     table = Table(
-        title=f"Memory of a training step ({device}: {memory['device'] / 1e9:.1f} GB)",
-        caption=f"besides {fixed / 1e6:.1f} MB for weights, gradients and AdamW; batches are estimates",
+        title=f"Memory for activations of a training step ({device}: {memory['device'] / 1e9:.1f} GB)",
+        caption=f"besides {fixed / 1e6:.1f} MB for weights, gradients and AdamW; estimates",
         title_justify="left",
         caption_justify="left",
     )
     table.add_column("precision")
-    table.add_column("activations per token", justify="right")
+    table.add_column("per token", justify="right")
     table.add_column("per sequence", justify="right")
     table.add_column("largest micro-batch", justify="right")
     for precision, label in (("fp32", "fp32"), ("half", "fp16 / bf16 autocast")):
@@ -173,17 +174,15 @@ def _training(training: dict[str, Any], context: int) -> Table:
 
 
 def _findings(diagnosis: "Diagnosis") -> Table:
-    table = Table(title="Findings", title_justify="left", show_lines=True)
-    table.add_column("topic", style="bold")
-    table.add_column("verdict")
-    table.add_column("what, why and what to do", ratio=1)
-    table.add_column("evidence")
+    table = Table.grid("verdict", "text", padding=(0, 2, 1, 0), collapse_padding=False)
     for finding in diagnosis.findings:
-        text = f"[bold]{escape(finding.number)}[/bold]"
+        text = (
+            f"[bold]{escape(finding.topic)}: {escape(finding.number)}[/bold] (evidence: {finding.evidence})"
+        )
         if finding.severity != "ok":
             text += f"\n{escape(finding.why)}"
         if finding.remedy:
             text += f"\n[italic]Remedy:[/italic] {escape(finding.remedy)}"
         style = _STYLE[finding.severity]
-        table.add_row(finding.topic, f"[{style}]{finding.severity}[/{style}]", text, finding.evidence)
+        table.add_row(f"[{style}]{finding.severity}[/{style}]", text)
     return table
