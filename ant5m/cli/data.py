@@ -43,7 +43,7 @@ class DataPack:
         ant5m data pack web.jsonl --tokenizer tok --out web --filters repeats
         ant5m data pack web.jsonl --tokenizer tok --out web --exclude-items items/
         ant5m data pack builtin --tokenizer tok --out std --validation-fraction 0.02
-        ant5m data pack chats.jsonl --tokenizer runs/base/tokenizer --out chat --chat
+        ant5m data pack chats.jsonl --tokenizer base/tokenizer --out chat --chat
     """
 
     inputs: Annotated[
