@@ -1,9 +1,11 @@
 import hashlib
 import json
+import os
 
 import numpy as np
 import pytest
 
+from ant5m.data.loader import Loader, sequences
 from ant5m.data.shards import FORMAT, Shards, Tokens
 from ant5m.errors import UserError
 
@@ -195,11 +197,46 @@ def test_impossible_counts_are_named(folder, edit, words):
     assert str(folder / "meta.json") in str(error.value)
 
 
-def test_a_shard_cut_while_it_is_mapped_is_an_error_not_a_dead_process(folder):
-    tokens = Shards.open(folder).tokens
+@pytest.fixture(params=["slice", "gather", "documents", "sequences", "batches", "all"])
+def read(request):
+    """What reads the tokens of a split: training, evaluation, the built-in prompts, `documents`."""
+    inputs = np.empty((1, 8), np.int64)
+    return {
+        "slice": lambda shards: shards.tokens[:8],
+        "gather": lambda shards: shards.tokens.gather(np.zeros(1, np.int64), 8, inputs, inputs.copy()),
+        "documents": lambda shards: list(shards.documents()),
+        "sequences": lambda shards: list(sequences(shards, 2, 4)),
+        "batches": lambda shards: [loader.next() for loader in [Loader(shards, 2, 4, 0)] * 30],
+        "all": lambda shards: shards.tokens.behind(3)[:],
+    }[request.param]
+
+
+def test_a_shard_cut_while_it_is_in_use_is_an_error_not_a_dead_process(folder, read):
+    shards = Shards.open(folder)
     with (folder / "train-00000.bin").open("r+b") as file:
         file.truncate(10)
-    inputs = np.empty((1, 8), np.int64)
-    for read in (lambda: tokens[:8], lambda: tokens.gather(np.zeros(1, np.int64), 8, inputs, inputs.copy())):
-        with pytest.raises(UserError, match=r"train-00000\.bin was cut while it was in use"):
-            read()
+    with pytest.raises(UserError, match=r"train-00000\.bin was cut while it was in use"):
+        read(shards)
+
+
+def test_a_shard_cut_during_a_read_is_an_error_not_a_dead_process(folder, read, monkeypatch):
+    """The file is as long as it should be when the read begins, and the system gives it in small portions."""
+    shards = Shards.open(folder)
+    real = os.pread
+
+    def cut(descriptor, size, position):
+        found = real(descriptor, min(size, 6), position)
+        os.truncate(folder / "train-00000.bin", 2)
+        return found
+
+    monkeypatch.setattr(os, "pread", cut)
+    with pytest.raises(UserError, match=r"train-00000\.bin was cut while it was in use"):
+        read(shards)
+
+
+def test_a_read_in_portions_is_whole(folder, monkeypatch):
+    """One call gives 2 GiB at most, and less on some network drives."""
+    whole = Shards.open(folder).tokens[:]
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda descriptor, size, position: real(descriptor, min(size, 3), position))
+    np.testing.assert_array_equal(Shards.open(folder).tokens[:], whole)

@@ -32,7 +32,7 @@ LARGE_SHARE = 0.1
 
 @dataclass
 class DataPack:
-    """Turn text into token shards: memory-mapped uint16, split into train and validation by document.
+    """Turn text into token shards: files of uint16, split into train and validation by document.
 
     It can be stopped at any time (Ctrl-C). The same command continues it, with the same result.
 

@@ -1,4 +1,4 @@
-"""Packed tokens on disk: a folder of raw little-endian uint16 files and `meta.json`, memory-mapped.
+"""Packed tokens on disk: a folder of raw little-endian uint16 files and `meta.json`, read where they lie.
 
 The shard files of a split are one logical sequence of tokens; where one file ends has no meaning.
 `ant5m.data.packing` writes the folder, `meta.json` last, so a folder without it is not a data set.
@@ -6,6 +6,7 @@ The shard files of a split are one logical sequence of tokens; where one file en
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,15 +66,45 @@ class _Meta:
     """not in folders of ant5m 0.1.0"""
 
 
+class ArrayFile:
+    """A file of `length` numbers. `file[i:j]` reads them; nothing is mapped, because a file that is cut while
+    it is mapped kills the process (SIGBUS), as does a network drive that goes away."""
+
+    def __init__(self, path: Path, length: int, dtype: np.dtype[Any] = TOKEN) -> None:
+        self.path, self.dtype = path, dtype
+        self._length = length
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, window: slice) -> NDArray[Any]:
+        start, stop, _ = window.indices(self._length)
+        position, end = start * self.dtype.itemsize, stop * self.dtype.itemsize
+        raw = b""
+        while position + len(raw) < end:  # one read gives 2 GiB at most
+            more = os.pread(self._descriptor, end - position - len(raw), position + len(raw))
+            if not more:
+                raise UserError(f"{self.path} was cut while it was in use: pack the text again")
+            raw = raw + more if raw else more
+        return np.frombuffer(raw, self.dtype)
+
+
 class Tokens:
-    """The tokens of one split: shard files laid end to end, uint16, read-only, never copied whole.
+    """The tokens of one split: parts laid end to end, uint16, read-only, never in memory as a whole unless
+    they came from there. `tokens[i:j]` is an array."""
 
-    `tokens[i:j]` is an array (a view where the slice lies in one file, a copy where it crosses).
-    """
-
-    def __init__(self, parts: list[NDArray[np.uint16]], masks: list[NDArray[np.uint8]] | None = None) -> None:
+    def __init__(
+        self,
+        parts: Sequence["NDArray[np.uint16] | ArrayFile"],
+        masks: Sequence["NDArray[np.uint8] | ArrayFile"] | None = None,
+    ) -> None:
         """`masks`: for each part a bit for every token, lowest bit first: whether it counts as a target."""
-        if not all(part.dtype == TOKEN and part.ndim == 1 and part.flags.c_contiguous for part in parts):
+        if not all(map(_is_flat_uint16, parts)):
             raise ValueError("tokens are one-dimensional contiguous uint16")
         self._parts, self._masks = parts, masks
         self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
@@ -85,7 +116,6 @@ class Tokens:
         start, stop, step = window.indices(len(self))
         if step != 1:
             raise ValueError("tokens are read in order: use a step of 1")
-        self._check_mapped()
         return self._window(start, stop)
 
     @property
@@ -145,7 +175,6 @@ class Tokens:
         Raises `IndexError` when a window, with the target of its last token, leaves the tokens.
         """
         _check_gather(starts, length, inputs, targets)
-        self._check_mapped()
         if len(starts) == 0:
             return
         if length >= len(self) or starts.view(np.uint64).max() >= len(self) - length:  # below 0 is huge there
@@ -155,12 +184,6 @@ class Tokens:
             inputs[row], targets[row] = window[:-1], window[1:]
             if self.masked:
                 targets[row, ~self.counted(start + 1, start + length + 1)] = IGNORE
-
-    def _check_mapped(self) -> None:
-        """Raise `UserError` where a file was cut since it was mapped: reading there kills the process."""
-        for part in self._parts:
-            if isinstance(part, np.memmap) and part._mmap.size() < part.nbytes:  # type: ignore[attr-defined]
-                raise UserError(f"{part.filename} was cut while it was in use: pack the text again")
 
 
 class Shards:
@@ -242,7 +265,7 @@ class Shards:
 
     @classmethod
     def open(cls, folder: str | Path, split: Split = "train", verify: bool = True) -> "Shards":
-        """Map a split into memory. `verify` reads every shard once and compares its sha256; the hashes of the
+        """Open the files of a split. `verify` reads every shard once and compares its sha256; the hashes of the
         other files are compared in any case.
 
         Raises `UserError` that names the file when it is missing, truncated or edited.
@@ -252,10 +275,10 @@ class Shards:
         if split not in meta["splits"]:
             raise UserError(f"{folder} has no {split} split (it has {', '.join(meta['splits'])})")
         shards = meta["splits"][split]["shards"]
-        parts = [_map(folder, shard, verify) for shard in shards]
+        parts = [_open(folder, shard, verify) for shard in shards]
         if not parts:
             raise UserError(f"the {split} split of {folder} is empty: pack more text")
-        masks = [_map_mask(folder, shard) for shard in shards] if "mask" in shards[0] else None
+        masks = [_open_mask(folder, shard) for shard in shards] if "mask" in shards[0] else None
         return cls(folder, split, meta, Tokens(parts, masks))
 
 
@@ -297,11 +320,11 @@ def _check_meta(meta: _Meta, folder: Path) -> None:
     if meta.manifest is None:
         return
     for name, sha256 in read_manifest(folder).items():
-        if not name.endswith(".bin"):  # they are large: `_map` reads them where it is asked to
+        if not name.endswith(".bin"):  # they are large: `_open` reads them where it is asked to
             check_file(folder, name, sha256)
 
 
-def _map(folder: Path, shard: dict[str, Any], verify: bool) -> NDArray[np.uint16]:
+def _open(folder: Path, shard: dict[str, Any], verify: bool) -> ArrayFile:
     path = folder / shard["name"]
     if not path.is_file():
         raise UserError(f"{path} is missing: pack the text again")
@@ -312,14 +335,19 @@ def _map(folder: Path, shard: dict[str, Any], verify: bool) -> NDArray[np.uint16
         )
     if verify and file_sha256(path) != shard["sha256"]:
         raise UserError(f"{path} does not have the sha256 in {META}: it was edited or damaged, pack again")
-    return np.memmap(path, TOKEN, mode="r")
+    return ArrayFile(path, shard["tokens"])
 
 
-def _map_mask(folder: Path, shard: dict[str, Any]) -> NDArray[np.uint8]:
-    mask = np.memmap(folder / shard["mask"], np.uint8, mode="r")
-    if len(mask) != -(-shard["tokens"] // 8):
-        raise UserError(f"{folder / shard['mask']} has not one bit for each token: pack the text again")
-    return mask
+def _open_mask(folder: Path, shard: dict[str, Any]) -> ArrayFile:
+    path, length = folder / shard["mask"], -(-shard["tokens"] // 8)
+    if path.stat().st_size != length:
+        raise UserError(f"{path} has not one bit for each token: pack the text again")
+    return ArrayFile(path, length, np.dtype(np.uint8))
+
+
+def _is_flat_uint16(part: NDArray[Any] | ArrayFile) -> bool:
+    flat = isinstance(part, ArrayFile) or (part.ndim == 1 and part.flags.c_contiguous)
+    return flat and part.dtype == TOKEN
 
 
 def _check_gather(
