@@ -101,6 +101,16 @@ def parse_json(raw: bytes | str, name: str, type: Any = Any) -> Any:
     return check_json(value, name, type)
 
 
+def read_object(path: Path, schema: Any) -> dict[str, Any]:
+    """A JSON object with all that is in it, of which `schema`, a dataclass, says what is relied upon.
+
+    `UserError` as of `read_json`.
+    """
+    values = read_json(path, dict[str, Any])
+    check_json(values, str(path), schema)
+    return values
+
+
 def check_json(value: Any, name: str, type: Any) -> Any:
     """A parsed value as `type`; `UserError` as of `read_json` when it is of another."""
     try:

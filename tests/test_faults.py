@@ -130,18 +130,20 @@ def spread(number, count):
     return sorted({round((number - 1) * i / max(1, count - 1)) for i in range(count)})
 
 
+PARTS = 4
+"""of the long form of the kills, each a few minutes"""
+SHORT = pytest.param(None, id="short")
 LONG = [pytest.param(False, id="short"), pytest.param(True, marks=pytest.mark.slow, id="long")]
 
 
-@pytest.mark.parametrize("long", LONG)
+@pytest.mark.parametrize("part", [SHORT, *(pytest.param(i, marks=pytest.mark.slow) for i in range(PARTS))])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_killed_before_a_file_operation_it_goes_on_to_the_same_bytes(
-    server, stock, whole, tmp_path, name, long
+    server, stock, whole, tmp_path, name, part
 ):
     operations = whole[name][1]
-    for kill_at in (
-        range(operations) if long and name != "compare" else spread(operations, 40 if long else SAMPLES[name])
-    ):
+    every = spread(operations, 40) if name == "compare" else range(operations)
+    for kill_at in spread(operations, SAMPLES[name]) if part is None else every[part::PARTS]:
         folder = copied(stock, tmp_path / str(kill_at))
         killed = server.run(COMMANDS[name].split(), folder, kill_at=kill_at)
         assert killed.code == -9, killed

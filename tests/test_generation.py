@@ -1,16 +1,21 @@
 """Generation draws what transformers would draw, row by row, and knows a loop when it sees one."""
 
+import copy
 import json
 import lzma
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from transformers.generation import logits_process
 
+from ant5m.data.shards import Shards, Tokens
 from ant5m.data.tokenizer import Tokenizer, train_tokenizer
 from ant5m.errors import UserError
+from ant5m.eval.perplexity import evaluate
+from ant5m.eval.scoring import Request, score
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
 from ant5m.model.generation import Sampling, draw, find_loops, generate, process
@@ -192,6 +197,24 @@ def test_a_padded_table_generates_too(net, tokenizer):
 def test_impossible_values(net, tokenizer, arguments):
     with pytest.raises(UserError):
         generate(net, tokenizer, ["the ant"], **arguments)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_model_whose_products_overflow_writes_nothing(net, tokenizer, temperature):
+    broken = copy.deepcopy(net)
+    broken.model.norm.weight.data.fill_(1e38)
+    with pytest.raises(UserError, match="computes NaN or infinity"):
+        generate(broken, tokenizer, ["the", "ant"], max_new_tokens=3, temperature=temperature)
+    with pytest.raises(UserError, match="computes NaN or infinity"):
+        score(broken, [Request([1, 2], [3])])
+    with pytest.raises(UserError, match="computes NaN or infinity"):
+        evaluate(broken, in_memory(np.arange(200)))
+
+
+def in_memory(tokens):
+    counts = {"documents": 1, "tokens": len(tokens), "bytes": 400, "words": 1}
+    meta = {"eos_token_id": 0, "splits": {"validation": counts}}
+    return Shards(Path("memory"), "validation", meta, Tokens([tokens.astype(np.uint16)]))
 
 
 def test_a_prompt_that_fills_the_context(net, tokenizer):

@@ -238,5 +238,5 @@ def test_a_read_in_portions_is_whole(folder, monkeypatch):
     """One call gives 2 GiB at most, and less on some network drives."""
     whole = Shards.open(folder).tokens[:]
     real = os.pread
-    monkeypatch.setattr(os, "pread", lambda descriptor, size, position: real(descriptor, min(size, 3), position))
+    monkeypatch.setattr(os, "pread", lambda file, size, position: real(file, min(size, 3), position))
     np.testing.assert_array_equal(Shards.open(folder).tokens[:], whole)

@@ -26,7 +26,7 @@ from ant5m.kernels import dispatch
 from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import latest_checkpoint, load
 from ant5m.model.config import PRESETS, ModelConfig
-from ant5m.train import TrainConfig, optimizer, plan, pretrain, trainer
+from ant5m.train import TrainConfig, optimizer, plan, pretrain, samples, trainer
 from ant5m.train.checkpoint import prune_checkpoints
 from ant5m.train.loss_scaler import LossScaler
 from ant5m.train.metrics import read_metrics
@@ -223,7 +223,7 @@ def test_a_broken_training_stops_and_names_the_last_good_checkpoint(config, monk
 
     def break_down(self, input_ids, targets=None, cache=None, **more):
         out = forward(self, input_ids, targets, cache)
-        return out * float("nan") if targets is not None and self.training and self.calls() > 10 else out
+        return out * float("nan") if targets is not None and self.training and self.calls() > 12 else out
 
     calls = iter(range(1_000))
     monkeypatch.setattr(Ant, "calls", lambda self: next(calls), raising=False)
@@ -233,6 +233,44 @@ def test_a_broken_training_stops_and_names_the_last_good_checkpoint(config, monk
     monkeypatch.setattr(Ant, "forward", forward)
     assert latest_checkpoint(config.out).name == "step-00000004"
     assert all(torch.isfinite(weight).all() for weight in load(config.out)[0].parameters())
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [
+        {"optimizer": "adamw", "learning_rate": 1e15},  # finite weights, products that are not
+        {"optimizer": "adamw", "learning_rate": 1e38},
+        {"optimizer": "adamw", "learning_rate": 1e300},
+        {"learning_rate": 1e10},
+        {"muon_learning_rate": 1e18},
+        {"weight_decay": 1e30},
+    ],
+    ids=str,
+)
+def test_absurd_rates_end_before_anything_is_sampled_or_written(config, rates, monkeypatch):
+    sampled = []
+
+    def watched(net, *arguments, **options):
+        logits = net(torch.arange(8)[None])
+        sampled.append(bool(logits.isfinite().all()))
+        return [""] * len(arguments[1])
+
+    monkeypatch.setattr(samples, "generate", watched)
+    every = {"eval_every": 1, "sample_every": 1, "checkpoint_every": 1}
+    with pytest.raises(UserError, match=r"training diverged at step \d: .*Start anew"):
+        pretrain(dataclasses.replace(config, **every, **rates))
+    assert all(sampled)
+    folder = config.out
+    assert not any((folder / name).exists() for name in ("hf", "report.md", "eval.json", "loss.png"))
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert all(math.isfinite(value) for line in lines for value in line.values() if isinstance(value, float))
+    last = max((line["step"] for line in lines if line["kind"] == "sample"), default=0)
+    assert len(sampled) == last
+    checkpoint = latest_checkpoint(folder)
+    assert (int(checkpoint.name[5:]) if checkpoint else 0) == last
+    if checkpoint:
+        net, _ = load(checkpoint)
+        assert net(torch.arange(8)[None]).isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,8 @@
 """`ant5m compare`."""
 
-import json
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from rich import box
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from ant5m import torchrun
 from ant5m.console import stderr
+from ant5m.files import read_json
 from ant5m.study.config import CompareConfig
 
 
@@ -44,39 +44,75 @@ class Compare:
             sys.exit(EXIT_CODES[stopped])
         if torchrun.rank() > 0:
             return
-        values = json.loads((self.config.folder / "study.json").read_text(encoding="utf-8"))
-        Console().print(_table(values))
-        for one in values["verdicts"]:
-            if one["tested"]:
-                Console().print(
-                    f"{one['claim']}: [bold]{one['verdict']}[/bold] ({_interval(one['interval'])})"
-                )
+        study = read_json(self.config.folder / "study.json", _Study)
+        Console().print(_table(study))
+        for one in study.verdicts:
+            if one.tested:
+                Console().print(f"{one.claim}: [bold]{one.verdict}[/bold] ({_interval(one.interval)})")
         console.print(f"done. Read {self.config.folder / 'study.md'}", markup=False)
 
 
-def _table(values: dict[str, Any]) -> Table:
-    table = Table(title=f"{values['study']}: {values['controlled']}", title_justify="left", box=box.SIMPLE)
-    table.add_column(values["factor"])
-    difference = f"minus {values['baseline']}"
+@dataclass
+class _Interval:
+    mean: float
+    low: float | None
+    high: float | None
+
+
+@dataclass
+class _Row:
+    variant: str
+    parameters: int
+    flops_per_token: int
+    bits_per_byte: _Interval | None
+    difference: _Interval | None
+    loop_rate: float | None
+    tokens_per_second: float | None
+
+
+@dataclass
+class _Verdict:
+    claim: str
+    verdict: str
+    tested: bool
+    interval: _Interval | None
+
+
+@dataclass
+class _Study:
+    """What is shown of a study.json."""
+
+    study: str
+    factor: str
+    controlled: str
+    baseline: str
+    rows: list[_Row]
+    verdicts: list[_Verdict]
+
+
+def _table(study: _Study) -> Table:
+    table = Table(title=f"{study.study}: {study.controlled}", title_justify="left", box=box.SIMPLE)
+    table.add_column(study.factor)
+    difference = f"minus {study.baseline}"
     for heading in ("parameters", "MFLOP/token", "bits per byte", difference, "loops", "tokens/s"):
         table.add_column(heading, justify="right")
-    for row in values["rows"]:
+    for row in study.rows:
         table.add_row(
-            escape(row["variant"]),
-            f"{row['parameters']:,}",
-            f"{row['flops_per_token'] / 1e6:.1f}",
-            _interval(row["bits_per_byte"]),
-            _interval(row["difference"], "+"),
-            f"{row['loop_rate']:.0%}",
-            f"{row['tokens_per_second']:,.0f}",
+            escape(row.variant),
+            f"{row.parameters:,}",
+            f"{row.flops_per_token / 1e6:.1f}",
+            _interval(row.bits_per_byte),
+            _interval(row.difference, "+"),
+            "" if row.loop_rate is None else f"{row.loop_rate:.0%}",
+            "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
         )
     return table
 
 
-def _interval(value: dict[str, Any] | None, sign: str = "") -> str:
+def _interval(value: _Interval | None, sign: str = "") -> str:
     if value is None:
         return ""
-    numbers = [value[key] for key in ("low", "high") if value[key] is not None]
+    if value.low is None or value.high is None:
+        return f"{value.mean:{sign}.4f}"
     # A backslash, or rich would read the brackets as markup.
-    spread = rf" \[{numbers[0]:{sign}.4f}, {numbers[1]:{sign}.4f}]" if numbers else ""
-    return f"{value['mean']:{sign}.4f}{spread}"
+    return rf"{value.mean:{sign}.4f} \[{value.low:{sign}.4f}, {value.high:{sign}.4f}]"

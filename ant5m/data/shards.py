@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,6 +35,20 @@ Some = Annotated[int, msgspec.Meta(ge=1)]
 
 
 @dataclass
+class Source:
+    """What was packed."""
+
+    name: str
+    size: Count
+    """bytes on the disk; 0 when not known"""
+
+
+@dataclass
+class _Options:
+    validation_fraction: float | None = None
+
+
+@dataclass
 class _Shard:
     name: str
     tokens: Some
@@ -54,7 +68,7 @@ class _Split:
 
 
 @dataclass
-class _Meta:
+class Meta:
     """What is relied upon of `meta.json`; `ant5m.data.packing.pack` says what else is there."""
 
     format: Literal["ant5m-shards-1"]
@@ -64,6 +78,9 @@ class _Meta:
     splits: dict[str, _Split]
     manifest: str | None = None
     """not in folders of ant5m 0.1.0"""
+    held_out: Literal["documents", "pieces"] = "documents"
+    sources: list[Source] = field(default_factory=list)
+    options: _Options = field(default_factory=_Options)
 
 
 class ArrayFile:
@@ -211,6 +228,11 @@ class Shards:
         return self.meta["splits"][self.split].get("lost_bytes", 0)
 
     @property
+    def holds_out_documents(self) -> bool:
+        """False where the text is one document, and validation has pieces of what training had others of."""
+        return self.meta.get("held_out", "documents") == "documents"
+
+    @property
     def vocab_size(self) -> int:
         return self.meta["vocab_size"]
 
@@ -265,8 +287,8 @@ class Shards:
 
     @classmethod
     def open(cls, folder: str | Path, split: Split = "train", verify: bool = True) -> "Shards":
-        """Open the files of a split. `verify` reads every shard once and compares its sha256; the hashes of the
-        other files are compared in any case.
+        """Open the files of a split. `verify` reads every shard once and compares its sha256; the hashes of
+        the other files are compared in any case.
 
         Raises `UserError` that names the file when it is missing, truncated or edited.
         """
@@ -296,13 +318,13 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     if meta.get("format") != FORMAT:
         raise UserError(f"{folder / META} is not a description of {FORMAT}: pack the text again")
     try:
-        _check_meta(check_json(meta, str(folder / META), _Meta), folder)
+        _check_meta(check_json(meta, str(folder / META), Meta), folder)
     except UserError as error:
         raise UserError(f"{error}. Pack the text again") from None
     return meta
 
 
-def _check_meta(meta: _Meta, folder: Path) -> None:
+def _check_meta(meta: Meta, folder: Path) -> None:
     """Whether the parts of `meta.json` agree, and are what was written."""
     where = folder / META
     if meta.eos_token_id >= meta.vocab_size:

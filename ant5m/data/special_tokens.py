@@ -1,12 +1,13 @@
 """The settings beside `tokenizer.json`: special tokens and chat template, in transformers' files."""
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ant5m.errors import UserError
-from ant5m.files import read_json, write_json
+from ant5m.files import read_object, write_json
 
 CONFIG = "tokenizer_config.json"
 MAP = "special_tokens_map.json"
@@ -27,14 +28,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
     settings = _read_object(folder / CONFIG)
     if "added_tokens_decoder" not in settings:
         settings |= _read_object(folder / MAP)
-    kept: dict[str, Any] = {}
-    for name in _TOKENS:
-        token = _spelling(settings.get(name))
-        if token:
-            kept[name] = token
+    kept: dict[str, Any] = {name: token for name in _TOKENS if (token := _spelling(settings.get(name)))}
     for name in _LISTS:
-        tokens = settings.get(name)
-        if isinstance(tokens, list) and (spelled := [t for t in map(_spelling, tokens) if t]):
+        tokens = settings.get(name) or []
+        if isinstance(tokens, dict):
+            spelled: Any = {role: text for role, token in tokens.items() if (text := _spelling(token))}
+        else:
+            spelled = [text for text in map(_spelling, tokens) if text]
+        if spelled:
             kept[name] = spelled
     kept |= {name: settings[name] for name in _SIDES if settings.get(name) in ("left", "right")}
     template = _read_template(folder) or settings.get("chat_template")
@@ -53,7 +54,7 @@ def write_settings(
     """
     named = {name: settings[name] for name in _TOKENS if name in settings}
     lists = {name: settings[name] for name in _LISTS if name in settings}
-    every = {*named.values(), *(token for tokens in lists.values() for token in tokens)}
+    every = {*named.values(), *(token for tokens in lists.values() for token in _each(tokens))}
     missing = sorted(token for token in every if token not in vocab)
     if missing:
         warnings.warn(
@@ -61,7 +62,7 @@ def write_settings(
         )
     special = {name: token for name, token in named.items() if token in vocab}
     special.setdefault("pad_token", special["eos_token"])
-    others = {name: [token for token in tokens if token in vocab] for name, tokens in lists.items()}
+    others = {name: _within(tokens, vocab) for name, tokens in lists.items()}
     write_json(folder / MAP, special)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -79,17 +80,54 @@ def write_settings(
     write_json(folder / CONFIG, config | template)
 
 
+@dataclass
+class _Token:
+    content: str
+
+
+_Spelled = str | _Token | None
+
+
+@dataclass
+class _Template:
+    name: str
+    template: str
+
+
+@dataclass
+class _Settings:
+    """What is relied upon of a tokenizer_config.json or special_tokens_map.json."""
+
+    bos_token: _Spelled = None
+    eos_token: _Spelled = None
+    pad_token: _Spelled = None
+    unk_token: _Spelled = None
+    cls_token: _Spelled = None
+    sep_token: _Spelled = None
+    mask_token: _Spelled = None
+    additional_special_tokens: list[_Spelled] | None = None
+    extra_special_tokens: list[_Spelled] | dict[str, _Spelled] | None = None
+    """a list, or each token by what it is for"""
+    chat_template: str | list[_Template] | None = None
+
+
 def _read_object(path: Path) -> dict[str, Any]:
-    values = read_json(path) if path.exists() else {}
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a JSON object")
-    return dict(values)
+    return read_object(path, _Settings) if path.exists() else {}
 
 
 def _spelling(token: Any) -> str | None:
     """Of a token given by itself or as an object."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) and text else None
+    return (token["content"] if isinstance(token, dict) else token) or None
+
+
+def _each(tokens: dict[str, str] | list[str]) -> Iterable[str]:
+    return tokens.values() if isinstance(tokens, dict) else tokens
+
+
+def _within(tokens: dict[str, str] | list[str], vocab: Collection[str]) -> dict[str, str] | list[str]:
+    if isinstance(tokens, dict):
+        return {role: token for role, token in tokens.items() if token in vocab}
+    return [token for token in tokens if token in vocab]
 
 
 def _read_template(folder: Path) -> Any:

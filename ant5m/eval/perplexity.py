@@ -21,9 +21,11 @@ from ant5m.data.shards import COUNTS, IGNORE, META, TOKEN, Shards, Tokens
 from ant5m.data.spelling import check_no_end_of_text, describe_lost, lost_bytes, spells_everything
 from ant5m.data.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 from ant5m.errors import UserError
+from ant5m.eval.record import read_record
 from ant5m.eval.scoring import Request, score
-from ant5m.files import read_json, write_json
-from ant5m.model.ant import Ant
+from ant5m.files import write_json
+from ant5m.model.ant import NOT_FINITE, Ant
+from ant5m.model.run_file import read_run_file
 from ant5m.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -117,6 +119,8 @@ def evaluate(
         text: what the split is, for people; default: its name and folder.
         document_mask: for a net that was trained so: no document sees another in its window.
         ranks: share the batches among themselves; each gets the sum that one process would have, bit for bit.
+
+    Raises `UserError` when the loss is not finite.
     """
     ranks = ranks or Ranks()
     window = sequence_length or net.config.max_position_embeddings
@@ -144,6 +148,8 @@ def evaluate(
     joined = torch.tensor(sums, dtype=torch.float64)
     ranks.sum(joined)
     nats = sum(joined.tolist())
+    if not math.isfinite(nats):
+        raise UserError(NOT_FINITE)
     whole = tokens == shards.num_tokens and not shards.lost_bytes
     return Evaluation(
         text=text or f"{shards.split} split of {shards.folder}",
@@ -287,27 +293,21 @@ def encode_texts(corpus: Corpus, tokenizer: Tokenizer, allow_loss: bool = False)
 
 def masks_documents(run: Path) -> bool:
     """Whether a run was trained with documents that do not see each other, as its config.json says."""
-    return bool(_train_config(run).get("document_mask"))
+    file = read_run_file(run)
+    return file is not None and file.train.document_mask
 
 
 def run_data(run: Path) -> Path:
     """The folder of shards that a run was trained on, as its config.json says."""
-    train = _train_config(run)
-    if not train:
-        raise UserError(f"{run / 'config.json'} does not say what the run was trained on: give --data")
-    folder = Path(train["data"]) if train.get("data") else run / "data"
+    file = read_run_file(run)
+    if file is None:
+        raise UserError(f"{run} has no config.json that says what it was trained on: give --data")
+    folder = Path(file.train.data) if file.train.data else run / "data"
     if not folder.exists():
         raise UserError(
             f"{folder}, on which {run} was trained, is not here: name it or other text with --data"
         )
     return folder
-
-
-def _train_config(run: Path) -> dict[str, Any]:
-    path = run / "config.json"
-    values = read_json(path) if path.exists() else None
-    train = values.get("train") if isinstance(values, dict) else None
-    return train if isinstance(train, dict) else {}
 
 
 def record_evaluation(run: Path, checkpoint: str, evaluation: Evaluation, held_out: bool) -> None:
@@ -316,12 +316,10 @@ def record_evaluation(run: Path, checkpoint: str, evaluation: Evaluation, held_o
     `held_out`: the text is the validation split of what the run was trained on.
     """
     path = run / "eval.json"
-    values = read_json(path) if path.exists() else {}
-    if not isinstance(values, dict) or not isinstance(values.setdefault("perplexity", []), list):
-        raise UserError(f"{path} is not an eval.json of ant5m: move it away")
+    values = read_record(path)
     new = {**evaluation.to_dict(), "checkpoint": checkpoint, "held_out": held_out}
     place = ("text", "checkpoint", "held_out")
-    others = [old for old in values["perplexity"] if any(old.get(key) != new[key] for key in place)]
+    others = [old for old in values.get("perplexity", []) if any(old.get(key) != new[key] for key in place)]
     values["perplexity"] = [*others, new]
     write_json(path, values)
 

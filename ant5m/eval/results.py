@@ -10,8 +10,10 @@ from ant5m.data.shards import META
 from ant5m.errors import UserError
 from ant5m.eval.benchmarks import BENCHMARKS, Benchmark
 from ant5m.eval.perplexity import run_data
+from ant5m.eval.record import read_record
 from ant5m.files import file_sha256, read_json, write_file, write_json
 from ant5m.model.checkpoint import latest_checkpoint
+from ant5m.schema import CountOrZero
 
 
 @dataclass(frozen=True)
@@ -90,17 +92,18 @@ def weights_sha256(model: Path) -> str:
 
 def recorded(path: Path, weights: str) -> list[TaskResult]:
     """The results in an eval.json that these weights reached; none where there is no such file."""
-    return [TaskResult.from_dict(one) for one in _tasks(_read(path), path) if one.get("weights") == weights]
+    tasks = read_record(path).get("tasks", [])
+    return [TaskResult.from_dict(one) for one in tasks if one["weights"] == weights]
 
 
 def record_task(path: Path, weights: str, checkpoint: str, result: TaskResult) -> None:
     """Put a result into an eval.json, in place of one of the same weights, task and limit; the rest stays."""
-    values = _read(path)
-    old = _tasks(values, path)
+    values = read_record(path)
+    old = values.get("tasks", [])
     limit = result.settings["limit"]
 
     def replaced(one: dict[str, Any]) -> bool:
-        same = one.get("weights") == weights and one.get("task") == result.task
+        same = one["weights"] == weights and one["task"] == result.task
         return same and one["settings"]["limit"] == limit
 
     # A line a metric, where JSON would take one an item.
@@ -108,20 +111,6 @@ def record_task(path: Path, weights: str, checkpoint: str, result: TaskResult) -
     new = {**result.to_dict(), "values": values_of_items, "checkpoint": checkpoint, "weights": weights}
     values["tasks"] = [*(one for one in old if not replaced(one)), new]
     write_json(path, values)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    values = read_json(path) if path.exists() else {}
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is not an eval.json of ant5m: move it away")
-    return values
-
-
-def _tasks(values: dict[str, Any], path: Path) -> list[dict[str, Any]]:
-    tasks = values.get("tasks", [])
-    if not isinstance(tasks, list) or not all(isinstance(one, dict) and "settings" in one for one in tasks):
-        raise UserError(f"{path} is not an eval.json of ant5m: move it away")
-    return tasks
 
 
 class Row(NamedTuple):
@@ -209,6 +198,20 @@ class Contaminated:
     """that have items in it"""
 
 
+@dataclass
+class _TaskCount:
+    contaminated: CountOrZero
+    items: CountOrZero
+    too_short: CountOrZero
+
+
+@dataclass
+class _Report:
+    """What is relied upon of a contamination.json."""
+
+    tasks: dict[str, _TaskCount]
+
+
 UNCHECKED = Contaminated(
     "The training text was not checked for the items (`ant5m data contamination` does it)."
 )
@@ -221,11 +224,10 @@ def contamination_of(run: Path | None) -> Contaminated:
     except UserError:
         folder = None
     if folder and (folder / REPORT).exists():
-        report = read_json(folder / REPORT, dict[str, Any])
-        counts = {name: one for name, one in report["tasks"].items() if one["contaminated"]}
+        report = read_json(folder / REPORT, _Report)
+        counts = {name: one for name, one in report.tasks.items() if one.contaminated}
         listed = ", ".join(
-            f"{name} {one['contaminated']:,} of {one['items'] - one['too_short']:,}"
-            for name, one in counts.items()
+            f"{name} {one.contaminated:,} of {one.items - one.too_short:,}" for name, one in counts.items()
         )
         found = f"{CONTAMINATED} has some there ({listed} that are long enough)" if counts else "it has none"
         return Contaminated(

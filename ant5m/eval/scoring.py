@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ant5m import kernels
 from ant5m.errors import UserError
-from ant5m.model.ant import Ant
+from ant5m.model.ant import NOT_FINITE, Ant
 
 PACK_TOKENS = 128
 """behind so many a pack with a mask is closed, unless what would be computed again outweighs the mask"""
@@ -193,4 +193,7 @@ def _log_probs(
     log_sum, argmax = kernels.logsumexp_argmax(hidden, net.head_weight)
     row, target = (torch.from_numpy(x).to(hidden.device) for x in (rows, targets))
     logits = (hidden[row] * net.head_weight[target]).sum(-1, dtype=torch.float32)
-    return (logits - log_sum[row]).cpu().numpy(), (argmax[row] == target).cpu().numpy()
+    log_probs = (logits - log_sum[row]).cpu().numpy()
+    if not np.isfinite(log_probs).all():
+        raise UserError(NOT_FINITE)
+    return log_probs, (argmax[row] == target).cpu().numpy()

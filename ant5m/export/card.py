@@ -5,10 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ant5m.data.shards import META, Meta
+from ant5m.errors import UserError
+from ant5m.eval.record import read_record
 from ant5m.eval.results import TaskResult, recorded, section_of, weights_sha256
 from ant5m.files import read_json
+from ant5m.model.checkpoint import STATE, State
 from ant5m.model.config import ModelConfig
 from ant5m.model.generation import REPETITION_PENALTY, TEMPERATURE
+from ant5m.model.run_file import RunFile, read_run_file
 
 
 @dataclass(frozen=True)
@@ -127,51 +132,54 @@ def card_of_run(name: str, run: Path, checkpoint: Path) -> ModelCard:
 
     Raises `UserError` when a file of the run is missing or damaged.
     """
-    config, state = read_json(run / "config.json"), read_json(checkpoint / "state.json")
-    evaluations = read_json(run / "eval.json").get("perplexity", []) if (run / "eval.json").exists() else []
+    file = read_run_file(run)
+    if file is None:
+        raise UserError(f"{run / 'config.json'} does not exist")
+    state = read_json(checkpoint / STATE, State)
     measured = [
-        one for one in evaluations if one.get("checkpoint") == checkpoint.name and one.get("held_out")
+        one
+        for one in read_record(run / "eval.json").get("perplexity", [])
+        if one["checkpoint"] == checkpoint.name and one["held_out"]
     ]
-    data = config.get("train", {}).get("data")
-    sources = _sources(Path(data) if data else run / "data")
+    sources = _sources(Path(file.train.data) if file.train.data else run / "data")
     return ModelCard(
         name=name,
         data=_phrase(sources),
         datasets=[source.split(":")[1] for source in sources if source.startswith("hf:")],
-        tokens=state.get("tokens"),
-        facts=_facts_of_run(config, state),
+        tokens=state.tokens,
+        facts=_facts_of_run(file, state),
         validation={**measured[-1], "text": "the held-out part of the same text"} if measured else {},
         tasks=section_of(run, checkpoint),
         results=recorded(run / "eval.json", weights_sha256(checkpoint)),
     )
 
 
-def _facts_of_run(config: dict[str, Any], state: dict[str, Any]) -> dict[str, str]:
+def _facts_of_run(run: RunFile, state: State) -> dict[str, str]:
     """What a run's files say of how it was trained."""
     facts = {}
-    counts, tokens = config.get("data", {}).get("train", {}), state.get("tokens")
-    if tokens and counts.get("tokens"):
-        facts["tokens seen"] = f"{tokens:,} ({tokens / counts['tokens']:.2f} epochs)"
-        for name in ("words", "bytes"):  # by their mean over the training text
-            facts[f"{name} seen"] = f"{round(tokens * counts[name] / counts['tokens']):,}"
-    model, versions = config.get("model", {}), config.get("versions", {})
-    if size := model.get("vocab_size"):
-        facts["tokenizer"] = f"{size:,} entries, sha256 {str(state.get('tokenizer'))[:16]}"
-    if device := config.get("ran", {}).get("device"):
-        facts["hardware"] = str(device)
-    if seconds := state.get("seconds"):
-        facts["hours of training"] = f"{seconds / 3600:.2f}"
-    commit = f", commit {versions['commit']}" if versions.get("commit") else ""
-    if versions.get("ant5m"):
-        facts["ant5m"] = f"{versions['ant5m']}{commit}"
+    counts, tokens = run.data.train, state.tokens
+    if tokens and counts:
+        facts["tokens seen"] = f"{tokens:,} ({tokens / counts.tokens:.2f} epochs)"
+        # By their mean over the training text.
+        facts["words seen"] = f"{round(tokens * counts.words / counts.tokens):,}"
+        facts["bytes seen"] = f"{round(tokens * counts.bytes / counts.tokens):,}"
+    size = ModelConfig.from_dict(state.model).vocab_size
+    facts["tokenizer"] = f"{size:,} entries, sha256 {str(state.tokenizer)[:16]}"
+    if run.ran.device:
+        facts["hardware"] = run.ran.device
+    if state.seconds:
+        facts["hours of training"] = f"{state.seconds / 3600:.2f}"
+    if run.versions.ant5m:
+        commit = f", commit {run.versions.commit}" if run.versions.commit else ""
+        facts["ant5m"] = f"{run.versions.ant5m}{commit}"
     return facts
 
 
 def _sources(shards: Path) -> list[str]:
     """The texts that were packed, as they were named; none when the shards are gone."""
-    if not (shards / "meta.json").exists():
+    if not (shards / META).exists():
         return []
-    return [source["name"] for source in read_json(shards / "meta.json").get("sources", [])]
+    return [source.name for source in read_json(shards / META, Meta).sources]
 
 
 def _phrase(sources: list[str]) -> str | None:

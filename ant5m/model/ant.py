@@ -19,6 +19,9 @@ from ant5m.errors import UserError
 from ant5m.kernels.packed_views import join
 from ant5m.model.config import ModelConfig
 
+NOT_FINITE = "the model computes NaN or infinity: its training diverged, or its file is damaged"
+"""what whoever uses its numbers says; weights may be finite and their products not"""
+
 
 class KVCache:
     """Keys and values of past positions, for generation.

@@ -22,7 +22,6 @@ from ant5m.files import check_json, read_json
 from ant5m.manifest import MANIFEST, check_file, read_manifest
 from ant5m.model.config import ModelConfig
 from ant5m.model.config_file import load_config
-from ant5m.model.huggingface import end_ids
 from ant5m.model.weights import WEIGHTS, load_model, save_model
 
 if TYPE_CHECKING:
@@ -121,7 +120,7 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
             "use the ant5m that wrote it"
         )
     try:
-        files = check_json(state, str(folder / STATE), _State).files
+        files = check_json(state, str(folder / STATE), State).files
         if (folder / MANIFEST).exists() or "manifest" in state:
             files = files | read_manifest(folder)
         if WEIGHTS not in files:
@@ -136,7 +135,7 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 @dataclass
-class _State:
+class State:
     """What is checked of a `state.json`; `ant5m.train.trainer` says what else is there."""
 
     step: Annotated[int, msgspec.Meta(ge=0)]
@@ -190,9 +189,10 @@ def _load_huggingface(folder: Path) -> "tuple[Ant, Tokenizer | None]":
 
 def _take_end_ids(tokenizer: "Tokenizer", config: ModelConfig, folder: Path) -> None:
     """Let generation end where transformers ends it: by the model's own files, not by the tokenizer's."""
-    paths = (folder / "generation_config.json", folder / "config.json")
-    files = [read_json(path) for path in paths if path.exists()]
-    ids = end_ids(*(values for values in files if isinstance(values, dict)), vocab_size=config.vocab_size)
+    ids: tuple[int, ...] = ()
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        if not ids and path.exists():
+            ids = _end_ids(path, config.vocab_size)
     if ids and tokenizer.eos_token_id not in ids:
         warnings.warn(
             f"{folder}: the model ends a text with id {' or '.join(map(str, ids))}, its tokenizer with "
@@ -201,6 +201,24 @@ def _take_end_ids(tokenizer: "Tokenizer", config: ModelConfig, folder: Path) -> 
             stacklevel=2,
         )
     tokenizer.end_ids = ids or tokenizer.end_ids
+
+
+@dataclass
+class _Ends:
+    """What is relied upon of a config.json or generation_config.json of transformers."""
+
+    eos_token_id: int | list[int] | None = None
+
+
+def _end_ids(path: Path, vocab_size: int) -> tuple[int, ...]:
+    """The ids that end a generated text, as a file says; () where it names none."""
+    named = read_json(path, _Ends).eos_token_id
+    ids = () if named is None else tuple(named) if isinstance(named, list) else (named,)
+    if any(not 0 <= one < vocab_size for one in ids):
+        raise UserError(
+            f"{path}: eos_token_id is {named!r}: an id of the vocabulary must be from 0 to {vocab_size - 1:,}"
+        )
+    return ids
 
 
 def _load_tokenizer(folder: Path, config: ModelConfig) -> "Tokenizer | None":

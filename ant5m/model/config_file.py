@@ -21,9 +21,7 @@ def load_config(name: str | Path) -> ModelConfig:
         raise UserError(f"there is no preset or config file '{name}' (presets: {', '.join(PRESETS)})")
     if path.is_dir():
         path = path / "config.json"
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a JSON object")
+    values = read_json(path, dict[str, Any])
     try:
         return config_from_json(values)
     except UserError as error:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ant5m.data.ngrams import find_repeats, hash_ngrams
 from ant5m.errors import UserError
-from ant5m.model.ant import KVCache
+from ant5m.model.ant import NOT_FINITE, KVCache
 
 if TYPE_CHECKING:
     from ant5m.data.tokenizer import Tokenizer
@@ -87,7 +87,8 @@ def generate(
         temperature, top_k, top_p, repetition_penalty: see `Sampling`.
         on_token: called with (row, token id) for every new token, as it comes.
 
-    Raises `UserError` on an impossible value, or when a prompt leaves no room in the context.
+    Raises `UserError` on an impossible value, when a prompt leaves no room in the context, or when the model
+    computes NaN or infinity.
     """
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     if max_new_tokens < 1:
@@ -141,7 +142,10 @@ def _generate(
     inputs = torch.tensor([prompt[:position] for prompt in prompts], device=device)
     while writing:
         logits = net(inputs, cache=cache)[:, -1].float()
-        drawn = draw(logits, seen, sampling, uniforms[:, position]).tolist()
+        ids = draw(logits, seen, sampling, uniforms[:, position])
+        drawn, finite = torch.stack([ids, logits.isfinite().all(-1).long()]).tolist()
+        if not all(finite):
+            raise UserError(NOT_FINITE)
         for row in sorted(writing):
             if position < len(prompts[row]):
                 continue

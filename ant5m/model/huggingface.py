@@ -88,26 +88,6 @@ def _rope_theta(values: dict[str, Any]) -> float:
     return next(iter(bases.values()), 10_000.0)
 
 
-def end_ids(*files: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
-    """The ids that end a generated text: the `eos_token_id` (one or a list) of the first file that names any.
-
-    `files` are the contents of `generation_config.json` and `config.json`, in the order in which transformers
-    asks them. () where none does. Raises `UserError` for what is no id of the vocabulary.
-    """
-    for values in files:
-        named = values.get("eos_token_id")
-        if named is None:
-            continue
-        ids = named if isinstance(named, list) else [named]
-        for one in ids:
-            if type(one) is not int or not 0 <= one < vocab_size:
-                raise UserError(
-                    f"eos_token_id is {named!r}: an id of the vocabulary must be from 0 to {vocab_size - 1:,}"
-                )
-        return tuple(ids)
-    return ()
-
-
 def config_to_huggingface(
     config: ModelConfig, eos_token_id: int | list[int], bos_token_id: int | None = None
 ) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A model's weights on the disk: safetensors, under the names of Hugging Face's `LlamaForCausalLM`."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +87,18 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in weights.items() if not key.endswith("rotary_emb.inv_freq")}
 
 
+@dataclass
+class _Index:
+    """What is relied upon of a model.safetensors.index.json."""
+
+    weight_map: dict[str, str]
+    """of each weight its file"""
+
+
 def _weight_files(folder: Path) -> list[str]:
     if (folder / WEIGHTS).exists():
         return [WEIGHTS]
-    index = read_json(folder / INDEX)
-    names = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise UserError(f"{folder / INDEX} has no weight_map of file names")
+    names = read_json(folder / INDEX, _Index).weight_map
     outside = [name for name in names.values() if Path(name).name != name]
     if outside:
         raise UserError(f"{folder / INDEX} names {outside[0]!r}, which is not a file of that folder")

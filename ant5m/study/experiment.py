@@ -27,13 +27,13 @@ from ant5m.data.tokenizer import check_vocab_size
 from ant5m.device import choose_device, choose_precision
 from ant5m.errors import UserError
 from ant5m.eval.loops import PROMPTS, LoopStatistics, measure_loops
-from ant5m.files import is_unused, lock, read_json, remove_asides, write_json
+from ant5m.files import is_unused, lock, read_json, read_object, remove_asides, write_json
 from ant5m.model.checkpoint import load_with_tokenizer
 from ant5m.ranks import Ranks, join
 from ant5m.study.bigram import bigram_bits_per_byte
 from ant5m.study.config import TRAINING, CompareConfig
 from ant5m.study.materials import Materials
-from ant5m.study.report import write_report
+from ant5m.study.report import RunResult, write_report
 from ant5m.study.statistics import RULE
 from ant5m.study.studies import STUDIES, Variant
 from ant5m.train.config import TrainConfig
@@ -462,7 +462,7 @@ def report(
     bigrams: dict[str, float],
 ) -> None:
     """Write study.json, study.md and study.png from the results that are there."""
-    results = [read_json(job.result) for job in jobs if job.result.exists()]
+    results = [read_object(job.result, RunResult) for job in jobs if job.result.exists()]
     for one in results:
         one["bytes_seen"] = round(
             one["training_tokens"]

@@ -9,7 +9,7 @@ from rich.progress import Progress
 
 from ant5m.data.corpus import Corpus, tracked
 from ant5m.data.packing import pack
-from ant5m.data.shards import META, Shards
+from ant5m.data.shards import META, Meta, Shards
 from ant5m.data.tokenizer import Tokenizer, train_tokenizer
 from ant5m.errors import UserError
 from ant5m.files import read_json
@@ -71,9 +71,9 @@ class Materials:
         path = self.shards(size) / META
         if not path.exists():
             return False
-        meta = read_json(path)
-        then = [_identity(source["name"], source["size"]) for source in meta["sources"]]
-        if self.text != then or meta["options"]["validation_fraction"] != self.validation_fraction:
+        meta = read_json(path, Meta)
+        then = [_identity(source.name, source.size) for source in meta.sources]
+        if self.text != then or meta.options.validation_fraction != self.validation_fraction:
             raise UserError(f"{path.parent} was packed from another text: choose another --cache or --out")
         return True
 

@@ -13,9 +13,30 @@ from ant5m.eval.intervals import wilson
 from ant5m.eval.loops import PROMPTS
 from ant5m.files import write_file, write_json
 from ant5m.model.costs import count_flops
+from ant5m.schema import Count, CountOrZero, Positive
 from ant5m.study.config import CompareConfig
 from ant5m.study.statistics import RULE, SMALLEST_EFFECT, Interval, interval, judge, paired
 from ant5m.study.studies import CLAIMS, STUDIES, Study, Variant
+
+
+@dataclass
+class _Loops:
+    looping: CountOrZero
+    texts: CountOrZero
+
+
+@dataclass
+class RunResult:
+    """What is relied upon of a run's result.json."""
+
+    variant: str
+    seed: int
+    rate_factor: Positive
+    bits_per_byte: float
+    training_tokens: Count
+    training_seconds: Positive
+    loops: _Loops
+    device: str = ""
 
 
 @dataclass(frozen=True)
@@ -228,7 +249,7 @@ def text(
         else f"Each variant at the best of the factors {', '.join(f'{f:g}' for f in config.rate_factors)}, "
         "chosen on the validation split: its interval is a little too good."
     )
-    done, devices = len(results), sorted({one["device"] for one in results if "device" in one})
+    done, devices = len(results), sorted({one["device"] for one in results if one.get("device")})
     unfinished = "" if done == planned["runs"] else f"\n**{done} of {planned['runs']} runs are done.**\n"
     return _REPORT.format(
         name=config.name,

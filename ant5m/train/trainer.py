@@ -1,5 +1,6 @@
 """The training loop: it takes steps, reads what they tell, and lets callbacks act between them."""
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 
 from ant5m import kernels
 from ant5m.data.loader import Loader
+from ant5m.device import autocast
 from ant5m.errors import UserError
 from ant5m.model.ant import Ant
 from ant5m.ranks import Ranks
@@ -77,6 +79,7 @@ class Trainer:
         """of the steps since the last reading: what they tell, and the tokens by then"""
         self._loop_loss: LoopLoss | None = None
         self._take_step: Step | CapturedStep | None = None
+        self._last_batch: tuple[torch.Tensor, torch.Tensor] | None = None
         self._read_at = time.monotonic()
         self._read_tokens = 0
 
@@ -99,7 +102,7 @@ class Trainer:
                 if self._train_step(stop):
                     self._between_steps()
             self.flush_metrics()
-            self._check_weights()
+            self._check_model()
             for callback in self._active:
                 callback.on_end(self)
         except torch.OutOfMemoryError:
@@ -178,6 +181,7 @@ class Trainer:
             # The step is taken again as a whole when the run is resumed.
             self.loader.load_state_dict(before)
             return False
+        self._last_batch = input_ids, targets
         self.tokens += input_ids.numel() * self.ranks.size
         self._unread.append((stats, self.tokens))
         return True
@@ -215,7 +219,7 @@ class Trainer:
 
     def _act(self, due: list[Callback]) -> None:
         if due:
-            self._check_weights()
+            self._check_model()
         for callback in due:
             if callback in self._active:
                 callback.act(self)
@@ -257,9 +261,17 @@ class Trainer:
         self.seconds += elapsed
         return elapsed
 
-    def _check_weights(self) -> None:
+    def _check_model(self) -> None:
+        """Before anything is written, sampled or evaluated: the step told the loss of the weights before its
+        update, and weights that are finite may have products that are not."""
         if not torch.isfinite(torch.nn.utils.get_total_norm(list(self.net.parameters()))):
             raise self._diverged("the weights are NaN or infinite", self.step)
+        if self._last_batch is not None:
+            rows = slice(self.settings.micro_batch_size)  # as the step has them: no other kernel is chosen
+            with torch.no_grad(), autocast(self.settings.precision, self.net.device):
+                loss = self.net(*(x[rows] for x in self._last_batch)).item()
+            if not math.isfinite(loss):
+                raise self._diverged(f"the loss is {loss}", self.step)
         if not self.ranks.agree(_sum_of_bits(self.net)):
             raise UserError(
                 f"the processes hold different weights at step {self.step}: a device or a driver is faulty. "

@@ -1,0 +1,59 @@
+"""What the `config.json` of a run folder says, for whoever reads a run without training it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ant5m.files import read_json
+from ant5m.schema import Count, CountOrZero
+
+
+@dataclass
+class Asked:
+    """Of the run's settings."""
+
+    data: str | None = None
+    """the folder of shards; None: in the run folder"""
+    document_mask: bool = False
+
+
+@dataclass
+class Counts:
+    """Of the training split."""
+
+    tokens: Count
+    words: CountOrZero
+    bytes: Count
+
+
+@dataclass
+class Data:
+    train: Counts | None = None
+
+
+@dataclass
+class Ran:
+    device: str = ""
+
+
+@dataclass
+class Versions:
+    ant5m: str = ""
+    commit: str = ""
+
+
+@dataclass
+class RunFile:
+    """What is relied upon, all of it optional: other programs' folders have a config.json, too."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    train: Asked = field(default_factory=Asked)
+    data: Data = field(default_factory=Data)
+    ran: Ran = field(default_factory=Ran)
+    versions: Versions = field(default_factory=Versions)
+
+
+def read_run_file(run: Path) -> RunFile | None:
+    """None where the run has none. Raises `UserError` that names the field where it is damaged."""
+    path = run / "config.json"
+    return read_json(path, RunFile) if path.exists() else None
