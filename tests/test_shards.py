@@ -172,7 +172,9 @@ def test_fingerprint_is_that_of_tokens_and_tokenizer(tmp_path):
 
     first = fingerprint("a", [[1, 2], [3]])
     assert first == fingerprint("b", [[1, 2], [3]])
-    assert first == fingerprint("c", [[1, 2], [3]], lambda meta: meta.update(sources=["another name"]))
+    assert first == fingerprint(
+        "c", [[1, 2], [3]], lambda meta: meta.update(sources=[{"name": "another", "size": 1}])
+    )
     assert first != fingerprint("d", [[1, 2], [4]])
     assert first != fingerprint("e", [[1, 2], [3]], lambda meta: meta.update(tokenizer_fingerprint="0" * 64))
 

@@ -294,14 +294,14 @@ def encode_texts(corpus: Corpus, tokenizer: Tokenizer, allow_loss: bool = False)
 def masks_documents(run: Path) -> bool:
     """Whether a run was trained with documents that do not see each other, as its config.json says."""
     file = read_run_file(run)
-    return file is not None and file.train.document_mask
+    return bool(file and file.train and file.train.document_mask)
 
 
 def run_data(run: Path) -> Path:
     """The folder of shards that a run was trained on, as its config.json says."""
     file = read_run_file(run)
-    if file is None:
-        raise UserError(f"{run} has no config.json that says what it was trained on: give --data")
+    if file is None or file.train is None:
+        raise UserError(f"{run / 'config.json'} does not say what the run was trained on: give --data")
     folder = Path(file.train.data) if file.train.data else run / "data"
     if not folder.exists():
         raise UserError(

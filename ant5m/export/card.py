@@ -141,7 +141,8 @@ def card_of_run(name: str, run: Path, checkpoint: Path) -> ModelCard:
         for one in read_record(run / "eval.json").get("perplexity", [])
         if one["checkpoint"] == checkpoint.name and one["held_out"]
     ]
-    sources = _sources(Path(file.train.data) if file.train.data else run / "data")
+    data = file.train.data if file.train else None
+    sources = _sources(Path(data) if data else run / "data")
     return ModelCard(
         name=name,
         data=_phrase(sources),

@@ -47,7 +47,7 @@ class RunFile:
     """What is relied upon, all of it optional: other programs' folders have a config.json, too."""
 
     model: dict[str, Any] = field(default_factory=dict)
-    train: Asked = field(default_factory=Asked)
+    train: Asked | None = None
     data: Data = field(default_factory=Data)
     ran: Ran = field(default_factory=Ran)
     versions: Versions = field(default_factory=Versions)
