@@ -259,7 +259,7 @@ BAD = {
     "c.txt": ("h\u00e9llo".encode("latin-1"), r"is not UTF-8 text \(byte 1\)"),
     "d.txt": ("é".encode()[:1], r"is not UTF-8 text \(byte 0\)"),
     "e.txt": (b" \n\n ", "holds no text"),
-    "f.csv": (b"text\nhello", r"unknown kind: \.txt, \.jsonl"),
+    "f.doc": (b"text\nhello", r"unknown kind: \.txt, \.md, \.jsonl"),
     "g": (b"hello", "unknown kind"),
     "h.jsonl": (b'{"text": "a"}\n\n{"text": \n', r"h\.jsonl, line 3: not valid JSON"),
     "i.jsonl": (b'{"text": "a"}\n[1]\n', "line 2: not a JSON object"),

@@ -23,7 +23,9 @@ from ant5m.model.config_file import load_config
 from ant5m.train.metrics import split_metrics
 
 PACK = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
-NAMES = [f"a{kind}{packed}" for kind in (".txt", ".jsonl") for packed in PACK] + ["a.parquet"]
+NAMES = [f"a{kind}{packed}" for kind in (".txt", ".jsonl", ".json", ".csv", ".tar") for packed in PACK] + [
+    "a.parquet"
+]
 anything = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 json_values = st.recursive(

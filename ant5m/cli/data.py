@@ -51,8 +51,8 @@ class DataPack:
         tyro.conf.Positional,
         tyro.conf.arg(metavar="INPUT...", help_behavior_hint="(required)"),
     ]
-    """.txt, .jsonl (also .gz, .xz, .zst) and .parquet files, folders or globs of them, hf:OWNER/NAME[:SPLIT],
-    or builtin"""
+    """.txt, .md, .jsonl, .json, .csv, .tar (also .gz, .xz, .zst) and .parquet files, folders or globs of
+    them, hf:OWNER/NAME[:SPLIT], or builtin"""
     tokenizer: Path
     """tokenizer folder, or a tokenizer.json"""
     out: Path
@@ -60,7 +60,7 @@ class DataPack:
     validation_fraction: float = 0.005
     """share of the documents that is held out for validation"""
     text_column: str = "text"
-    """name of the text field in .jsonl, .parquet and hf: data"""
+    """name of the text field in rows"""
     chat: bool = False
     """the rows are conversations: their messages (in --text-column, by default "messages") are written with
     the tokenizer's chat template, and training learns only what the assistant says"""

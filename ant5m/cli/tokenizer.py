@@ -40,8 +40,8 @@ class TokenizerTrain:
         tyro.conf.Positional,
         tyro.conf.arg(metavar="INPUT...", help_behavior_hint="(required)"),
     ]
-    """.txt, .jsonl (also .gz, .xz, .zst) and .parquet files, folders or globs of them, hf:OWNER/NAME[:SPLIT],
-    or builtin"""
+    """.txt, .md, .jsonl, .json, .csv, .tar (also .gz, .xz, .zst) and .parquet files, folders or globs of
+    them, hf:OWNER/NAME[:SPLIT], or builtin"""
     out: Path
     """folder for tokenizer.json and the files that transformers needs to open it; must not exist yet"""
     vocab_size: int = 16_384
@@ -51,7 +51,7 @@ class TokenizerTrain:
     max_documents: int | None = None
     """read at most this many documents: for a data set that is too large to read to its end"""
     text_column: str = "text"
-    """name of the text field in .jsonl, .parquet and hf: data"""
+    """name of the text field in rows"""
     on_error: Literal["stop", "skip"] = "stop"
     """what to do with rows and files that cannot be read: stop there, or leave them out and count them"""
 
@@ -85,8 +85,8 @@ class TokenizerHealth:
         tyro.conf.Positional,
         tyro.conf.arg(metavar="INPUT...", help_behavior_hint="(required)"),
     ]
-    """.txt, .jsonl (also .gz, .xz, .zst) and .parquet files, folders or globs of them, hf:OWNER/NAME[:SPLIT],
-    or builtin"""
+    """.txt, .md, .jsonl, .json, .csv, .tar (also .gz, .xz, .zst) and .parquet files, folders or globs of
+    them, hf:OWNER/NAME[:SPLIT], or builtin"""
     tokenizer: Path
     """tokenizer folder, or a tokenizer.json"""
     preset: str = "ant-5m"
@@ -99,7 +99,7 @@ class TokenizerHealth:
     max_documents: int | None = None
     """read at most this many documents: for a data set that is too large to read to its end"""
     text_column: str = "text"
-    """name of the text field in .jsonl, .parquet and hf: data"""
+    """name of the text field in rows"""
     on_error: Literal["stop", "skip"] = "stop"
     """what to do with rows and files that cannot be read: stop there, or leave them out and count them"""
     picture: Path = Path("tokenizer-health.png")

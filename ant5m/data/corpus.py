@@ -8,8 +8,10 @@ counted.
 
 import atexit
 import codecs
+import contextlib
 import gc
 import glob
+import itertools
 import json
 import os
 import warnings
@@ -17,12 +19,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, cast
 
 import msgspec
 
 from ant5m.data import compression
-from ant5m.data.folders import find_files, is_lfs_pointer
+from ant5m.data.folders import Found, find_files, is_lfs_pointer
+from ant5m.data.rows import csv_rows, json_values
+from ant5m.data.tar import Member, members
 from ant5m.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -37,8 +41,13 @@ PIECE = 1 << 16
 SEPARATOR = "<|endoftext|>"
 """between documents in one .txt file, as in the files of TinyStories or OpenWebText"""
 
-FORMATS = (".txt", ".jsonl", ".parquet")
-KNOWN = ".txt, .jsonl (also with .gz, .xz, .zst) and .parquet"
+STREAMS = (".txt", ".md", ".jsonl", ".json", ".csv")
+"""kinds of files that are read from their first byte to the last, also compressed and inside a .tar"""
+FORMATS = (*STREAMS, ".tar", ".parquet")
+KNOWN = ".txt, .md, .jsonl, .json, .csv, .tar (also with .gz, .xz, .zst) and .parquet"
+IN_FOLDERS = ((".txt", ".jsonl", ".parquet", ".tar"), (".md",), (".json", ".csv"))
+"""kinds that are read together from a folder; of several groups the first: a README.md beside texts, or a
+table about them, is none of them"""
 
 
 OnError = Literal["stop", "skip"]
@@ -232,6 +241,9 @@ def _find(name: str) -> Iterable[str]:
 
 def _within(folder: Path) -> list[str]:
     found = find_files(folder, lambda path: file_format(path) in FORMATS)
+    kinds = {file_format(path) for path in found.files}
+    chosen = next((group for group in IN_FOLDERS if kinds & {*group}), ())
+    found.keep(lambda path: file_format(path) in chosen, "other kind")
     found.warn()
     if not found.files:
         raise UserError(f"{folder} holds no text file: {KNOWN} are read")
@@ -281,19 +293,88 @@ def _read_file(source: Source, column: Column, skip: int, report: Report) -> Ite
     try:
         if kind == ".parquet":
             yield from _read_parquet(source, column, skip, report)
-        elif kind == ".jsonl":
-            yield from _read_jsonl(source, column, skip, report)
-        else:
-            yield from _read_text(source, skip, report)
+            return
+        with open(name, "rb") as raw:
+            content = compression.blocks(name, raw) if source.span is None else _span(raw, source.span)
+            start = source.span[0] if source.span else 0
+            blocks = _reported(content, raw, start, report)
+            if kind == ".tar":
+                yield from _read_tar(name, blocks, column, skip)
+            else:
+                part = source.span is not None
+                yield from _read_stream(kind, _Content(name, blocks, start), column, skip, part)
     except OSError as error:
         raise UserError(f"{name} cannot be read ({error.strerror or first_line(error)})") from None
 
 
-def _read_text(source: Source, skip: int, report: Report) -> Iterator[Record]:
-    documents = cut_documents(_decoded_blocks(source, report), source.span is not None)
-    for record, item in enumerate(documents):
-        if record >= skip:
-            yield item
+@dataclass
+class _Content:
+    """What a file holds, or a part of it."""
+
+    name: str
+    blocks: Iterator[bytes]
+    start: int = 0
+    """bytes of the file before it"""
+
+
+def _reported(blocks: Iterator[bytes], raw: BinaryIO, start: int, report: Report) -> Iterator[bytes]:
+    for block in blocks:
+        report(raw.tell() - start)
+        yield block
+
+
+def _read_stream(
+    kind: str, content: _Content, column: Column, skip: int = 0, part: bool = False
+) -> Iterator[Record]:
+    """`part`: whether the content is a part of a file that was cut between documents."""
+    if kind == ".jsonl":
+        yield from _read_jsonl(content, column, skip)
+        return
+    if kind == ".json":
+        records = _read_json(content, column)
+    elif kind == ".csv":
+        records = _read_csv(content, column)
+    else:
+        records = cut_documents(_decoded_blocks(content), part)
+    yield from itertools.islice(records, skip, None)
+
+
+def _read_tar(name: str, blocks: Iterator[bytes], column: Column, skip: int) -> Iterator[Record]:
+    """The files in an archive one behind the other, each as if it lay beside the others in a folder."""
+    yield from itertools.islice(_in_tar(name, blocks, column), skip, None)
+
+
+def _in_tar(name: str, blocks: Iterator[bytes], column: Column) -> Iterator[Record]:
+    left_out = Found(Path(name))
+    place = ""
+    try:
+        for member in members(blocks):
+            path, place = Path(name) / member.name.lstrip("/"), f", {member.name}"
+            kind = file_format(path)
+            if kind not in FORMATS:
+                continue
+            fault = _fault(member, kind)
+            if fault:
+                left_out.leave_out(fault, path)
+                continue
+            inner = compression.blocks(member.name, cast(BinaryIO, member))
+            yield from _read_stream(kind, _Content(f"{name}, {member.name}", inner), column)
+            place = ""
+    except UserError as error:
+        told = str(error)
+        raise UserError(told if told.startswith(name) else f"{name}{place}: {told}") from None
+    left_out.warn()
+
+
+def _fault(member: Member, kind: str) -> str | None:
+    """Why a file in an archive is left out: a key of `ant5m.data.folders.KINDS`, or None."""
+    if any(part.startswith(".") and part not in (".", "..") for part in Path(member.name).parts):
+        return "hidden"
+    if not member.regular:
+        return "special"
+    if kind not in STREAMS:
+        return "not in a tar"
+    return None if member.size else "empty"
 
 
 def cut_documents(blocks: Iterable[str], separated: bool = False) -> Iterator[str | Piece]:
@@ -341,13 +422,40 @@ def _paragraph_end(text: str, start: int, end: int) -> int:
     return end
 
 
-def _read_jsonl(source: Source, column: Column, skip: int, report: Report) -> Iterator[Record]:
+def _read_json(content: _Content, column: Column) -> Iterator[Record]:
+    values = json_values(_decoded_blocks(content), _parse_int)
+    with _named(content.name):
+        for number, value in enumerate(values, 1):
+            yield _text_of_object(value, f"{content.name}, row {number}", column)
+
+
+def _read_csv(content: _Content, column: Column) -> Iterator[Record]:
+    with _named(content.name):
+        for number, row in enumerate(csv_rows(_decoded_blocks(content)), 1):
+            where = f"{content.name}, row {number}"
+            if isinstance(row, UserError):
+                yield UserError(f"{content.name}, {row}")
+            else:
+                yield _text_of_object(row, where, column) if row else ""
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Errors say in which file."""
+    try:
+        yield
+    except UserError as error:
+        told = str(error)
+        raise UserError(told if told.startswith(name) else f"{name}: {told}") from None
+
+
+def _read_jsonl(content: _Content, column: Column, skip: int) -> Iterator[Record]:
     # Only the text is parsed, whatever stands beside it; `_text_of_row` knows what is wrong with other rows.
     row: Any = msgspec.defstruct("Row", [("text", str | None)], rename={"text": column.name})
     parse: Any = msgspec.json.Decoder(row).decode
-    start = source.span[0] if source.span else 0
-    where = f"{source.name}, behind byte {start:,}" if start else source.name
-    for number, line in enumerate(_lines(_raw_blocks(source, report)), 1):
+    start = content.start
+    where = f"{content.name}, behind byte {start:,}" if start else content.name
+    for number, line in enumerate(_lines(_raw_blocks(content)), 1):
         if number <= skip:
             continue
         if number == 1 and line and not start:
@@ -399,6 +507,10 @@ def _text_of_row(line: bytes | None, where: str, column: Column) -> str | UserEr
         row = json.loads(content, parse_int=_parse_int)
     except (json.JSONDecodeError, RecursionError) as error:
         return UserError(f"{where}: not valid JSON ({getattr(error, 'msg', 'nested too deeply')})")
+    return _text_of_object(row, where, column)
+
+
+def _text_of_object(row: Any, where: str, column: Column) -> str | UserError:
     if not isinstance(row, dict):
         return UserError(f"{where}: not a JSON object")
     if column.name not in row:
@@ -525,19 +637,16 @@ def _no_column(column: Column, found: Iterable[str]) -> str:
     )
 
 
-def _raw_blocks(source: Source, report: Report) -> Iterator[bytes]:
-    """The bytes of a text file, plain or compressed, in blocks."""
-    name = source.name
-    start = offset = source.span[0] if source.span else 0
-    with open(name, "rb") as raw:
-        for block in compression.blocks(name, raw) if source.span is None else _span(raw, source.span):
-            if not offset and block[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                raise UserError(f"{name} is UTF-16: convert it, try iconv -f UTF-16 -t UTF-8")
-            if b"\0" in block:
-                raise UserError(f"{name} is binary, not text (byte {offset + block.index(0):,} is NUL)")
-            report(raw.tell() - start)
-            yield block
-            offset += len(block)
+def _raw_blocks(content: _Content) -> Iterator[bytes]:
+    """The bytes of a text file in blocks."""
+    name, offset = content.name, content.start
+    for block in content.blocks:
+        if not offset and block[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise UserError(f"{name} is UTF-16: convert it, try iconv -f UTF-16 -t UTF-8")
+        if b"\0" in block:
+            raise UserError(f"{name} is binary, not text (byte {offset + block.index(0):,} is NUL)")
+        yield block
+        offset += len(block)
 
 
 def _span(raw: BinaryIO, span: tuple[int, int]) -> Iterator[bytes]:
@@ -548,11 +657,10 @@ def _span(raw: BinaryIO, span: tuple[int, int]) -> Iterator[bytes]:
         yield block
 
 
-def _decoded_blocks(source: Source, report: Report) -> Iterator[str]:
-    name = source.name
-    offset = source.span[0] if source.span else 0
+def _decoded_blocks(content: _Content) -> Iterator[str]:
+    name, offset = content.name, content.start
     decoder = codecs.getincrementaldecoder("utf-8" if offset else "utf-8-sig")()
-    for block in _raw_blocks(source, report):
+    for block in _raw_blocks(content):
         yield _decoded(decoder, block, name, offset)
         offset += len(block)
     yield _decoded(decoder, b"", name, offset, final=True)

@@ -17,6 +17,8 @@ KINDS = {
     "hidden": "hidden files and folders",
     "special": "neither files nor folders",
     "empty": "empty files",
+    "other kind": "files of another kind than the rest (name them, or a glob of them, to read them)",
+    "not in a tar": "files that are not read inside a .tar (unpack it)",
 }
 
 
@@ -32,6 +34,15 @@ class Found:
 
     def leave_out(self, kind: str, path: Path) -> None:
         self.left_out.setdefault(kind, []).append(path)
+
+    def keep(self, wanted: Callable[[Path], bool], otherwise: str) -> None:
+        """Leave out the files that are not `wanted`, as of the kind `otherwise`."""
+        files, self.files = self.files, []
+        for path in files:
+            if wanted(path):
+                self.files.append(path)
+            else:
+                self.leave_out(otherwise, path)
 
     def describe_left_out(self) -> str:
         """One line for people: how many of each kind, and examples; "" when nothing was left out."""
