@@ -11,9 +11,12 @@ from tokenizers import processors
 
 from ant5m.cli import call
 from ant5m.data.tokenizer import Tokenizer, train_tokenizer
-from ant5m.eval import arithmark, babylm, boards, glint
+from ant5m.errors import UserError
+from ant5m.eval import arithmark, babylm, boards, glint, results, schemas, tasks
+from ant5m.eval.benchmarks import BENCHMARKS
+from ant5m.eval.items import read_rows
 from ant5m.eval.protocol import FILE, Model
-from ant5m.eval.scoring import Score
+from ant5m.eval.scoring import Score, score
 from ant5m.eval.tasks import evaluate_tasks
 from ant5m.export.card import ModelCard
 from ant5m.export.huggingface import export
@@ -383,6 +386,139 @@ def test_a_wrong_item_is_named(folder, tmp_path, capsys, task, change, said):
     assert call(["eval", str(folder), "--tasks", task, "--data-dir", str(tmp_path)]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert name in line and said in line
+
+
+QUESTION = {"choices": {"text": ["yes", "no"], "label": ["A", "B"]}, "answerKey": "A"}
+GOOD = {
+    "boolq": ("boolq.jsonl", {"question": "is it", "passage": "it is", "label": 1}),
+    "copa": (
+        "copa.jsonl",
+        {"premise": "It rains.", "choice1": "a", "choice2": "b", "question": "cause", "label": 0},
+    ),
+    "blimp": ("blimp/adjunct_island.jsonl", PAIRS["part_0"][0]),
+    "winogrande": ("winogrande.jsonl", {"sentence": "a _ b", "option1": "x", "option2": "y", "answer": "1"}),
+    "truthfulqa_mc2": (
+        "truthful.jsonl",
+        {"question": "is it", "mc2_targets": {"choices": ["yes", "no"], "labels": [1, 0]}},
+    ),
+    "piqa": ("piqa.jsonl", {"goal": "go", "sol1": "left", "sol2": "right", "label": 0}),
+    "openbookqa": ("openbookqa.jsonl", {"question_stem": "is it", **QUESTION}),
+    "arc_easy": ("arc_easy.jsonl", {"question": "is it", **QUESTION}),
+    "arc_challenge": ("arc_challenge.jsonl", {"question": "is it", **QUESTION}),
+    "hellaswag": (
+        "hellaswag.jsonl",
+        {"activity_label": "x", "ctx_a": "a", "ctx_b": "b", "endings": list("abcd"), "label": "3"},
+    ),
+    "swag": (
+        "swag.jsonl",
+        {"startphrase": "it", **{f"ending{i}": str(i) for i in range(4)}, "label": 2},
+    ),
+    "mmlu": (
+        "mmlu.jsonl",
+        {"question": "is it", "subject": "astronomy", "choices": list("abcd"), "answer": 1},
+    ),
+    "race": ("race.jsonl", {"article": "it is", "problems": "[]"}),
+    "sciq": (
+        "sciq.jsonl",
+        {
+            "support": "",
+            "question": "is it",
+            "correct_answer": "a",
+            **{f"distractor{i}": "b" for i in (1, 2, 3)},
+        },
+    ),
+    "commonsense_qa": ("commonsense_qa.jsonl", {"question": "is it", **QUESTION}),
+    "lambada_openai": ("lambada_openai.jsonl", {"text": "it is so"}),
+    "wikitext": ("wikitext.jsonl", {"page": "it is so"}),
+    "ArithMark-3.0": ("arithmark-3.jsonl", ARITHMARK[0]),
+    "ArithMark-2.0": ("arithmark_2.0.jsonl", ARITHMARK[0]),
+    "glint_blimp": ("blimp/part.jsonl", PAIRS["part_0"][0]),
+    "glint_arc_easy": ("arc_easy_test.jsonl", ARC[0]),
+    "glint_wikitext": ("wikitext/test.jsonl", {"text": "it is so"}),
+    "babylm_blimp": ("blimp_filtered/part.jsonl", PAIRS["part_0"][0]),
+    "babylm_supplement": ("supplement_filtered/part.jsonl", PAIRS["part_0"][0]),
+    "babylm_ewok": ("ewok_filtered/part.jsonl", EWOK[0]),
+    "babylm_entity_tracking": ("entity_tracking/part.jsonl", ENTITIES[0]),
+}
+"""of every task a file and an item"""
+
+
+def faults_of(row):
+    """(what is wrong, the item with it)."""
+    first = next(name for name in row if name not in ("activity_label", "ind", "support"))
+    yield f"no field {first}", {name: value for name, value in row.items() if name != first}
+    yield "no field ", {"nothing": "of this task"}
+    yield f"item 2: {first}", {**row, first: 7}
+    yield "not a JSON object", [row]
+    for label in ("label", "answer", "answerKey"):
+        if label in row:
+            yield "item 2: ", {**row, label: 7}
+            yield "item 2: ", {**row, label: "Z"}
+    if "endings" in row:
+        yield "item 2: endings", {**row, "endings": row["endings"][:3]}
+        yield "item 2: endings[", {**row, "endings": [*row["endings"][:3], ""]}
+    if "choices" in row and isinstance(row["choices"], dict):
+        yield "2 answers but 1 labels", {**row, "choices": {"text": ["yes", "no"], "label": ["A"]}}
+        yield "item 2: ", {**row, "choices": {"text": ["yes", ""], "label": ["A", "B"]}}
+
+
+@pytest.mark.parametrize("task", BENCHMARKS)
+def test_every_fault_of_every_task_is_named(net, tokenizer, tmp_path, task):
+    name, row = GOOD[task]
+    faults = list(faults_of(row))
+    assert len(faults) >= 4
+    for said, wrong in faults:
+        write(tmp_path / name, [row, wrong], b"\xef\xbb\xbf")  # a byte-order mark is none
+        with pytest.raises(UserError) as caught:
+            evaluate_tasks(net, tokenizer, [task], tmp_path)
+        assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
+        assert said in str(caught.value) and "item 2" in str(caught.value).replace("line 2", "item 2")
+
+
+def test_items_that_come_twice_are_named(tmp_path):
+    """By a warning: MMLU as published has 27 of 14,042, LAMBADA two."""
+    rows = [GOOD["piqa"][1] | {"goal": said(i), "label": i % 2} for i in range(30)]
+    write(tmp_path / "piqa.jsonl", [*rows, rows[4]])
+    with pytest.warns(UserWarning, match=r"piqa.jsonl: 1 of 31 items .*item 31 is the same as item 5"):
+        read_rows(tmp_path / "piqa.jsonl", schemas.Piqa)
+    write(tmp_path / "lines.jsonl", [{"text": ""}] * 9)
+    read_rows(tmp_path / "lines.jsonl", schemas.Line)
+
+
+OWN = [name for name, benchmark in BENCHMARKS.items() if not benchmark.folder]
+
+
+@pytest.mark.filterwarnings("ignore:.*scores do not compare")
+def test_a_stopped_evaluation_goes_on_to_the_same_results(net, tokenizer, data_dir, tmp_path, monkeypatch):
+    """Stopped after each result in turn, also in the middle of a task's parts."""
+    asked = []
+
+    def counted(*arguments):
+        asked.append(1)
+        return score(*arguments)
+
+    monkeypatch.setattr(tasks, "score", counted)
+    whole = evaluate_tasks(net, tokenizer, OWN, data_dir)
+    passes = len(asked)
+    assert {name for name in OWN if name not in {one.task for one in whole}} == set()
+    for stop in range(1, len(whole), 3):
+        path = tmp_path / f"{stop}.json"
+        left = iter(range(stop))
+
+        def keep(result, path=path, left=left):
+            results.record_task(path, "weights", "step", result)
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_tasks(net, tokenizer, OWN, data_dir, on_result=keep)
+        known = results.recorded(path, "weights")
+        assert len(known) == stop + 1
+        asked.clear()
+        assert evaluate_tasks(net, tokenizer, OWN, data_dir, known=known) == whole
+        assert (len(asked) < passes) == any(one.task in OWN for one in known)
+    asked.clear()
+    assert evaluate_tasks(net, tokenizer, OWN, data_dir, known=whole) == whole and not asked
 
 
 def test_a_file_of_another_task_is_named(folder, tmp_path, capsys):

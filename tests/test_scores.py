@@ -68,16 +68,26 @@ def test_the_first_scores_decide_how_often(monkeypatch):
         step, seconds = 20, 10.0  # half a second a step
         ranks = Ranks()
 
-    scores = ScoreTasks.__new__(ScoreTasks)
-    scores._every, scores._first = None, 20
-    monkeypatch.setattr(scores, "_score", lambda trainer: 3.0)
-    assert not scores.is_due(19) and scores.is_due(20)
-    scores.act(Trainer())
-    assert scores._every == 3.0 / (SHARE * 0.5) == 300
-    assert not scores.is_due(20) and scores.is_due(300) and not scores.is_due(301)
+    def first(seconds):
+        scores = ScoreTasks.__new__(ScoreTasks)
+        scores._every, scores._first, scores._steps = None, 20, 1_000
+        monkeypatch.setattr(scores, "_score", lambda trainer: seconds)
+        assert not scores.is_due(19) and scores.is_due(20)
+        scores.act(Trainer())
+        return scores
+
+    for seconds in (0.001, 0.3, 2.0, 3.0, 5.0):
+        scores = first(seconds)
+        steps = {20, 1_000} | {step for step in range(21, 1_001) if scores.is_due(step)}
+        assert len(steps) * seconds <= SHARE * 500  # of the whole run
+    assert scores._every == 1_000
+    with pytest.warns(UserWarning, match=r"scores take 6.0 s, 2% of this run"):
+        first(6.0)
+    scores = first(3.0)
+    assert scores._every == 500
     other = ScoreTasks.__new__(ScoreTasks)
     other.load_state_dict(scores.state_dict())
-    assert other._every == 300
+    assert other._every == 500
 
 
 def test_exports_at_word_budgets(config):  # noqa: F811

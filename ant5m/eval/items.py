@@ -18,16 +18,18 @@ evaluates is taken; a training split never is. A split in shards (`validation-00
 
 import codecs
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 from ant5m.data import compression, folders
 from ant5m.errors import UserError, first_line
 from ant5m.eval.benchmarks import BENCHMARKS, Benchmark
-from ant5m.eval.schemas import fault
+from ant5m.eval.schemas import Line, fault
 from ant5m.files import parse_json
 
 NO_TEXT = (
@@ -38,6 +40,8 @@ NO_TEXT = (
 ENDING = re.compile(r"\.(jsonl(\.(gz|xz|zst))?|parquet)$")
 LARGEST = 1 << 29
 """bytes of a .jsonl, all of which is held in memory"""
+MOST_REPEATED = 0.01
+"""share of items that may come twice without a warning"""
 SPLITS = ("train", "validation", "valid", "val", "dev", "test")
 
 
@@ -129,7 +133,26 @@ def read_rows(path: Path, schema: type[Struct]) -> list[dict[str, Any]]:
 
     Raises `UserError` that names file and item when a file is broken or missing, or an item is otherwise.
     """
-    return [row for shard in shards_of(path) for row in _read_shard(shard, schema)]
+    rows = [row for shard in shards_of(path) for row in _read_shard(shard, schema)]
+    if schema is not Line:
+        _warn_of_repeats(path, rows, schema)
+    return rows
+
+
+def _warn_of_repeats(path: Path, rows: Sequence[dict[str, Any]], schema: type[Struct]) -> None:
+    """Published files have a few items twice; where more are, a file was put together twice."""
+    first: dict[bytes, int] = {}
+    again = list[tuple[int, int]]()
+    for number, row in enumerate(rows, 1):
+        same = first.setdefault(msgspec.json.encode([row[name] for name in schema.__struct_fields__]), number)
+        if same != number:
+            again.append((number, same))
+    if len(again) > MOST_REPEATED * len(rows):
+        warnings.warn(
+            f"{path}: {len(again):,} of {len(rows):,} items were there before (item {again[0][0]:,} is the "
+            f"same as item {again[0][1]:,}): they count more than once",
+            stacklevel=3,
+        )
 
 
 def check_rows(where: str, rows: Iterable[Any], schema: type[Struct]) -> None:

@@ -363,7 +363,9 @@ class _Suite:
         rows, data = self.source.own_rows(benchmark, self.limit)
         settings = {"limit": self.limit, "lm_eval": None, **data}
         known = [one for one in self.known.values() if one.settings == settings and _is_of(benchmark, one)]
-        if any(one.task == benchmark.name and one.has_values for one in known):
+        names = {one.task for one in known}  # a mean comes last, behind all of its parts
+        measured = [one for one in known if not (benchmark.parts and one.task == benchmark.name)]
+        if benchmark.name in names and all(one.has_values for one in measured):
             yield from known
             return
         model = Model(self._ask(benchmark.name), self.tokenizer, self.net.config.max_position_embeddings)

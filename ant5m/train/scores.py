@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ class ScoreTasks(Callback):
     """Logs the accuracy in a fixed part of some tasks, every so many steps.
 
     Without `every` the first scores, after a fiftieth of the steps, are timed, and decide how often there are
-    more: so that they take `SHARE` of the time.
+    more: so that all of them, the first and those at the end too, take at most `SHARE` of the time. Where
+    even these two take more, a warning says so.
 
     Args:
         tasks, items: as `ant5m.eval.tasks.TaskSubset` takes them.
@@ -41,7 +43,7 @@ class ScoreTasks(Callback):
         from ant5m.eval.tasks import TaskSubset
 
         self._subset = TaskSubset(tokenizer, tasks, data_dir, items)
-        self._every, self._first, self._scored = every, max(1, steps // 50), 0
+        self._every, self._steps, self._first, self._scored = every, steps, max(1, steps // 50), 0
 
     def is_due(self, step: int) -> bool:
         return step >= self._first if self._every is None else step % self._every == 0
@@ -49,8 +51,20 @@ class ScoreTasks(Callback):
     def act(self, trainer: "Trainer") -> None:
         seconds = self._score(trainer) if trainer.ranks.is_first else 0.0
         if self._every is None:
-            step_seconds = max(trainer.seconds / trainer.step, 1e-9)
-            self._every = trainer.ranks.share(max(1, math.ceil(seconds / (SHARE * step_seconds))))
+            total = self._steps * trainer.seconds / trainer.step
+            self._every = trainer.ranks.share(self._interval(seconds, total))
+
+    def _interval(self, seconds: float, total: float) -> int:
+        """Steps between scores that take so long each, in a run that takes `total` seconds without them."""
+        count = int(SHARE * total / max(seconds, 1e-9))
+        if count < 2:
+            share = 2 * seconds / max(total, 1e-9)
+            warnings.warn(
+                f"scores take {seconds:.1f} s, {share:.0%} of this run with those at its end: fewer "
+                "--eval-items take less",
+                stacklevel=2,
+            )
+        return math.ceil(self._steps / max(1, count - 1))  # so count - 2 between the first and the end
 
     def on_end(self, trainer: "Trainer") -> None:
         if trainer.complete and trainer.ranks.is_first and trainer.step > self._scored:
