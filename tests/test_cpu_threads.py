@@ -40,7 +40,29 @@ def documents(batch):
     return [*attention(batch), starts.expand(batch, -1)]
 
 
-# At 4,096 tokens, of the shapes of ant-5m, in one sequence and in four.
+def matrix(rows, columns, seed=0):
+    return (draw(rows, columns, seed=seed).detach() / columns**0.5).requires_grad_()
+
+
+def mlp_weights(width, inner):
+    return [matrix(inner, width), matrix(inner, width, seed=1), matrix(width, inner)]
+
+
+def head(width, vocab):
+    targets = torch.arange(TOKENS) * 7 % vocab
+    return [draw(TOKENS, width), matrix(vocab, width), targets.where(targets % 5 != 0, -100)]
+
+
+def layer(width, inner):
+    """`fused_post_attention`'s arguments."""
+    return [
+        *(draw(TOKENS, width), draw(TOKENS, width, seed=1), matrix(width, width)),
+        *(draw(width), 1e-5, *mlp_weights(width, inner)),
+    ]
+
+
+# At 4,096 tokens, of the shapes of ant-5m, in one sequence and in four; some of ant-5m-fit too, whose
+# vocabulary is small, and of a model that is wide.
 CASES = {
     "rms_norm": (cpu.rms_norm, lambda: [draw(TOKENS, 128), draw(128), 1e-5, draw(TOKENS, 128, seed=1)]),
     "rope": (cpu.rope, lambda: [draw(4, 1024, 8, 16), draw(4, 1024, 2, 16), *angles(1024, 8)]),
@@ -48,13 +70,43 @@ CASES = {
     "attention, 4 sequences": (cpu.attention, lambda: attention(4)),
     "attention, 1 key/value head": (cpu.attention, lambda: attention(1, 2, 1, 24)),
     "attention inside documents": (cpu.attention, lambda: documents(4)),
+    "tree_attention": (
+        cpu.tree_attention,
+        lambda: [*attention(4), torch.full((4, 1024), 900).clamp_(min=torch.arange(1, 1025))],
+    ),
     "swiglu": (cpu.swiglu, lambda: [draw(TOKENS, 516), draw(TOKENS, 516, seed=1)]),
+    "linear, 128 channels": (cpu.linear, lambda: [draw(TOKENS, 128), matrix(128, 128)]),
+    "linear, 512 channels": (cpu.linear, lambda: [draw(TOKENS, 512), matrix(192, 512)]),
+    "qkv_rope": (
+        cpu.qkv_rope,
+        lambda: [draw(4, 1024, 128), matrix(192, 128), *angles(1024, 8), [8, 2, 2]],
+    ),
+    "mlp": (cpu.mlp, lambda: [draw(TOKENS, 128), *mlp_weights(128, 516)]),
+    "mlp, 256 channels": (cpu.mlp, lambda: [draw(TOKENS, 256), *mlp_weights(256, 384)]),
+    "mlp, 384 channels": (cpu.mlp, lambda: [draw(TOKENS, 384), *mlp_weights(384, 200)]),
+    "linear_cross_entropy": (cpu.linear_cross_entropy, lambda: head(32, 16_384)),
+    "linear_cross_entropy, small vocabulary": (cpu.linear_cross_entropy, lambda: head(64, 4_096)),
+}
+FORWARD = {
+    "logsumexp_argmax": (cpu.logsumexp_argmax, lambda: head(32, 4_096)[:2]),
+    "rms_norm_linear": (
+        cpu.rms_norm_linear,
+        lambda: [draw(TOKENS, 128), draw(128), 1e-5, [matrix(128, 128), matrix(64, 128)]],
+    ),
+    "fused_post_attention": (cpu.fused_post_attention, lambda: layer(128, 516)),
 }
 
 
+def test_every_op_with_threads_is_here():
+    names = {name.partition(",")[0].partition(" ")[0] for name in (*CASES, *FORWARD)}
+    assert names == set(cpu.IMPLEMENTATIONS)
+
+
 def run(op, inputs):
-    """The outputs of `op`, and the gradients of what requires one."""
+    """The outputs of `op`, and the gradients of what requires one, if it gives them."""
     out = op(*inputs)
+    if not torch.is_grad_enabled():
+        return out if isinstance(out, tuple) else (out,)
     outs = out if isinstance(out, tuple) else (out,)
     ramps = [torch.linspace(-1, 1 + i, o.numel()).view(o.shape) for i, o in enumerate(outs)]
     wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
@@ -83,24 +135,37 @@ def test_tasks_for_every_core(name, products, task_counts):
     op, inputs = CASES[name]
     with products():
         run(op, inputs())
-    # Forward, backward, and what is reduced at its end.
-    assert len(task_counts) >= 2
+    # Forward and backward.
+    assert len(task_counts) >= 2 or "cross_entropy" in name
     assert min(task_counts) >= CORES * TASKS_A_CORE, task_counts
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_same_bits_on_4_to_32_threads(name):
-    op, inputs = CASES[name]
+@pytest.mark.parametrize("name", FORWARD)
+@torch.no_grad()
+def test_tasks_for_every_core_in_inference(name, task_counts):
+    op, inputs = FORWARD[name]
+    run(op, inputs())
+    assert min(task_counts) >= CORES * TASKS_A_CORE, task_counts
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's number of threads; afterwards it is what it was."""
     before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", [*CASES, *FORWARD])
+def test_the_same_bits_on_1_to_32_threads(name, threads):
+    op, inputs = (CASES | FORWARD)[name]
+    with torch.set_grad_enabled(name in CASES):
+        threads(1)
         alone = run(op, inputs())
-        for threads in (4, 16, 32):
-            torch.set_num_threads(threads)
+        for count in (4, 16, 32):
+            threads(count)
             for one, many in zip(alone, run(op, inputs()), strict=True):
                 assert torch.equal(one, many)
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("threads", "rows"), [(1, 4), (16, 4), (32, 8), (64, 16)])

@@ -21,7 +21,6 @@ namespace {
 // Keys a tile: whole tiles of the microkernel, and 128 x 32 scores are 16 KiB.
 constexpr int64_t kForwardKeys = kRows == 6 ? 96 : 128;
 constexpr int64_t kBackwardKeys = 64;
-constexpr int64_t kTasks = 64;  // of a backward pass, at least, where it is long enough: 4 for each of 16 cores
 constexpr int64_t kFewestPositions = 64;  // of a range of queries
 constexpr int64_t kKeysATask = 64;        // where little is done to each
 constexpr float kLn2 = 0.6931471805599453f;

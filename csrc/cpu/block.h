@@ -3,23 +3,42 @@
 // A vector holds consecutive tokens ("lanes"), as in attention: weights are read as they lie.
 #pragma once
 #include "ops.h"
-#include "silu.h"
 #include "gemm.h"
+#include "parallel.h"
+#include "silu.h"
 
 namespace ant5m::ANT5M_ISA {
 namespace {
 
-constexpr int64_t kTokens = kMlpTokens;  // of a block
-constexpr int64_t kTile = 128;           // rows of gate and up
+constexpr int64_t kTokens = kMlpTokens;  // of a block, at most
+constexpr int64_t kTile = 144;           // rows of gate and up, at most
 
-// The tokens from `first` on; `gates` and `ups`, if not null, are [panels, width, kLanes].
+// Tokens of a block where blocks are the tasks, and no result depends on them: fewer where tasks would be too few.
+inline int64_t tokens_of_block(int64_t tokens, int threads) {
+    return tokens < 4 * threads * kTokens ? kTokens / 2 : kTokens;
+}
+
+// The width in tiles of about as many rows, whole tiles of the microkernel and of pairs; about `least` of them or more.
+struct Tiles {
+    int64_t width, rows, count;
+
+    explicit Tiles(int64_t width_, int64_t least = 1)
+        : width(width_),
+          rows(divide_up(divide_up(width, larger(least, divide_up(width, kTile))), 12) * 12),
+          count(divide_up(width, rows)) {}
+    int64_t first(int64_t tile) const { return tile * rows; }
+    int64_t size(int64_t tile) const { return smaller(rows, width - first(tile)); }
+};
+
+// `size` tokens from `first` on; `gates` and `ups`, if not null, are [panels, width, kLanes].
 struct Block {
     int64_t first, tokens, panels;
     float *gates, *ups;
 
-    Block(int64_t all_tokens, int64_t index, int64_t width = 0, float* all_gates = nullptr, float* all_ups = nullptr)
-        : first(index * kTokens),
-          tokens(smaller(kTokens, all_tokens - first)),
+    Block(int64_t all_tokens, int64_t index, int64_t size, int64_t width = 0, float* all_gates = nullptr,
+          float* all_ups = nullptr)
+        : first(index * size),
+          tokens(smaller(size, all_tokens - first)),
           panels(divide_up(tokens, kLanes)),
           gates(all_gates ? all_gates + first * width : nullptr),
           ups(all_ups ? all_ups + first * width : nullptr) {}
@@ -55,8 +74,9 @@ void add_mlp(const MlpShape& shape, const Block& block, const float* x, const fl
     float* hidden = memory;
     float* spare_gates = hidden + kTile * kLanes;
     float* spare_ups = spare_gates + kTile * kLanes;
-    for (int64_t start = 0; start < shape.width; start += kTile) {
-        const int64_t n = smaller(kTile, shape.width - start);
+    const Tiles tiles(shape.width);
+    for (int64_t tile = 0; tile < tiles.count; ++tile) {
+        const int64_t start = tiles.first(tile), n = tiles.size(tile);
         for (int64_t panel = 0; panel < block.panels; ++panel) {
             const float* from = x + panel * dim * kLanes;
             const int64_t at = (panel * shape.width + start) * kLanes;

@@ -15,6 +15,10 @@ constexpr int kLanes = kVecs * kWidth;  // columns of a panel of B
 
 inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Rows of each of so many parts or more of them; even, because of pairs.
+inline int64_t part_of(int64_t rows, int64_t parts) { return larger(2, rows / parts / 2 * 2); }
 
 // What is done to a finished element of C before it is stored: nothing.
 struct Keep {

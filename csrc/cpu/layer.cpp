@@ -83,8 +83,9 @@ void rms_norm_linear(int64_t tokens, int64_t dim, int64_t rows, const float* x, 
         norm_rows(tokens, x, x_row, dim, eps, norm, normed);
         return skinny_gemm<false>(tokens, rows, dim, weight, normed, dim, out, out_row, threads);
     }
-    parallel(threads, divide_up(tokens, kTokens), [&](int64_t index) {
-        const Block block(tokens, index);
+    const int64_t size = tokens_of_block(tokens, threads);
+    parallel(threads, divide_up(tokens, size), [&](int64_t index) {
+        const Block block(tokens, index, size);
         float* x_lanes = scratch(kTokens * (dim + rows));
         float* out_lanes = x_lanes + kTokens * dim;
         load_lanes<Fp32>(block, x, x_row, dim, x_lanes);
@@ -101,8 +102,9 @@ void fused_post_attention(const MlpShape& shape, int64_t inner, const float* att
     if (shape.tokens < kSkinnyTokens)
         return skinny_post_attention(shape, inner, attn_out, attn_out_row, residual, residual_row, weight, eps, norm,
                                      gate, up, down, out, threads);
-    parallel(threads, divide_up(shape.tokens, kTokens), [&](int64_t index) {
-        const Block block(shape.tokens, index);
+    const int64_t size = tokens_of_block(shape.tokens, threads);
+    parallel(threads, divide_up(shape.tokens, size), [&](int64_t index) {
+        const Block block(shape.tokens, index, size);
         float* memory = scratch(kMlpScratch + kTokens * (2 * shape.dim + inner));
         float* total = memory + kMlpScratch;  // [panels, dim, kLanes]
         float* x = total + kTokens * shape.dim;

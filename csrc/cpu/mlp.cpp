@@ -20,11 +20,12 @@ void load_rows(const Block& block, const float* x, int64_t row, int64_t dim, flo
     Format::pack_rows(block.tokens, dim, x + block.first * row, row, to, padded);
 }
 
-// Calls of parallel() for so many rows of a matrix at a time.
+// Calls body(first, count) for parts of the rows of a matrix.
 template <typename Body>
-void for_tiles(int threads, int64_t rows, const Body& body) {
-    parallel(threads, divide_up(rows, kTile), [&](int64_t tile) {
-        body(tile * kTile, smaller(kTile, rows - tile * kTile));
+void for_parts(int threads, int64_t rows, const Body& body) {
+    const int64_t part = part_of(rows, kTasks);
+    parallel(threads, divide_up(rows, part), [&](int64_t task) {
+        body(task * part, smaller(part, rows - task * part));
     });
 }
 
@@ -37,7 +38,7 @@ class Packed {
           data_(Format::kVnni == 1 ? from : memory_.data()) {
         if (data_ == from) return;
         const int64_t row = Format::count(columns);
-        for_tiles(threads, rows, [&](int64_t i, int64_t n) {
+        for_parts(threads_for(rows * columns, threads), rows, [&](int64_t i, int64_t n) {
             Format::pack_columns(n, columns, from + i * columns, columns, memory_.data() + i * row, row);
         });
     }
@@ -70,7 +71,7 @@ struct Weights {
     Weights(const MlpShape& shape, const float* from_gate, const float* from_up, const float* from_down,
             int64_t padded, float* memory, int threads)
         : gate(memory), up(gate + shape.width * padded), down(up + shape.width * padded) {
-        for_tiles(threads, shape.width, [&](int64_t i, int64_t n) {
+        for_parts(threads_for(shape.width * shape.dim, threads), shape.width, [&](int64_t i, int64_t n) {
             const int64_t from = i * shape.dim;
             const int64_t to = i / Format::kVnni * padded;
             Format::pack_rows(n, shape.dim, from_gate + from, shape.dim, gate + to, padded);
@@ -82,58 +83,83 @@ struct Weights {
     }
 };
 
-// A fixed number of blocks, whose gradients of the weights are summed apart: [3, width, padded] for gate, up and
-// (transposed) down.
+// How the backward pass is cut: into chunks of blocks, each of which sums the gradients of the weights for itself, and
+// parts of the width, each of which does so with the gradient of x. It depends on the shape alone, and so do the
+// results.
+struct Cut {
+    int64_t blocks, chunks;
+    Tiles tiles;
+    int64_t parts;
+
+    // For weights whose gradients take `size` floats.
+    Cut(const MlpShape& shape, int64_t size)
+        : blocks(divide_up(shape.tokens, kTokens)),
+          chunks(smaller(divide_up(blocks, 2), larger(4, smaller(16, kPartialFloats / size)))),
+          tiles(shape.width, divide_up(kTasks, larger(1, chunks))),
+          parts(smaller(tiles.count, divide_up(kTasks, larger(1, chunks)))) {}
+    int64_t first_block(int64_t chunk) const { return chunk * blocks / chunks; }
+    int64_t first_tile(int64_t part) const { return part * tiles.count / parts; }
+};
+
+// Of one chunk: grad_weights [3, width, padded] for gate, up and (transposed) down.
 template <typename Format>
 struct Chunk {
     const MlpShape& shape;
     const Weights<Format>& weights;
+    const Cut& cut;
     const float *x, *grad;
     int64_t x_row, grad_row;
-    float* grad_x;
     float* grad_weights;
 
     int64_t dim = shape.dim;
     int64_t padded = padded_of(shape);
-    float* memory = scratch(kTile * (3 * kStride + 2 * kLanes) + kTokens * (2 * dim + 2 * padded));
+    float* memory = scratch(kTile * (3 * kStride + 2 * kLanes) + kTokens * (3 * dim + 2 * padded));
     float* grad_gates = memory;                       // [kTile, kStride]
     float* grad_ups = grad_gates + kTile * kStride;   // [kTile, kStride]
     float* hidden = grad_ups + kTile * kStride;       // [kTile, kStride]
     float* packed_gates = hidden + kTile * kStride;   // [kTile, kLanes]
     float* packed_ups = packed_gates + kTile * kLanes;  // [kTile, kLanes]
     float* grad_lanes = packed_ups + kTile * kLanes;  // [panels, dim, kLanes]
-    float* grad_x_lanes = grad_lanes + kTokens * dim;  // [panels, dim, kLanes]
-    float* grad_rows = grad_x_lanes + kTokens * dim;  // [kTokens, padded]
+    float* sum_lanes = grad_lanes + kTokens * dim;    // [panels, dim, kLanes]
+    float* part_lanes = sum_lanes + kTokens * dim;    // [panels, dim, kLanes]
+    float* grad_rows = part_lanes + kTokens * dim;    // [kTokens, padded]
     float* x_rows = grad_rows + kTokens * padded;     // [kTokens, padded]
 
     static int64_t padded_of(const MlpShape& shape) { return divide_up(shape.dim, kWidth) * kWidth + kWidth; }
     static int64_t size(const MlpShape& shape) { return 3 * shape.width * padded_of(shape); }
 
-    // The gradients of a block, those of the weights beside (kAdd) or in place of what is there.
-    template <bool kAdd>
-    void add(const Block& block) const {
+    void load_block(const Block& block) const {
         load_lanes<Format>(block, grad, grad_row, dim, grad_lanes);
         load_rows<Format>(block, grad, grad_row, dim, grad_rows, padded);
         load_rows<Format>(block, x, x_row, dim, x_rows, padded);
-        std::memset(grad_x_lanes, 0, sizeof(float) * block.panels * dim * kLanes);
-        for (int64_t start = 0; start < shape.width; start += kTile) {
-            const int64_t n = smaller(kTile, shape.width - start);
-            for (int64_t panel = 0; panel < block.panels; ++panel) differentiate(block, panel, start, n);
-            const int64_t depth = block.panels * kLanes;
-            const int64_t columns = padded - kWidth;
-            float* to = grad_weights + start * padded;
-            multiply<Format, kAdd>(n, columns, depth, {grad_gates, kStride, 1}, x_rows, padded, to, padded);
-            to += shape.width * padded;
-            multiply<Format, kAdd>(n, columns, depth, {grad_ups, kStride, 1}, x_rows, padded, to, padded);
-            to += shape.width * padded;
-            multiply<Format, kAdd>(n, columns, depth, {hidden, kStride, 1}, grad_rows, padded, to, padded);
-        }
-        store_lanes(block, grad_x_lanes, dim, grad_x, dim);
+    }
+
+    // What a part of the width gives of a block that was loaded: the gradient of x to grad_x [panels, dim, kLanes], and
+    // those of the weights, which are added to what is there unless the block is the chunk's first.
+    void differentiate(const Block& block, bool first, int64_t part, float* grad_x) const {
+        std::memset(grad_x, 0, sizeof(float) * block.panels * dim * kLanes);
+        for (int64_t tile = cut.first_tile(part); tile < cut.first_tile(part + 1); ++tile)
+            first ? add_tile<false>(block, tile, grad_x) : add_tile<true>(block, tile, grad_x);
+    }
+
+    template <bool kAdd>
+    void add_tile(const Block& block, int64_t tile, float* grad_x) const {
+        const int64_t start = cut.tiles.first(tile), n = cut.tiles.size(tile);
+        for (int64_t panel = 0; panel < block.panels; ++panel)
+            add_panel(block, panel, start, n, grad_x + panel * dim * kLanes);
+        const int64_t depth = block.panels * kLanes;
+        const int64_t columns = padded - kWidth;
+        float* to = grad_weights + start * padded;
+        multiply<Format, kAdd>(n, columns, depth, {grad_gates, kStride, 1}, x_rows, padded, to, padded);
+        to += shape.width * padded;
+        multiply<Format, kAdd>(n, columns, depth, {grad_ups, kStride, 1}, x_rows, padded, to, padded);
+        to += shape.width * padded;
+        multiply<Format, kAdd>(n, columns, depth, {hidden, kStride, 1}, grad_rows, padded, to, padded);
     }
 
     // Fills the panel's columns of grad_gates, grad_ups and hidden, packed along the tokens, and adds to its gradient
-    // of x.
-    void differentiate(const Block& block, int64_t panel, int64_t start, int64_t n) const {
+    // of x [dim, kLanes].
+    void add_panel(const Block& block, int64_t panel, int64_t start, int64_t n, float* grad_x) const {
         const int64_t at = (panel * shape.width + start) * kLanes;
         const float* gates = block.gates + at;
         const float* ups = block.ups + at;
@@ -152,18 +178,17 @@ struct Chunk {
                                                return g * u * silu.slope;
                                            });
         const int64_t row = start / Format::kVnni * padded;
-        add_grad_x(panel, n, weights.gate + row, panel_gates, packed_gates);
-        add_grad_x(panel, n, weights.up + row, panel_ups, packed_ups);
+        add_grad_x(n, weights.gate + row, panel_gates, packed_gates, grad_x);
+        add_grad_x(n, weights.up + row, panel_ups, packed_ups, grad_x);
         for (float* columns : {grad_gates, grad_ups, hidden})
             Format::pack_columns(n, kLanes, columns + panel * kLanes, kStride, columns + panel * kLanes / Format::kVnni,
                                kStride);
     }
 
     // `grads` [n, kLanes] of rows `weight` on.
-    void add_grad_x(int64_t panel, int64_t n, const float* weight, const float* grads, float* packed) const {
+    void add_grad_x(int64_t n, const float* weight, const float* grads, float* packed, float* grad_x) const {
         const auto [data, row] = panel_of<Format>(n, grads, kStride, packed);
-        multiply_panel<Format, kVecs, true>(dim, n, {weight, 1, padded}, data, row, grad_x_lanes + panel * dim * kLanes,
-                                          kLanes);
+        multiply_panel<Format, kVecs, true>(dim, n, {weight, 1, padded}, data, row, grad_x, kLanes);
     }
 };
 
@@ -173,8 +198,9 @@ void forward(const MlpShape& shape, const float* x, int64_t x_row, const float* 
     const Packed<Format> gate_rows(shape.width, shape.dim, gate, threads);
     const Packed<Format> up_rows(shape.width, shape.dim, up, threads);
     const Packed<Format> down_rows(shape.dim, shape.width, down, threads);
-    parallel(threads, divide_up(shape.tokens, kTokens), [&](int64_t index) {
-        forward_block<Format>(shape, Block(shape.tokens, index, shape.width, gates, ups), x, x_row, gate_rows.data(),
+    const int64_t size = tokens_of_block(shape.tokens, threads);
+    parallel(threads, divide_up(shape.tokens, size), [&](int64_t index) {
+        forward_block<Format>(shape, Block(shape.tokens, index, size, shape.width, gates, ups), x, x_row, gate_rows.data(),
                             up_rows.data(), down_rows.data(), out);
     });
 }
@@ -183,25 +209,53 @@ template <typename Format>
 void backward(const MlpShape& shape, const float* x, int64_t x_row, const float* gate, const float* up,
               const float* down, float* gates, float* ups, const float* grad, int64_t grad_row, float* grad_x,
               float* grad_gate, float* grad_up, float* grad_down, int threads) {
-    const int64_t blocks = divide_up(shape.tokens, kTokens);
     const int64_t size = Chunk<Format>::size(shape);
-    int64_t chunks = kPartialFloats / size;
-    chunks = smaller(divide_up(blocks, 2), chunks < 4 ? 4 : chunks > 16 ? 16 : chunks);
+    const Cut cut(shape, size);
     const Memory packed(size);
     const Weights<Format> weights(shape, gate, up, down, Chunk<Format>::padded_of(shape), packed.data(), threads);
-    const Memory partial(chunks * size);
-    parallel(threads, chunks, [&](int64_t index) {
-        const Chunk<Format> chunk{shape, weights, x, grad, x_row, grad_row, grad_x, partial.data() + index * size};
-        int64_t block = index * blocks / chunks;
-        chunk.template add<false>(Block(shape.tokens, block, shape.width, gates, ups));
-        while (++block < (index + 1) * blocks / chunks)
-            chunk.template add<true>(Block(shape.tokens, block, shape.width, gates, ups));
-    });
+    const Memory partial(cut.chunks * size);
+    // Calls visit(chunk, block, first) for the blocks of a chunk, loaded.
+    const auto for_blocks = [&](int64_t index, const auto& visit) {
+        const Chunk<Format> chunk{shape, weights, cut, x, grad, x_row, grad_row, partial.data() + index * size};
+        for (int64_t i = cut.first_block(index); i < cut.first_block(index + 1); ++i) {
+            const Block block(shape.tokens, i, kTokens, shape.width, gates, ups);
+            chunk.load_block(block);
+            visit(chunk, block, i == cut.first_block(index));
+        }
+    };
+    if (cut.chunks >= 4 * threads) {
+        parallel(threads, cut.chunks, [&](int64_t index) {
+            for_blocks(index, [&](const Chunk<Format>& chunk, const Block& block, bool first) {
+                chunk.differentiate(block, first, 0, chunk.sum_lanes);
+                for (int64_t part = 1; part < cut.parts; ++part) {
+                    chunk.differentiate(block, first, part, chunk.part_lanes);
+                    add_floats(block.panels * shape.dim * kLanes, chunk.part_lanes, chunk.sum_lanes);
+                }
+                store_lanes(block, chunk.sum_lanes, shape.dim, grad_x, shape.dim);
+            });
+        });
+    } else {  // the same sums, with more tasks and more memory
+        const int64_t of_part = cut.blocks * kTokens * shape.dim;
+        const Memory lanes(cut.parts * of_part);
+        parallel(threads, cut.chunks * cut.parts, [&](int64_t task) {
+            const int64_t part = task % cut.parts;
+            for_blocks(task / cut.parts, [&](const Chunk<Format>& chunk, const Block& block, bool first) {
+                chunk.differentiate(block, first, part, lanes.data() + part * of_part + block.first * shape.dim);
+            });
+        });
+        parallel(threads, divide_up(shape.tokens, kLanes), [&](int64_t index) {
+            const Block panel(shape.tokens, index, kLanes);
+            float* sum = lanes.data() + panel.first * shape.dim;
+            for (int64_t part = 1; part < cut.parts; ++part)
+                add_floats(shape.dim * kLanes, sum + part * of_part, sum);
+            store_lanes(panel, sum, shape.dim, grad_x, shape.dim);
+        });
+    }
     const int64_t row = Chunk<Format>::padded_of(shape);
     parallel_rows(threads, 3 * shape.width, 16, [&](int64_t, int64_t i) {
         float* sum = scratch(shape.dim);
         std::memset(sum, 0, sizeof(float) * shape.dim);
-        for (int64_t chunk = 0; chunk < chunks; ++chunk)
+        for (int64_t chunk = 0; chunk < cut.chunks; ++chunk)
             for (int64_t d = 0; d < shape.dim; ++d) sum[d] += partial.data()[chunk * size + i * row + d];
         const int64_t which = i / shape.width;
         const int64_t w = i % shape.width;

@@ -4,6 +4,13 @@
 
 namespace ant5m {
 
+// Tasks that an op has at least, where it is large enough: 4 for each of 16 cores, so that all end at about the same
+// time.
+constexpr int64_t kTasks = 64;
+
+// Of the threads, those that so many numbers are worth waking.
+inline int threads_for(int64_t numbers, int threads) { return numbers < 1 << 15 ? 1 : threads; }
+
 // Calls body(context, task) once for every task of [0, tasks) on up to `threads` threads. Which thread takes which
 // task is not determined, so a task must write only what is its own. Rethrows the first exception of a task.
 void parallel(int threads, int64_t tasks, void (*body)(void* context, int64_t task), void* context);

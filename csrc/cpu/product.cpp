@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kTokens = 64;  // of a block: packed they stay in L2, and in L1 the rows of one tile
 constexpr int64_t kDepth = 256;  // of a sum at a time: so does a packed panel of them
-constexpr int64_t kPart = 64;    // rows transposed at a time
+constexpr int64_t kPart = 64;    // of the depth packed at a time, at most
 
 // A matrix [depth, columns] as products read it: packed along the depth, in panels [Format::count(depth), kLanes] of
 // its columns, zero behind the last.
@@ -24,9 +24,10 @@ class Panels {
 
     // Of x [depth, columns].
     void pack(const float* x, int64_t x_row, int threads) {
-        parallel(threads, divide_up(depth_, kDepth), [&](int64_t index) {
-            const int64_t first = index * kDepth;
-            const int64_t n = smaller(kDepth, depth_ - first);
+        const int64_t part = smaller(kPart, part_of(depth_, kTasks));
+        parallel(threads_for(depth_ * columns_, threads), divide_up(depth_, part), [&](int64_t task) {
+            const int64_t first = task * part;
+            const int64_t n = smaller(part, depth_ - first);
             for (int64_t column = 0; column < columns_; column += kLanes) {
                 const int64_t lanes = smaller(kLanes, columns_ - column);
                 float* to = at(column, first);
@@ -38,15 +39,18 @@ class Panels {
 
     // Of the transpose of x [columns, depth].
     void pack_transposed(const float* x, int64_t x_row, int threads) {
-        parallel(threads, divide_up(columns_, kLanes), [&](int64_t panel) {
-            const int64_t column = panel * kLanes;
+        const int64_t panels = divide_up(columns_, kLanes);
+        const int64_t part = smaller(kPart, part_of(depth_, divide_up(kTasks, larger(1, panels))));
+        const int64_t parts = divide_up(depth_, part);
+        parallel(threads_for(depth_ * columns_, threads), panels * parts, [&](int64_t task) {
+            const int64_t column = task / parts * kLanes;
+            const int64_t first = task % parts * part;
             const int64_t lanes = smaller(kLanes, columns_ - column);
-            float numbers[kPart * kLanes] = {};
-            for (int64_t first = 0; first < depth_; first += kPart) {
-                const int64_t n = smaller(kPart, depth_ - first);
-                transpose(lanes, n, x + column * x_row + first, x_row, numbers, kLanes);
-                Format::pack_rows(n, kLanes, numbers, kLanes, at(column, first), kLanes);
-            }
+            const int64_t n = smaller(part, depth_ - first);
+            float numbers[kPart * kLanes];
+            if (lanes < kLanes) std::memset(numbers, 0, sizeof numbers);
+            transpose(lanes, n, x + column * x_row + first, x_row, numbers, kLanes);
+            Format::pack_rows(n, kLanes, numbers, kLanes, at(column, first), kLanes);
         });
     }
 
@@ -96,26 +100,62 @@ void multiply_rows(int64_t tokens, int64_t depth, int64_t rows, const float* x, 
     });
 }
 
+// How a product [rows, columns] over tokens is cut into tasks: by row, by groups of columns and, where that is too few,
+// by chunks of tokens, whose sums are added in their order. Only these change a result, and they depend on the shape
+// alone.
+struct Cut {
+    int64_t panels, groups, group, chunks, chunk;  // group: columns; chunk: tokens
+
+    Cut(int64_t tokens, int64_t rows, int64_t columns, int threads) : panels(divide_up(rows, kLanes)) {
+        const int64_t of_columns = divide_up(columns, kLanes);
+        const int64_t tasks = smaller(kTasks, 4 * threads);
+        group = smaller(of_columns, larger(1, panels * of_columns / tasks)) * kLanes;
+        groups = divide_up(columns, group);
+        const int64_t blocks = larger(1, divide_up(tokens, kDepth));
+        chunks = smaller(divide_up(blocks, 2), divide_up(kTasks, panels * of_columns));
+        chunk = divide_up(blocks, chunks) * kDepth;
+        chunks = divide_up(blocks * kDepth, chunk);
+    }
+    int64_t tasks() const { return panels * groups * chunks; }
+};
+
 template <typename Format>
 void multiply_over_tokens(int64_t tokens, int64_t rows, int64_t columns, const float* a, int64_t a_row, const float* b,
                           int64_t b_row, float* out, int threads) {
+    const int64_t size = rows * columns;
+    if (size == 0) return;
     // a too, whose elements are broadcast: where it lies, tokens may all fall into the same sets of L1.
     Panels<Format> a_panels(tokens, rows), b_panels(tokens, columns);
     a_panels.pack(a, a_row, threads);
     b_panels.pack(b, b_row, threads);
-    const int64_t padded = divide_up(columns, kLanes) * kLanes;
-    parallel(threads, divide_up(rows, kLanes), [&](int64_t panel) {
-        const int64_t first = panel * kLanes;
-        const int64_t n = smaller(kLanes, rows - first);
-        float* sum = scratch(n * padded);
-        std::memset(sum, 0, sizeof(float) * n * padded);
-        for (int64_t start = 0; start < tokens; start += kDepth)
-            for (int64_t column = 0; column < columns; column += kLanes)
-                multiply_panel<Format, kVecs, true>(n, smaller(kDepth, tokens - start),
-                                                    {a_panels.at(first, start), 1, kLanes}, b_panels.at(column, start),
-                                                    kLanes, sum + column, padded);
+    const Cut cut(tokens, rows, columns, threads);
+    const Memory parts(cut.chunks > 1 ? cut.chunks * size : 0);
+    parallel(threads, cut.tasks(), [&](int64_t task) {
+        const int64_t chunk = task / (cut.panels * cut.groups);
+        const int64_t row = task / cut.groups % cut.panels * kLanes;
+        const int64_t column = task % cut.groups * cut.group;
+        const int64_t n = smaller(kLanes, rows - row);
+        const int64_t width = smaller(cut.group, columns - column);
+        const int64_t end = smaller(tokens, (chunk + 1) * cut.chunk);
+        float* sum = scratch(n * cut.group);
+        std::memset(sum, 0, sizeof(float) * n * cut.group);
+        for (int64_t start = chunk * cut.chunk; start < end; start += kDepth)
+            for (int64_t j = 0; j < width; j += kLanes)
+                multiply_panel<Format, kVecs, true>(n, smaller(kDepth, end - start),
+                                                    {a_panels.at(row, start), 1, kLanes},
+                                                    b_panels.at(column + j, start), kLanes, sum + j, cut.group);
+        float* to = (cut.chunks > 1 ? parts.data() + chunk * size : out) + row * columns + column;
         for (int64_t i = 0; i < n; ++i)
-            std::memcpy(out + (first + i) * columns, sum + i * padded, sizeof(float) * columns);
+            std::memcpy(to + i * columns, sum + i * cut.group, sizeof(float) * width);
+    });
+    if (cut.chunks == 1) return;
+    parallel_rows(threads_for(cut.chunks * size, threads), rows, larger(1, rows / kTasks), [&](int64_t, int64_t row) {
+        for_vectors(columns, [&](int64_t column, auto read, auto write) {
+            const float* part = parts.data() + row * columns + column;
+            Vec sum = read(part);
+            for (int64_t chunk = 1; chunk < cut.chunks; ++chunk) sum += read(part + chunk * size);
+            write(out + row * columns + column, sum);
+        });
     });
 }
 

@@ -70,6 +70,11 @@ inline void for_vectors(int64_t n, const Visit& visit) {
         [left](float* p, Vec v) { store_part(p, v, left); });
 }
 
+// to += from; a multiple of kWidth floats.
+inline void add_floats(int64_t floats, const float* from, float* to) {
+    for (int64_t i = 0; i < floats; i += kWidth) store(to + i, load(to + i) + load(from + i));
+}
+
 inline Vec broadcast(float x) { return x - Vec{}; }
 
 // b where one of them is NaN.

@@ -57,7 +57,7 @@ void skinny_gemm_rows(int64_t tokens, int64_t rows, int64_t depth, const float* 
 template <typename Body>
 void for_rows(int threads, int64_t rows, int64_t depth, const Body& body) {
     constexpr int64_t kPart = 64;
-    parallel(rows * depth < 1 << 15 ? 1 : threads, divide_up(rows, kPart), [&](int64_t index) {
+    parallel(threads_for(rows * depth, threads), divide_up(rows, kPart), [&](int64_t index) {
         const int64_t first = index * kPart;
         body(first, smaller(kPart, rows - first));
     });
