@@ -32,7 +32,7 @@ def backends() -> list[str]:
     others = {"cpu"} if device.type == "cuda" else {"triton", "cuda"}
     if training_precision(device) != "fp16":
         others.add("cuda")  # its attention takes nothing else
-    ready = kernels.available().values()
+    ready = [row for op, row in kernels.available().items() if op in kernels.OPS]
     return [b for b in kernels.BACKENDS if b not in others and all(row[b] == "ready" for row in ready)]
 
 

@@ -10,7 +10,7 @@ import torch
 
 from ant5m import kernels
 from ant5m.errors import UserError
-from ant5m.kernels import check, cuda, dispatch, reference
+from ant5m.kernels import check, cuda, dispatch, reference, registry
 from ant5m.kernels.cuda import compiler, runtime
 from ant5m.kernels.cuda.compiler import Compiler
 
@@ -147,12 +147,14 @@ def test_which_backend_comes_first_on_a_gpu(capability, order, monkeypatch):
 
 def test_the_line_for_people_asks_no_further_than_it_must(monkeypatch):
     """What is asked compiles kernels and tries them."""
-    reasons = {"triton": {"attention": "no tensor cores"}, "reference": {}}
+    missing = set(registry.OPS) - set(registry.load("triton").IMPLEMENTATIONS)
+    reasons = {"triton": {"attention": "no tensor cores", **dict.fromkeys(missing, "it has none")}}
     monkeypatch.setattr(dispatch, "_selected", "auto")
     monkeypatch.setattr(dispatch, "order", lambda device: ("triton", "reference", "cuda"))
     monkeypatch.setattr(dispatch, "_ready", lambda op, name: reasons[name].get(op.name))
     line = kernels.describe("cuda")
-    assert "attention on reference, swiglu on triton" in line and line.endswith("(no tensor cores)")
+    assert "; attention on reference" in line and line.endswith("(no tensor cores)")
+    assert "linear_cross_entropy on triton" in line and "but qkv_rope, tree_attention, linear," in line
 
 
 def test_what_the_ops_refuse(monkeypatch):

@@ -146,7 +146,7 @@ def clock(backend, monkeypatch):
         return took["block" if way is block else "products"].pop(0)
 
     monkeypatch.setattr(check, "_milliseconds", milliseconds)
-    monkeypatch.setattr(check, "_TIMED", {"batch": 5, "length": 10})
+    monkeypatch.setattr(check, "_TIMED", {"cpu": {"batch": 5, "length": 10}})
     return took, timed
 
 
@@ -202,6 +202,43 @@ def test_a_block_that_fails_at_full_size_is_not_used(backend, clock, monkeypatch
 def test_only_what_is_timed_asks_the_clock(backend, clock):
     assert ask("swiglu", samples("swiglu")[0]) is None
     assert not clock[1] and not kernels.choices()
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_on_apple_products_are_timed_beside_torchs_before_their_first_use(faster, monkeypatch):
+    """Whose library, Accelerate, may use units that no instruction set shows."""
+    cpu, timed = registry.load("cpu"), []
+    monkeypatch.setattr(cpu, "IMPLEMENTATIONS", cpu.implementations("darwin"))
+    monkeypatch.setattr(check, "_found", {})
+    monkeypatch.setattr(check, "_choices", {})
+    own = [cpu.mlp, cpu.linear, cpu.linear_cross_entropy]
+
+    def milliseconds(way, arguments, leaves, dy, device):
+        timed.append(way)
+        return 1.0 if (way in own) == faster else 2.0
+
+    monkeypatch.setattr(check, "_milliseconds", milliseconds)
+    for name in ("linear", "mlp", "linear_cross_entropy", "linear_cross_entropy"):
+        (arguments,) = samples(name)
+        op = registry.OPS[name]
+        expected = getattr(cpu, name) if faster else composition(name)
+        assert torch.equal(op(*arguments), expected(*arguments)) or not faster
+        assert list(op.chosen.values())[-1] is (getattr(cpu, name) if faster else None)
+    kept = kernels.choices()
+    assert {
+        "cpu linear on cpu in float32: hidden 8, intermediate 12",
+        "cpu mlp on cpu in float32: hidden 8, intermediate 12",
+        "cpu linear_cross_entropy on cpu in float32, int64: hidden 8, vocab 30",
+    } <= set(kept)
+    # The block's composition has two products of its own.
+    assert len(kept) == (3 if faster else 5) and len(timed) == 6 * len(kept)
+    assert all((reason == "faster") == faster for reason in kept.values())
+    # By name it is used, however fast.
+    (arguments,) = samples("linear_cross_entropy")
+    assert torch.equal(
+        kernels.linear_cross_entropy(*arguments, backend="cpu"), cpu.linear_cross_entropy(*arguments)
+    )
+    assert not any(x.timed for x in cpu.implementations("linux").values())
 
 
 def test_on_a_cpu_nothing_is_checked(backend, monkeypatch):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ant5m import kernels
 from ant5m.errors import UserError
-from ant5m.kernels import reference
+from ant5m.kernels import dispatch, reference, registry
 from ant5m.kernels.tracing import constant_when_traced
 
 
@@ -192,7 +192,8 @@ def test_a_backend_asked_for_by_name_says_why_it_cannot(monkeypatch):
 
 def test_available_names_every_op_and_backend():
     table = kernels.available()
-    assert set(table) == set(kernels.OPS)
+    assert set(table) == set(registry.OPS) > set(kernels.OPS)
+    assert table["rope_packed"]["cpu"] == "it has no rope_packed"
     assert all(set(row) == set(kernels.BACKENDS) and row["reference"] == "ready" for row in table.values())
 
 
@@ -213,3 +214,31 @@ def test_a_forward_pass_does_not_import_the_compiler():
         "assert 'torch._dynamo' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_who_runs_an_op_is_decided_once_for_arguments_alike(monkeypatch):
+    asked = []
+    cpu, gate = registry.load("cpu"), torch.ones(2, 3)
+    monkeypatch.setattr(cpu, "unsupported_reason", lambda tensors: asked.append(tensors[0].dtype))
+    for _ in range(3):
+        kernels.swiglu(gate, gate), kernels.swiglu(gate.bfloat16(), gate.bfloat16())
+    assert asked == [torch.float32, torch.bfloat16]
+    kernels.swiglu(gate[:1], gate[:1])
+    with torch.no_grad():
+        kernels.swiglu(gate, gate)
+    with torch.autocast("cpu", torch.bfloat16):
+        kernels.swiglu(gate, gate)
+    kernels.swiglu(gate, gate, backend="cpu")
+    assert len(asked) == 6
+    kernels.restore({})
+    kernels.swiglu(gate, gate)
+    assert len(asked) == 7
+    with pytest.raises(ValueError, match="do not fit"):
+        kernels.swiglu(gate, gate[:1])
+
+
+def test_choices_of_many_shapes_are_not_kept_for_ever(monkeypatch):
+    monkeypatch.setattr(dispatch, "_MOST_CHOSEN", 4)
+    for n in range(1, 12):
+        kernels.swiglu(torch.ones(n), torch.ones(n))
+    assert len(kernels.swiglu.chosen) <= 4

@@ -182,6 +182,7 @@ def test_an_op_falls_through_to_the_next_backend_and_then_to_its_composition(mon
         module = type(name, (), {"unsupported_reason": staticmethod(lambda tensors: None)})
         module.IMPLEMENTATIONS = {"mlp": Implementation(function, lambda *given: reason)}
         monkeypatch.setitem(registry._modules, name, module)
+        registry.forget()
 
     monkeypatch.setattr(dispatch, "order", lambda device: ("triton", "cuda", "reference"))
     backend("triton", "not today"), backend("cuda", None)

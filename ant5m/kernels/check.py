@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ant5m.errors import first_line
-from ant5m.kernels.registry import OPS, load
+from ant5m.kernels.registry import OPS, forget, load
 from ant5m.kernels.samples import Draw, Sizes, tensors_of, with_tensors
 from ant5m.kernels.tracing import constant_when_traced
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 # RMS error over RMS of the reference: three times what the tests allow, and in fp32 room for the 10 bits of
 # TF32 where a user has switched it on. A kernel that is wrong is off by far more.
 _TOLERANCES = {torch.float32: 5e-3, torch.float16: 1.5e-2, torch.bfloat16: 6e-2}
-# Of a step of `ant-5m`: 65,536 tokens.
-_TIMED = {"batch": 64, "length": 1_024}
+# What is timed: on a GPU a step of `ant-5m`, 65,536 tokens; on a CPU as much as takes a second or so.
+_TIMED = {"cuda": {"batch": 64, "length": 1_024}, "cpu": {"batch": 1, "length": 1_024}}
 
 _found: dict[tuple[Any, ...], str | None] = {}
 _choices: dict[str, str] = {}
@@ -49,6 +49,7 @@ def restore(choices: Mapping[str, str]) -> None:
     """Choose as before, without a stopwatch, wherever these say how."""
     _choices.update(choices)
     _found.clear()
+    forget()
 
 
 def unsupported_reason(
@@ -57,20 +58,26 @@ def unsupported_reason(
     implementation: "Implementation",
     arguments: tuple,
     tensors: Sequence[torch.Tensor],
+    by_clock: bool = True,
 ) -> str | None:
-    """Why `backend` should not be used for the op on such arguments, or None. Answers are kept."""
+    """Why `backend` should not be used for the op on such arguments, or None. Answers are kept.
+
+    Without `by_clock` an implementation that is `timed` need not be faster.
+    """
     device = tensors[0].device
-    if not implementation.timed and not _is_checked(device):
+    timed = implementation.timed and by_clock
+    if not timed and not _is_checked(device):
         return None
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     dtypes = tuple(x.dtype for x in tensors)
     missing = tuple(x is None for x in arguments)
     sizes = tuple(op.sizes(*arguments).items())
-    return _unsupported_reason(op.name, backend, device, dtypes, autocast, missing, sizes)
+    return _unsupported_reason(timed, op.name, backend, device, dtypes, autocast, missing, sizes)
 
 
 @constant_when_traced  # it is found out while torch.compile traces, not in what it makes
 def _unsupported_reason(
+    timed: bool,
     name: str,
     backend: str,
     device: torch.device,
@@ -79,16 +86,16 @@ def _unsupported_reason(
     missing: tuple[bool, ...],
     sizes: tuple[tuple[str, int], ...],
 ) -> str | None:
-    key = name, backend, device, dtypes, autocast, missing, sizes
+    key = timed, name, backend, device, dtypes, autocast, missing, sizes
     if key not in _found:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return f"{name} was not checked before the capture"
-        trial = Trial(OPS[name], load(backend).IMPLEMENTATIONS[name], *key[2:])
+        trial = Trial(OPS[name], load(backend).IMPLEMENTATIONS[name], *key[3:])
         _found[key] = trial.failure() if _is_checked(device) else None
         if _found[key] is not None:
             warnings.warn(f"{backend}: {_found[key]}", stacklevel=2)
-        elif trial.implementation.timed:
-            _found[key] = _choose(_name(*key), trial)
+        elif timed:
+            _found[key] = _choose(_name(*key[1:]), trial)
     return _found[key]
 
 
@@ -146,7 +153,7 @@ class Trial:
         ways = self.implementation.function, self.op.composition
         try:
             with self._as_called():
-                arguments = self._arguments(**_TIMED)
+                arguments = self._arguments(**_TIMED[self.device.type])
                 leaves = [x for x in tensors_of(arguments) if x.is_floating_point()]
                 dy = torch.ones_like(self.implementation.function(*arguments))
                 # In turns, because a GPU's clock rises as it works.
@@ -202,16 +209,17 @@ def results(function: Callable, arguments: tuple) -> list[torch.Tensor]:
 
 
 def _milliseconds(function, arguments, leaves, dy, device, repeats: int = 10) -> float:
-    """Of `function` and its gradients. A GPU waits until all is queued: launches take no part."""
+    """Of `function` and its gradients. A GPU waits until all is queued: launches take no part. On a CPU the
+    first of several rounds is the one that warms up."""
 
     def run():
         torch.autograd.grad(function(*arguments), leaves, dy, allow_unused=True)
 
-    run()
     if device.type != "cuda":
         before = time.perf_counter()
         run()
         return 1e3 * (time.perf_counter() - before)
+    run()
     with torch.cuda.device(device):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(50_000_000)  # clocks: about 30 ms

@@ -21,7 +21,7 @@ import torch
 
 from ant5m.errors import UserError
 from ant5m.kernels import check
-from ant5m.kernels.registry import BACKENDS, OPS, check_name, load
+from ant5m.kernels.registry import BACKENDS, OPS, check_name, forget, load
 from ant5m.kernels.samples import Draw, tensors_of
 from ant5m.kernels.tracing import constant_when_traced
 
@@ -39,6 +39,9 @@ _PREFERENCE = (
 )
 
 _selected = os.environ.get("ANT5M_KERNELS") or "auto"
+
+_MOST_CHOSEN = 1_024
+"""of an op: who runs it, kept by the shapes and dtypes of its arguments"""
 
 
 @dataclass(frozen=True)
@@ -96,31 +99,50 @@ class Op(Generic[P, R]):
         *parameters, _ = inspect.signature(composition).parameters.values()
         self._parameters = [parameter.name for parameter in parameters]
         self._defaults = tuple(parameter.default for parameter in parameters)
+        self.chosen: dict[tuple, Callable[..., Any] | None] = {}
+        """{what decides who runs it (`_key`): the function, or None for the composition}"""
         OPS[self.name] = self
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         backend: Any = kwargs.pop("backend", None)
-        arguments = self._complete(args, kwargs)
+        arguments: tuple = args
+        if kwargs or len(args) < len(self._parameters):
+            arguments = self._complete(args, kwargs)
+        # Asking all anew takes up to 15 microseconds, as long as an op itself in generation.
+        key = None if torch.compiler.is_compiling() else _key(backend or _selected, arguments)
+        function = self._choose(backend, arguments, key) if key not in self.chosen else self.chosen[key]
+        if function is None:
+            return self.composition(*arguments, backend=backend)
+        return function(*arguments)
+
+    def _choose(self, backend: str | None, arguments: tuple, key: tuple | None) -> Callable[..., Any] | None:
         tensors = tensors_of(arguments)
         device = tensors[0].device
         if not self.fits(*arguments) or any(x.device != device for x in tensors):
             raise ValueError(self._misfit(arguments))
         implementation = self._find(backend or _selected, arguments, tensors)
-        if implementation is None:
-            return self.composition(*arguments, backend=backend)
-        return implementation.function(*arguments)
+        function = None if implementation is None else implementation.function
+        # What a capture refuses may run later.
+        if key is not None and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            if len(self.chosen) >= _MOST_CHOSEN:
+                self.chosen.clear()
+            self.chosen[key] = function
+        return function
 
     def complete(self, *arguments: Any) -> tuple:
         """The arguments, with the defaults of those that are missing at the end."""
         return self._complete(arguments, {})
 
-    def unsupported_reason(self, backend: str, *arguments: Any) -> str | None:
-        """Why this backend cannot run the op on these arguments, in a few words; None where it can."""
+    def unsupported_reason(self, backend: str, *arguments: Any, by_clock: bool = True) -> str | None:
+        """Why this backend cannot run the op on these arguments, in a few words; None where it can.
+
+        Without `by_clock` what is used only where it is faster is not timed.
+        """
         arguments = self.complete(*arguments)
-        return self._unsupported_reason(backend, arguments, tensors_of(arguments))
+        return self._unsupported_reason(backend, arguments, tensors_of(arguments), by_clock)
 
     def _unsupported_reason(
-        self, backend: str, arguments: tuple, tensors: Sequence[torch.Tensor]
+        self, backend: str, arguments: tuple, tensors: Sequence[torch.Tensor], by_clock: bool
     ) -> str | None:
         if backend == "reference":
             return None
@@ -131,7 +153,7 @@ class Op(Generic[P, R]):
         return (
             module.unsupported_reason(tensors)
             or implementation.unsupported_reason(*arguments)
-            or check.unsupported_reason(self, backend, implementation, arguments, tensors)
+            or check.unsupported_reason(self, backend, implementation, arguments, tensors, by_clock)
         )
 
     def _find(self, name: str, arguments: tuple, tensors: Sequence[torch.Tensor]) -> Implementation | None:
@@ -140,10 +162,11 @@ class Op(Generic[P, R]):
         for backend in order(tensors[0].device) if name == "auto" else (name,):
             if backend == "reference":
                 return None
-            reason = self._unsupported_reason(backend, arguments, tensors)
+            must = self.core and name != "auto"
+            reason = self._unsupported_reason(backend, arguments, tensors, by_clock=not must)
             if reason is None:
                 return load(backend).IMPLEMENTATIONS[self.name]
-            if self.core and name != "auto":
+            if must:
                 raise UserError(f"the kernel backend '{name}' cannot run {self.name}: {reason}")
         return None
 
@@ -158,6 +181,28 @@ class Op(Generic[P, R]):
         pairs = zip(self._parameters, arguments, strict=True)
         given = [f"{name} {_describe(x)}" for name, x in pairs if tensors_of((x,))]
         return f"{self.name} takes {self.shapes}, all on one device; given {', '.join(given)} do not fit"
+
+
+def _key(backend: str, arguments: tuple) -> tuple | None:
+    """All that decides whether arguments fit and who runs the op on them; None where it cannot be told."""
+    found: list[Any] = [backend, torch.is_grad_enabled(), *_autocast_dtypes()]
+    for x in arguments:
+        if isinstance(x, list):
+            for y in x:
+                found += (y.shape, y.dtype, y.device) if isinstance(y, torch.Tensor) else (y,)
+        elif isinstance(x, torch.Tensor):
+            found += x.shape, x.dtype, x.device
+        elif x is None or isinstance(x, int | float):
+            found.append(x)
+        else:
+            return None
+    return tuple(found)
+
+
+def _autocast_dtypes() -> tuple:
+    return tuple(
+        torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
+    )
 
 
 def op(
@@ -192,6 +237,7 @@ def select(backend: str) -> None:
             if (reason := _ready(op, backend)) is not None:
                 raise UserError(f"the kernel backend '{backend}' cannot run {op.name}: {reason}")
     _selected = backend
+    forget()
 
 
 def selected() -> str:
@@ -200,23 +246,35 @@ def selected() -> str:
 
 
 def available() -> dict[str, dict[str, str]]:
-    """{op: {backend: "ready" or the reason why not}} on this machine, of the ops that every backend has."""
-    return {op.name: {backend: _ready(op, backend) or "ready" for backend in BACKENDS} for op in _core()}
+    """{op: {backend: "ready" or the reason why not}} on this machine. What is used only where it is faster is
+    ready where it can run."""
+    return {
+        name: {backend: _ready(op, backend) or "ready" for backend in BACKENDS} for name, op in OPS.items()
+    }
 
 
 def describe(device: torch.device | str) -> str:
     """One line for people: which op runs where on this device, and why not where it would be faster."""
-    names, reasons = {}, set()
-    for op in _core():
-        for names[op.name] in order(torch.device(device)) if _selected == "auto" else (_selected,):
-            if _selected != "auto" or (reason := _ready(op, names[op.name])) is None:
+    asked = order(torch.device(device)) if _selected == "auto" else (_selected,)
+    places: dict[str, list[str]] = {}
+    reasons = set()
+    for name, op in OPS.items():
+        for place in asked:
+            if place == "reference" or (reason := _ready(op, place)) is None or (op.core and len(asked) == 1):
                 break
-            reasons.add(reason)
-    chosen = sorted(set(names.values()))
-    if len(chosen) == 1:
-        where = f"all on {chosen[0]}"
+            if name in load(place).IMPLEMENTATIONS:
+                reasons.add(reason)
+        else:
+            place = "reference"
+        # An op that stands for several is made of them, wherever these run.
+        places.setdefault(place if op.core or place != "reference" else "composed", []).append(name)
+    composed = places.pop("composed", [])
+    if len(places) == 1:
+        where = f"all on {next(iter(places))}"
     else:
-        where = ", ".join(f"{op} on {name}" for op, name in names.items())
+        where = "; ".join(f"{', '.join(names)} on {place}" for place, names in places.items())
+    if composed and set(places) != {"reference"}:
+        where += f", but {', '.join(composed)} made of smaller ops"
     return f"kernels ({_selected}): {where}" + (f" ({'; '.join(sorted(reasons))})" if reasons else "")
 
 
@@ -226,12 +284,15 @@ def _core() -> list[Op]:
 
 def _ready(op: Op, backend: str) -> str | None:
     """Why `backend` cannot run the op on its own kind of device, in any dtype of training and usual sizes."""
+    if backend != "reference" and op.name not in load(backend).IMPLEMENTATIONS:
+        return f"it has no {op.name}"
     reasons = []
     for dtype in _training_dtypes(backend):
         device = "cpu" if dtype == torch.float32 else torch.device("cuda", torch.cuda.current_device())
         arguments = op.samples(Draw(dtype=dtype, device=device))[-1]
-        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-            reason = op.unsupported_reason(backend, *arguments)
+        mixed = torch.autocast("cuda", dtype, enabled=dtype != torch.float32)
+        with torch.set_grad_enabled(op.differentiable), mixed:
+            reason = op.unsupported_reason(backend, *arguments, by_clock=False)
         if reason is None:
             return None
         reasons.append(reason)

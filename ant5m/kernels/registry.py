@@ -25,6 +25,12 @@ def load(backend: str) -> ModuleType:
     return _modules[backend]
 
 
+def forget() -> None:
+    """Who runs an op is decided again at its next call: after something else was selected or restored."""
+    for op in OPS.values():
+        op.chosen.clear()
+
+
 def check_name(backend: str) -> None:
     """Raises `UserError` where there is no such backend."""
     if backend not in (*BACKENDS, "auto"):

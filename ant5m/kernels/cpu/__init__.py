@@ -9,6 +9,8 @@ granted of strides is made true here: a last dimension without gaps. What shapes
 `ant5m.kernels.ops`. The number of threads is torch's; results do not depend on it.
 """
 
+import sys
+
 from ant5m._cpu import release_memory
 from ant5m.kernels.cpu.attention import attention, tree_attention
 from ant5m.kernels.cpu.bf16 import bf16_products, multiplies_bf16
@@ -52,20 +54,28 @@ __all__ = [
     "unsupported_reason",
 ]
 
-IMPLEMENTATIONS = {
-    "rms_norm": Implementation(rms_norm),
-    "rope": Implementation(rope),
-    "qk_norm_rope": Implementation(qk_norm_rope),
-    "qkv_rope": Implementation(qkv_rope, needs_fp32_products),
-    "attention": Implementation(attention),
-    "tree_attention": Implementation(lambda q, k, v, mask: tree_attention(q, k, v, mask.ends)),
-    "swiglu": Implementation(swiglu),
-    "mlp": Implementation(mlp, needs_fp32_products),
-    "linear": Implementation(linear, needs_fp32_products),
-    "rms_norm_linear": Implementation(rms_norm_linear, needs_no_gradients),
-    "fused_post_attention": Implementation(fused_post_attention, needs_no_gradients),
-    "linear_cross_entropy": Implementation(linear_cross_entropy),
-    "logsumexp_argmax": Implementation(logsumexp_argmax),
-}
+
+def implementations(platform: str) -> dict[str, Implementation]:
+    """On Apple's processors torch multiplies with Accelerate, which may use units that no instruction set
+    shows: there the ops that are products above all are used where they are timed to be faster."""
+    by_clock = platform == "darwin"
+    return {
+        "rms_norm": Implementation(rms_norm),
+        "rope": Implementation(rope),
+        "qk_norm_rope": Implementation(qk_norm_rope),
+        "qkv_rope": Implementation(qkv_rope, needs_fp32_products),
+        "attention": Implementation(attention),
+        "tree_attention": Implementation(lambda q, k, v, mask: tree_attention(q, k, v, mask.ends)),
+        "swiglu": Implementation(swiglu),
+        "mlp": Implementation(mlp, needs_fp32_products, timed=by_clock),
+        "linear": Implementation(linear, needs_fp32_products, timed=by_clock),
+        "rms_norm_linear": Implementation(rms_norm_linear, needs_no_gradients),
+        "fused_post_attention": Implementation(fused_post_attention, needs_no_gradients),
+        "linear_cross_entropy": Implementation(linear_cross_entropy, timed=by_clock),
+        "logsumexp_argmax": Implementation(logsumexp_argmax),
+    }
+
+
+IMPLEMENTATIONS = implementations(sys.platform)
 
 share_threads()
