@@ -5,6 +5,7 @@ Weights, gradients and optimizer states are fp32 everywhere; the precision is th
 
 import contextlib
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """From auto, cpu, cuda or cuda:1 to a device that is there, else `UserError`.
+    """From auto, cpu, cuda, cuda:1 or mps to a device that is there, else `UserError`.
 
     Of several processes on one machine each takes the GPU of its number (`local_rank`).
     """
@@ -27,24 +28,35 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"there is no device '{name}' (use auto, cpu, cuda or cuda:1)") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"the device '{name}' is not supported (use auto, cpu, cuda or cuda:1)")
+        raise UserError(f"there is no device '{name}' (use auto, cpu, cuda, cuda:1 or mps)") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"the device '{name}' is not supported (use auto, cpu, cuda, cuda:1 or mps)")
+    if device.type == "mps":
+        return _apple_gpu()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:
         raise UserError(f"the device '{name}' is not there: {count or 'no'} GPU{'s' * (count != 1)} found")
     return device
 
 
+def _apple_gpu() -> torch.device:
+    if not torch.backends.mps.is_available():
+        raise UserError("the device 'mps' is not there: it is the GPU of an Apple computer")
+    warnings.warn(
+        "nobody has tried the device 'mps' yet: it runs the reference ops in plain PyTorch", stacklevel=3
+    )
+    return torch.device("mps")
+
+
 def choose_precision(name: str, device: torch.device) -> str:
     """auto: on a GPU bf16 from compute capability 8.0 on, fp16 below; on a CPU bf16 where the kernels in use
-    multiply it and keep everything else in fp32, else fp32. A name is checked and kept.
+    multiply it and keep everything else in fp32, else fp32, as on anything else. A name is checked and kept.
 
     Capability decides, because `torch.cuda.is_bf16_supported()` is also True where bf16 is emulated.
     """
     native = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
     if name == "auto":
-        if device.type == "cpu":
+        if device.type != "cuda":
             return "fp32" if casts("bf16", device) else "bf16"
         return "bf16" if native else "fp16"
     if name not in DTYPES:
@@ -82,6 +94,8 @@ def installed_memory() -> int:
 
 def describe_device(device: torch.device, precision: str) -> str:
     """For people: the GPU's name or the processor's with its threads, and the precision."""
+    if device.type == "mps":
+        return f"Apple GPU (mps), {precision}"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return f"{name}, {precision}"
 

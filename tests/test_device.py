@@ -6,10 +6,21 @@ import pytest
 import torch
 
 from ant5m import kernels
-from ant5m.device import DTYPES, autocast, casts, choose_device, choose_precision, peak_flops
+from ant5m.device import (
+    DTYPES,
+    autocast,
+    casts,
+    choose_device,
+    choose_precision,
+    describe_device,
+    peak_flops,
+)
 from ant5m.errors import UserError
+from ant5m.kernels import dispatch
 from ant5m.kernels.cpu import bf16
+from ant5m.model.config_file import load_config
 from ant5m.train.loss_scaler import FIRST_SCALE, GROWTH_INTERVAL, LossScaler
+from ant5m.train.plan import micro_batch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -50,6 +61,22 @@ def test_a_peak_is_never_guessed(gpu):
     gpu("NVIDIA T4000", (7, 5))
     assert peak_flops(CUDA, "fp16") is None
     assert peak_flops(CPU, "fp32") is None
+
+
+def test_the_gpu_of_an_apple_computer_is_accepted_and_said_to_be_untried(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match="'mps' is not there: it is the GPU of an Apple computer"):
+        choose_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.warns(UserWarning, match="nobody has tried the device 'mps' yet"):
+        device = choose_device("mps")
+    assert device == torch.device("mps") and choose_precision("auto", device) == "fp32"
+    assert (
+        dispatch.order(device) == ("reference",)
+        and describe_device(device, "fp32") == "Apple GPU (mps), fp32"
+    )
+    assert kernels.describe(device) == "kernels (auto): all on reference"
+    assert micro_batch(load_config("ant-5m"), 8, 1_024, device, "fp32") == 4
 
 
 def test_devices_that_are_not_there(monkeypatch):

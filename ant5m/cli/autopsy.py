@@ -45,7 +45,7 @@ class AutopsyCommand:
     out: Path | None = None
     """folder to write; default: autopsy/ in the folder of the run or model"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1"""
+    """auto, cpu, cuda, cuda:1, mps (untried)"""
     json: bool = False
     """print JSON and nothing else"""
 

@@ -66,7 +66,7 @@ class Evaluate:
     batch_size: int = 8
     """sequences per forward pass, for perplexity"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1"""
+    """auto, cpu, cuda, cuda:1, mps (untried)"""
     json: bool = False
     """print JSON and nothing else"""
 

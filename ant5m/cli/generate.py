@@ -44,7 +44,7 @@ class Generate:
     seed: int = 0
     """seed of the random sampling"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1"""
+    """auto, cpu, cuda, cuda:1, mps (untried)"""
     json: bool = False
     """print JSON and nothing else"""
 

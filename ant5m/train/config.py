@@ -86,7 +86,7 @@ class TrainConfig:
     seed: Seed = 1
     """seed of the initial weights and of the data order"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1"""
+    """auto, cpu, cuda, cuda:1, mps (untried)"""
     processes: Count | None = None
     """processes that train together; default: one for each GPU, which must be equal; inside torchrun those
     that it started"""

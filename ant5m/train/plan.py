@@ -72,7 +72,7 @@ def measure_speed(net: Ant, config: TrainConfig, precision: str) -> float:
     """Seconds per training token, from a few steps on a copy of the model, whose own state stays as it is."""
     length = net.config.max_position_embeddings
     twin = copy.deepcopy(net)
-    probe = LEAST_BATCH_TOKENS if net.device.type == "cpu" else GPU_PROBE_TOKENS
+    probe = LEAST_BATCH_TOKENS if net.device.type != "cuda" else GPU_PROBE_TOKENS
     rows = micro_batch(net.config, max(1, probe // length), length, net.device, precision)
     tokens = torch.zeros(rows, length, dtype=torch.int64, device=net.device)
     tokens += torch.arange(length, device=net.device) % net.config.vocab_size
@@ -110,7 +110,7 @@ def micro_batch(
     loop_loss: str = "none",
 ) -> int:
     """Sequences computed at once: the largest divisor of the batch that fits, beside the tokens if kept."""
-    if device.type == "cpu":
+    if device.type != "cuda":
         fitting = max(CPU_MICRO_TOKENS, CPU_MICRO_TOKENS_A_CORE * torch.get_num_threads())
     else:
         kept = 2 * num_tokens if keeps_tokens(num_tokens, device) else 0

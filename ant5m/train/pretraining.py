@@ -295,7 +295,9 @@ def _write_run(run: Run, settings: Settings, data: TrainingData) -> None:
 
 
 def _introduce(run: Run, settings: Settings, net: Ant, ranks: Ranks) -> None:
-    where = torch.cuda.get_device_name(net.device) if net.device.type == "cuda" else "the CPU"
+    where = {"cpu": "the CPU", "mps": "Apple's GPU, untried,"}.get(
+        net.device.type
+    ) or torch.cuda.get_device_name(net.device)
     where = where if ranks.alone else f"{ranks.size} x {where}"
     parameters, unique = sum(p.numel() for p in net.parameters()), run.data["train"]["tokens"]
     console = stderr()

@@ -298,6 +298,8 @@ def _sum_of_bits(net: Ant) -> int:
 
 def _to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """x there; from pinned memory, so that a GPU's work does not have to be waited for."""
-    if device.type == "cpu" or x.device == device:
+    if x.device == device:
         return x
+    if device.type != "cuda":
+        return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
