@@ -9,6 +9,7 @@ import torch
 from ant5m import _cpu
 from ant5m.kernels import cpu
 from ant5m.kernels.cpu.threads import share_threads
+from ant5m.kernels.samples import tensors_of
 from ant5m.model.config_file import load_config
 from ant5m.train.plan import micro_batch
 
@@ -66,6 +67,10 @@ def layer(width, inner):
 CASES = {
     "rms_norm": (cpu.rms_norm, lambda: [draw(TOKENS, 128), draw(128), 1e-5, draw(TOKENS, 128, seed=1)]),
     "rope": (cpu.rope, lambda: [draw(4, 1024, 8, 16), draw(4, 1024, 2, 16), *angles(1024, 8)]),
+    "qk_norm_rope": (
+        cpu.qk_norm_rope,
+        lambda: [draw(4, 1024, 8, 16), draw(4, 1024, 2, 16), *angles(1024, 8), [draw(16), draw(16, seed=1)]],
+    ),
     "attention, 1 sequence": (cpu.attention, lambda: attention(1)),
     "attention, 4 sequences": (cpu.attention, lambda: attention(4)),
     "attention, 1 key/value head": (cpu.attention, lambda: attention(1, 2, 1, 24)),
@@ -109,7 +114,7 @@ def run(op, inputs):
         return out if isinstance(out, tuple) else (out,)
     outs = out if isinstance(out, tuple) else (out,)
     ramps = [torch.linspace(-1, 1 + i, o.numel()).view(o.shape) for i, o in enumerate(outs)]
-    wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    wanted = [x for x in tensors_of(inputs) if x.requires_grad]
     return [*outs, *torch.autograd.grad(outs, wanted, ramps)]
 
 

@@ -187,7 +187,7 @@ def _key(backend: str, arguments: tuple) -> tuple | None:
     """All that decides whether arguments fit and who runs the op on them; None where it cannot be told."""
     found: list[Any] = [backend, torch.is_grad_enabled(), *_autocast_dtypes()]
     for x in arguments:
-        if isinstance(x, list):
+        if isinstance(x, list | tuple):
             for y in x:
                 found += (y.shape, y.dtype, y.device) if isinstance(y, torch.Tensor) else (y,)
         elif isinstance(x, torch.Tensor):
