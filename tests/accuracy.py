@@ -180,19 +180,26 @@ def check_attention(op, shape, kv, dtype, scale=1.0, layout=lambda x: x):
     )
 
 
-def check_head(op, rows, size, vocab, dtype, scale=1.0, layout=lambda x: x):
+def check_head(op, rows, size, vocab, dtype, scale=1.0, layout=lambda x: x, z_loss=None):
     targets = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     targets[::5] = -100
     targets[-1] = vocab - 1
     check(
         "linear_cross_entropy",
-        lambda hidden, weight: op(hidden, weight, targets),
-        lambda hidden, weight: F.cross_entropy(hidden.double() @ weight.double().T, targets),
+        lambda hidden, weight: op(hidden, weight, targets, z_loss=z_loss),
+        lambda hidden, weight: plain_head(hidden, weight, targets, z_loss),
         [draw(rows, size, scale=scale), draw(vocab, size, scale=0.3)],
         dtype,
-        lambda hidden, weight: reference.linear_cross_entropy(hidden, weight, targets),
+        lambda hidden, weight: reference.linear_cross_entropy(hidden, weight, targets, z_loss=z_loss),
         layout,
     )
+
+
+def plain_head(hidden, weight, targets, z_loss=None):
+    """Cross-entropy in float64, with z_loss * log(sum(exp))^2 in its gradient alone."""
+    logits = hidden.double() @ weight.double().T
+    z = (z_loss or 0.0) * logits.logsumexp(-1).square()[targets != -100].mean()
+    return F.cross_entropy(logits, targets) + z - z.detach()
 
 
 def check_small_probabilities(op):

@@ -98,7 +98,7 @@ void check_head(const Report& report, int64_t n, int64_t d, int64_t v) {
     std::vector<int64_t> targets(n);
     for (int64_t i = 0; i < n; ++i) targets[i] = i * 37 % v;
     Floats loss(1), grad_hidden = empty(n * d), padded = empty(v * row), grad_weight(v * d);
-    ant5m::ops().linear_cross_entropy(n, d, v, hidden.data(), d, weight.data(), d, targets.data(), -100, loss.data(),
+    ant5m::ops().linear_cross_entropy(n, d, v, hidden.data(), d, weight.data(), d, targets.data(), -100, 0, loss.data(),
                                       grad_hidden.data(), padded.data(), row, report.bf16, 2);
     for (int64_t i = 0; i < v * d; ++i) grad_weight[i] = padded[i / d * row + i % d];
     Doubles grad = multiply(n, d, v, widen(hidden), d, 1, widen(weight), 1, d);

@@ -181,6 +181,9 @@ def test_what_the_ops_refuse(monkeypatch):
     hidden, vocabulary = torch.zeros(1, 8).half(), torch.zeros(65_537, 8).half()
     targets = torch.zeros(1, dtype=torch.long)
     assert "up to 65,536 entries" in refuses("linear_cross_entropy", hidden, vocabulary, targets)
+    few = torch.zeros(9, 8).half()
+    assert refuses("linear_cross_entropy", hidden, few, targets, -100, None) is None
+    assert refuses("linear_cross_entropy", hidden, few, targets, -100, 1e-4) == "it has no z-loss"
     weight = torch.zeros(512, 256)
     assert "64 or 128 channels" in refuses("mlp", torch.zeros(1, 256).half(), weight, weight, weight.T)
     with torch.autocast("cpu", torch.bfloat16):

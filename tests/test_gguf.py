@@ -58,7 +58,11 @@ def changed(config: ModelConfig = SMALL, **values) -> ModelConfig:
 
 def make_net(config: ModelConfig) -> Ant:
     torch.manual_seed(0)
-    return Ant(config).eval()
+    net = Ant(config).eval()
+    for layer in net.model.layers:  # weights of 1 would hide whose they are
+        for norm in layer.self_attn.norms or []:
+            torch.nn.init.uniform_(norm, 0.5, 2)
+    return net
 
 
 class Server:
@@ -113,6 +117,7 @@ SHAPES = {
     "tied": SMALL,
     "untied, padded": changed(tie_word_embeddings=False, vocab_size=640),
     "other head size": changed(head_dim=32, num_key_value_heads=4, rope_theta=5e5),
+    "QK-norm": changed(qk_norm=True, head_dim=32, num_attention_heads=6),
 }
 
 

@@ -134,6 +134,24 @@ def test_linear_cross_entropy(rows, size, vocab, scale, monkeypatch):
     )
 
 
+def test_z_loss_is_in_the_gradient_alone(monkeypatch):
+    monkeypatch.setattr(reference, "HEAD_CHUNK_BYTES", 8 * 50 * 10)  # several chunks
+    hidden, weight = draw(37, 12, scale=2), draw(50, 12)
+    targets = torch.arange(37)
+    targets[::5] = -100
+
+    def truth(hidden, weight):
+        logits = hidden @ weight.T
+        z = 0.1 * logits.logsumexp(-1).square()[targets != -100].mean()
+        return F.cross_entropy(logits, targets) + z - z.detach()
+
+    def ours(hidden, weight, z_loss=0.1):
+        return kernels.linear_cross_entropy(hidden, weight, targets, z_loss=z_loss, backend="reference")
+
+    assert_same(ours, truth, hidden, weight)
+    assert ours(hidden, weight) == ours(hidden, weight, None)
+
+
 def test_linear_cross_entropy_all_ignored():
     hidden, weight = draw(4, 8), draw(5, 8)
     loss = kernels.linear_cross_entropy(hidden, weight, torch.full((4,), -100), backend="reference")

@@ -257,6 +257,13 @@ def test_attention_with_peaked_scores(dtype):
 
 
 @runs_here
+@pytest.mark.parametrize("dtype, vocab", [(fp32, 50), (fp16, 300), (bf16, 130), (fp32, 33_000)])
+def test_z_loss(dtype, vocab):
+    """Of rows that are whole in registers, that are read twice, and without logits in memory."""
+    check_head(ops.linear_cross_entropy, 7, 16, vocab, dtype, z_loss=0.3)
+
+
+@runs_here
 @pytest.mark.parametrize("layout", [with_gaps, heads_first])
 def test_layouts(layout):
     check_attention(ops.attention, (2, 19, 4, 16), 2, fp32, layout=layout)
@@ -732,11 +739,22 @@ MISTAKES = {
     "up's part of dx lost": ("mlp", "b_dx = tl.dot(b_dup, b_up, b_dx)", "pass"),
     "gradients of gate and up in one place": ("mlp", "p_dgate + W, b_dup", "p_dgate, b_dup"),
     "a square root for a sigmoid": ("mlp", "b_root * b_root", "b_root"),
-    "no one-hot": ("linear_cross_entropy", "/ row_sum - 1.0)", "/ row_sum)"),
+    "no one-hot": ("linear_cross_entropy", "(at - 1.0)", "at"),
     "ignored rows count": ("linear_cross_entropy", "target == ignore_index:", "target == ignore_index - 1:"),
     "last entry lost": ("linear_cross_entropy", "tl.where(o < V, b_z", "tl.where(o < V - 1, b_z"),
     "no one-hot in 16 bits": ("linear_cross_entropy", "b_p - 1.0, b_p)", "b_p, b_p)"),
     "ignored rows count in 16 bits": ("linear_cross_entropy", "ignore_index, 0.0, scale)", "-1, 0.0, scale)"),
+    "no z-loss": ("linear_cross_entropy", "factor *= 1.0 + 2.0 * z_loss", "factor *= 1.0 + 0.0 * z_loss"),
+    "no z-loss of the target": (
+        "linear_cross_entropy",
+        "at *= 1.0 + 2.0 * z_loss",
+        "at *= 1.0 + 0.0 * z_loss",
+    ),
+    "no z-loss in 16 bits": (
+        "linear_cross_entropy",
+        "b_lse * _LN2 * 2.0 * z_loss",
+        "b_lse * _LN2 * 0.0 * z_loss",
+    ),
     "last entry lost in 16 bits": (
         "linear_cross_entropy",
         "(first + tl.arange(0, BLOCK_V) < V)",
@@ -770,9 +788,9 @@ def _check_mutant(name, op, monkeypatch, module):
     elif name == "attention":
         check_attention(op, (1, 70, 4, 16), 1, fp16)
     else:
-        check_head(op, 12, 16, 100, fp32)
+        check_head(op, 12, 16, 100, fp32, z_loss=0.3)
         monkeypatch.setattr(module, "_SPAN", 128)
-        check_head(op, 12, 16, 200, fp16)
+        check_head(op, 12, 16, 200, fp16, z_loss=0.3)
 
 
 def _source(op):

@@ -90,6 +90,8 @@ def test_an_export_generates_the_same(net, tokenizer, backend, tmp_path, monkeyp
     """Token by token over a cache, here and there."""
     monkeypatch.setattr(dispatch, "_selected", backend)
     export(net, tokenizer, tmp_path / "hf", ModelCard("test"))
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "in the Qwen3 architecture" in card and "- qwen3" in card
     qwen = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     for prompt in ("the ant", "nest by the old"):
         ids = torch.tensor([tokenizer.encode(prompt)])

@@ -47,9 +47,10 @@ class ModelCard:
     def text(self, config: ModelConfig, num_parameters: int) -> str:
         """The card in Markdown, with the metadata block that the Hugging Face hub reads."""
         return _CARD.format(
-            metadata=self._metadata(),
+            metadata=self._metadata("qwen3" if config.qk_norm else "llama"),
             name=self._title,
             parameters=f"{num_parameters:,}",
+            architecture="Qwen3" if config.qk_norm else "Llama",
             shape=shape_of(config),
             training=self._training(),
             facts=self._facts(config, num_parameters),
@@ -66,7 +67,7 @@ class ModelCard:
     def _title(self) -> str:
         return " ".join(self.name.split()) or "A language model"
 
-    def _metadata(self) -> str:
+    def _metadata(self, architecture: str) -> str:
         from huggingface_hub import EvalResult, ModelCardData
 
         loss_and_bits = ("loss", "bits_per_byte")
@@ -87,7 +88,7 @@ class ModelCard:
         return ModelCardData(
             library_name="transformers",
             pipeline_tag="text-generation",
-            tags=["ant5m", "llama"],
+            tags=["ant5m", architecture],
             license=self.license,
             language=self.language,
             datasets=self.datasets or None,
@@ -209,7 +210,7 @@ _CARD = """\
 
 # {name}
 
-A language model of {parameters} parameters in the Llama architecture: {shape}.
+A language model of {parameters} parameters in the {architecture} architecture: {shape}.
 
 ## Training
 {training}

@@ -34,6 +34,8 @@ _LAYER = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
@@ -59,7 +61,7 @@ def export_gguf(net: Ant, tokenizer: Tokenizer, folder: Path, name: str, type: s
     kinds = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
     vocabulary = _vocabulary(tokenizer, net.config.vocab_size)
     with new_folder(folder) as aside:
-        writer = gguf.GGUFWriter(aside / file_name, "llama")
+        writer = gguf.GGUFWriter(aside / file_name, "qwen3" if net.config.qk_norm else "llama")
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(name)
         writer.add_file_type(gguf.LlamaFileType[kinds[type]])
@@ -131,6 +133,8 @@ def _tensors(net: Ant, type: str) -> Iterator[tuple[str, np.ndarray, Any]]:
 
     config = net.config
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    if config.qk_norm:
+        heads = {}  # of Qwen3 llama.cpp rotates halves
     for long_name, weight in net.state_dict().items():
         name, part = _tensor_name(long_name)
         values = weight.detach().float().cpu()

@@ -85,6 +85,7 @@ def _config(config: ModelConfig) -> dict[str, Any]:
         "inner": config.intermediate_size,
         "heads": config.num_attention_heads,
         "kvHeads": config.num_key_value_heads,
+        "qkNorm": config.qk_norm,
         "headSize": config.head_size,
         "context": config.max_position_embeddings,
         "vocab": config.vocab_size,

@@ -30,22 +30,23 @@ _ALIGN = 64
 
 SoftmaxGradient = Callable[..., None]
 """softmax_gradient(logits [N, stride], hidden [N, D], weight [vocab, D], targets [N], losses [N], vocab,
-ignore_index, scale, gradient): the loss of each row, and if `gradient` scale * (softmax - one-hot) in the
-place of its `vocab` entries. What lies behind them may become anything. Rows whose target is `ignore_index`
-become 0; one that is no entry makes the loss NaN. `hidden` and `weight`, both dense, are what the logits were
-made of, for whoever needs some of them in more digits.
+ignore_index, scale, gradient, z_loss): the loss of each row, and if `gradient` scale * (softmax - one-hot) in
+the place of its `vocab` entries, the softmax times 1 + 2 z_loss log(sum(exp)). What lies behind them may
+become anything. Rows whose target is `ignore_index` become 0; one that is no entry makes the loss NaN.
+`hidden` and `weight`, both dense, are what the logits were made of, for whoever needs some of them in more
+digits.
 """
 Gradients = Callable[..., Iterator[tuple[slice, torch.Tensor]]]
-"""gradients(hidden [N, D], weight [V, D], targets [N], losses [N], ignore_index, scale, gradient): fills the
-losses, and yields some rows after others the gradients of their logits [n, V], as `SoftmaxGradient` makes
-them, which last until the next are asked for. Without `gradient` what is yielded means nothing.
+"""gradients(hidden [N, D], weight [V, D], targets [N], losses [N], ignore_index, scale, gradient, z_loss):
+fills the losses, and yields some rows after others the gradients of their logits [n, V], as `SoftmaxGradient`
+makes them, which last until the next are asked for. Without `gradient` what is yielded means nothing.
 """
 
 
 def in_place(softmax_gradient: SoftmaxGradient) -> Gradients:
     """A chunk's logits by cuBLAS, in the dtype of the products, and in their place their gradients."""
 
-    def gradients(hidden, weight, targets, losses, ignore_index, scale, gradient):
+    def gradients(hidden, weight, targets, losses, ignore_index, scale, gradient, z_loss):
         vocab = len(weight)
         hidden, weight = hidden.contiguous(), weight.contiguous()
         buffer = chunk_buffer(hidden, vocab)
@@ -54,7 +55,7 @@ def in_place(softmax_gradient: SoftmaxGradient) -> Gradients:
             rows = buffer[: len(x)]
             logits = torch.mm(x, weight.T, out=rows[:, :vocab])
             tensors = rows, x, weight, targets[part], losses[part]
-            softmax_gradient(*tensors, vocab, ignore_index, scale, gradient)
+            softmax_gradient(*tensors, vocab, ignore_index, scale, gradient, z_loss)
             yield part, logits
 
     return gradients
@@ -83,15 +84,19 @@ def make_linear_cross_entropy(name: str, gradients: Gradients) -> Callable[..., 
         dtype: torch.dtype,
         need_hidden: bool,
         need_weight: bool,
+        z_loss: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """-> loss; fp32 gradients times count * _scale(dtype), empty where not needed; count of targets."""
         needs = need_hidden, need_weight
-        loss, grad_hidden, grad_weight, count = _outputs(hidden, weight, targets, ignore_index, dtype, *needs)
+        loss, grad_hidden, grad_weight, count = _outputs(
+            hidden, weight, targets, ignore_index, dtype, *needs, z_loss
+        )
         hidden, weight, targets = hidden.to(dtype), weight.to(dtype), targets.contiguous()
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         if need_weight:
             grad_weight.zero_()
-        made = gradients(hidden, weight, targets, losses, ignore_index, _scale(dtype), any(needs))
+        inputs = hidden, weight, targets, losses, ignore_index
+        made = gradients(*inputs, _scale(dtype), any(needs), z_loss)
         for part, gradient in made:
             if need_hidden:
                 product(gradient, weight, grad_hidden[part])
@@ -104,10 +109,10 @@ def make_linear_cross_entropy(name: str, gradients: Gradients) -> Callable[..., 
     forward.register_fake(_outputs)
     forward.register_autograd(_differentiate, setup_context=_save)
 
-    def linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
+    def linear_cross_entropy(hidden, weight, targets, ignore_index=-100, z_loss=None):
         grad = torch.is_grad_enabled()
         needs = grad and hidden.requires_grad, grad and weight.requires_grad
-        return forward(hidden, weight, targets, ignore_index, compute_dtype(hidden), *needs)[0]
+        return forward(hidden, weight, targets, ignore_index, compute_dtype(hidden), *needs, z_loss or 0.0)[0]
 
     return linear_cross_entropy
 
@@ -124,7 +129,7 @@ def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -
     return torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
-def _outputs(hidden, weight, targets, ignore_index, dtype, need_hidden, need_weight):
+def _outputs(hidden, weight, targets, ignore_index, dtype, need_hidden, need_weight, z_loss):
     loss, count = (torch.empty((), dtype=torch.float32, device=hidden.device) for _ in range(2))
     grad_hidden = torch.empty(hidden.shape if need_hidden else 0, dtype=torch.float32, device=hidden.device)
     grad_weight = torch.empty(weight.shape if need_weight else 0, dtype=torch.float32, device=hidden.device)
@@ -132,7 +137,7 @@ def _outputs(hidden, weight, targets, ignore_index, dtype, need_hidden, need_wei
 
 
 def _save(ctx, inputs, output):
-    hidden, weight, _, _, ctx.dtype, *ctx.needs = inputs
+    hidden, weight, _, _, ctx.dtype, *ctx.needs, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.dtypes = hidden.dtype, weight.dtype
     ctx.save_for_backward(*output[1:])
@@ -145,7 +150,7 @@ def _differentiate(ctx, grad, *_):
         torch.mul(x, scale, out=torch.empty_like(x, dtype=dtype)) if need else None
         for x, dtype, need in zip(grads, ctx.dtypes, ctx.needs, strict=True)
     )
-    return *scaled, None, None, None, None, None
+    return *scaled, None, None, None, None, None, None
 
 
 def _scale(dtype: torch.dtype) -> float:

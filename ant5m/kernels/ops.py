@@ -408,7 +408,7 @@ def fused_post_attention(
 
 @op(
     shapes="hidden [N, D], weight [V, D], V > 0, and int64 targets [N]",
-    fits=lambda hidden, weight, targets, ignore_index: (
+    fits=lambda hidden, weight, targets, ignore_index, z_loss: (
         hidden.ndim == 2
         and _multiplies(hidden, weight)
         and len(weight) > 0
@@ -419,9 +419,9 @@ def fused_post_attention(
         (
             draw.activations(draw.sizes.hidden).flatten(0, 1),
             draw.matrix(draw.sizes.vocab, draw.sizes.hidden),
-            draw.targets(),
-            -100,
+            *(draw.targets(), -100, z_loss),
         )
+        for z_loss in (1e-2, None)
     ],
     sizes=lambda hidden, weight, *_: {"hidden": weight.shape[1], "vocab": len(weight)},
     cost=lambda hidden, weight, *_: _multiplied(hidden, weight),
@@ -432,14 +432,19 @@ def linear_cross_entropy(
     weight: torch.Tensor,
     targets: torch.Tensor,
     ignore_index: int = -100,
+    z_loss: float | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Mean cross-entropy in nats of the logits hidden [N, D] @ weight [V, D]^T against `targets` [N] int64.
 
     Targets equal to `ignore_index` do not count; when none counts the loss is 0 and so are the gradients. The
     result is a 0-dim fp32 tensor (float64 for float64 inputs). The N x V logits never exist as a whole.
+
+    `z_loss` is a weight: the gradients then are those of the loss + z_loss * mean of log(sum(exp(logits)))^2,
+    which keeps logits from drifting, while the result stays the cross-entropy, so that losses compare.
+    Source: Chowdhery et al., "PaLM", 2022, section 5, with 1e-4.
     """
-    return reference.linear_cross_entropy(hidden, weight, targets, ignore_index)
+    return reference.linear_cross_entropy(hidden, weight, targets, ignore_index, z_loss)
 
 
 @op(

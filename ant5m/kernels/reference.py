@@ -116,7 +116,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     # kept. They stay unscaled (softmax - one-hot, at most 1 in size) until backward, so fp16 needs no loss
     # scale here.
     @staticmethod
-    def forward(ctx, hidden, weight, targets, ignore_index):
+    def forward(ctx, hidden, weight, targets, ignore_index, z_loss):
         ctx.dtypes = hidden.dtype, weight.dtype
         hidden, weight = (x.to(_compute_dtype(hidden)) for x in (hidden, weight))
         wide = _statistics_dtype(hidden)
@@ -138,10 +138,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             highest, where = logits.max(-1, keepdim=True)
             target_logit = logits.gather(-1, index)
             delta = torch.softmax(logits, -1, out=logits)
-            losses = highest - delta.gather(-1, where).log_() - target_logit
+            lse = highest - delta.gather(-1, where).log_()
+            losses = lse - target_logit
             total += losses.squeeze(-1).masked_fill_(~mask, 0).sum()
             if not (need_hidden or need_weight):
                 continue
+            if z_loss:
+                delta *= 1 + 2 * z_loss * lse
             delta.scatter_add_(-1, index, torch.full_like(losses, -1))
             delta = delta.to(hidden.dtype)
             # Ignored rows are zeroed in the narrow [rows, D] factors, not in the wide [rows, V] one.
@@ -161,13 +164,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = (grad_hidden * scale).to(ctx.dtypes[0])
         if grad_weight is not None:
             grad_weight = (grad_weight * scale).to(ctx.dtypes[1])
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
-def linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
+def linear_cross_entropy(hidden, weight, targets, ignore_index=-100, z_loss=None):
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
-    return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, z_loss)
 
 
 def _add_product(total, a, b):

@@ -246,6 +246,7 @@ class Ant(nn.Module):
     loss in nats over targets [B, T] (-100: not counted); `net(input_ids, cache=cache)` the logits of new
     positions, whose keys and values are added to the cache. With `starts` [B, T] int64 (without a cache)
     position t attends to positions starts[b, t]..t only, so that documents in one row do not see each other.
+    `z_loss` is that of `kernels.linear_cross_entropy`: it changes the gradient of the loss, not the loss.
     With `head` it gives head(hidden [B, T, D], head weight [V, D]), for other losses than the usual one.
     Raises `UserError` when T is above the context length.
     """
@@ -284,6 +285,7 @@ class Ant(nn.Module):
         cache: KVCache | None = None,
         starts: torch.Tensor | None = None,
         head: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        z_loss: float | None = None,
     ) -> torch.Tensor:
         past = 0 if cache is None else cache.length
         end = past + input_ids.shape[1]
@@ -300,7 +302,9 @@ class Ant(nn.Module):
             # The logits of many positions are large: not for memory that a backend keeps.
             product = kernels.linear if hidden.shape[1] == 1 else F.linear
             return product(hidden, self.head_weight)
-        return kernels.linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten())
+        return kernels.linear_cross_entropy(
+            hidden.flatten(0, 1), self.head_weight, targets.flatten(), z_loss=z_loss
+        )
 
 
 def rope_table(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:

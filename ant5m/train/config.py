@@ -75,6 +75,9 @@ class TrainConfig:
     final_rate: Share = 0.0
     """final learning rate as a share of the peak"""
 
+    z_loss: NotNegative = 0.0
+    """weight of log(sum(exp(logits)))^2, which keeps logits from drifting in long runs with high learning
+    rates; PaLM took 1e-4; the loss that is shown stays the cross-entropy"""
     loop_loss: Literal["none", "unlikelihood", "ditto"] = "none"
     """extra loss against repetition, added in the last steps of the run: token unlikelihood, or DITTO on
     phrases repeated on purpose (its steps take twice as long)"""

@@ -57,11 +57,12 @@ class AddLoopLoss(Callback):
 
     def act(self, trainer: "Trainer") -> None:
         self._added = True
-        trainer.use_loss(make_loop_loss(self._settings.loop_loss, self._settings.loop_loss_weight))
+        settings = self._settings
+        trainer.use_loss(make_loop_loss(settings.loop_loss, settings.loop_loss_weight, settings.z_loss))
 
 
-def make_loop_loss(kind: str, weight: float) -> LoopLoss:
-    """`weight` times "unlikelihood" or "ditto" beside the cross-entropy.
+def make_loop_loss(kind: str, weight: float, z_loss: float = 0.0) -> LoopLoss:
+    """`weight` times "unlikelihood" or "ditto" beside the cross-entropy, which has this `z_loss`.
 
     ditto is taken on repetitions made of the same rows, in a forward pass of its own: twice the activations
     and twice the time.
@@ -69,7 +70,8 @@ def make_loop_loss(kind: str, weight: float) -> LoopLoss:
 
     def with_unlikelihood(forward: Forward, input_ids: Tensor, targets: Tensor) -> Tensor:
         def head(hidden: Tensor, matrix: Tensor) -> Tensor:
-            loss = kernels.linear_cross_entropy(hidden.flatten(0, 1), matrix, targets.flatten())
+            rows = hidden.flatten(0, 1)
+            loss = kernels.linear_cross_entropy(rows, matrix, targets.flatten(), z_loss=z_loss or None)
             return _steer(loss, weight * unlikelihood(hidden, matrix, input_ids, targets))
 
         return forward(input_ids, head=head)

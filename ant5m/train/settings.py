@@ -65,6 +65,7 @@ class Settings:
     decay: float
     final_rate: float
 
+    z_loss: float
     loop_loss: str
     loop_loss_weight: float
     loop_loss_share: float

@@ -52,6 +52,7 @@ class Step:
         done: steps that counted before.
         eos_token_id: keeps attention inside the documents that end with it; None: inside the sequence.
         loop_loss: adds to the gradient of the cross-entropy.
+        z_loss: weight of `kernels.linear_cross_entropy`'s, which a loss against loops knows by itself.
         on_update: called behind the optimizer with 1, or 0 where the step was skipped; see `Callback`.
         ranks: each takes a step on its own sequences; gradients and losses are averaged over all of them.
         masked: some targets do not count; the mean is then over those that do, of the whole batch.
@@ -72,9 +73,10 @@ class Step:
         on_update: Sequence[Callable[[torch.Tensor], None]] = (),
         ranks: Ranks | None = None,
         masked: bool = False,
+        z_loss: float = 0.0,
     ):
         self.net, self.optimizer, self.scaler = net, optimizer, scaler
-        self.ranks, self.masked = ranks or Ranks(), masked
+        self.ranks, self.masked, self.z_loss = ranks or Ranks(), masked, z_loss
         self.micro_batch_size, self.grad_clip, self.precision = micro_batch_size, grad_clip, precision
         self.eos_token_id, self.loop_loss, self.on_update = eos_token_id, loop_loss, on_update
         self._parameters = list(net.parameters())
@@ -148,6 +150,8 @@ class Step:
         def forward(ids: torch.Tensor, **head: Any) -> torch.Tensor:
             if self.eos_token_id is not None:
                 head["starts"] = document_starts(ids, self.eos_token_id)
+            if self.z_loss and "targets" in head:
+                head["z_loss"] = self.z_loss
             out: torch.Tensor = torch.func.functional_call(self.net, weights, (ids,), head)
             return out
 

@@ -201,6 +201,7 @@ class Trainer:
             [c.on_update for c in self.callbacks if type(c).on_update is not Callback.on_update],
             self.ranks,
             self.loader.masked,
+            self.settings.z_loss,
         )
         return make_step(step)
 

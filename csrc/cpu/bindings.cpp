@@ -119,8 +119,8 @@ PYBIND11_MODULE(_cpu, m) {
            {"shape", "q", "k", "v", "out", "grad", "ends", "lse", "grad_q", "grad_k", "grad_v", "bf16", "threads"});
     define(m, "attention_tiles", &Ops::attention_tiles, {"shape", "ends", "counts"});
     define(m, "linear_cross_entropy", &Ops::linear_cross_entropy,
-           {"tokens", "dim", "vocab", "hidden", "hidden_row", "weight", "weight_row", "targets", "ignore_index", "loss",
-            "grad_hidden", "grad_weight", "grad_weight_row", "bf16", "threads"});
+           {"tokens", "dim", "vocab", "hidden", "hidden_row", "weight", "weight_row", "targets", "ignore_index", "z_loss",
+            "loss", "grad_hidden", "grad_weight", "grad_weight_row", "bf16", "threads"});
     define(m, "logsumexp_argmax", &Ops::logsumexp_argmax,
            {"tokens", "dim", "vocab", "hidden", "hidden_row", "weight", "weight_row", "logsumexp", "argmax",
             "threads"});

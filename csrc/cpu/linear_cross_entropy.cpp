@@ -36,6 +36,7 @@ struct Head {
     float* grad_hidden;
     float* grad_weight;
     int64_t tokens, dim, vocab, hidden_row, weight_row, grad_weight_row, ignore_index;
+    float z_loss = 0;
     const float* by_dim = weight;
     const float* by_entry = weight;
     int64_t by_dim_row = weight_row, by_entry_row = weight_row;
@@ -252,6 +253,7 @@ struct Block {
             const float sum = scale[token];
             const bool counted = token < tokens && counts(token);
             scale[token] = counted ? inverse_count / sum : 0.0f;
+            if (counted && head.z_loss != 0) scale[token] *= 1 + 2 * head.z_loss * (shift[token] + log2f(sum)) * kLn2;
             if (counted) losses += static_cast<double>(shift[token] - target_logit[token] + log2f(sum)) * kLn2;
         }
         return losses;
@@ -395,10 +397,10 @@ float mean_loss(Head head, int threads) {
 
 void linear_cross_entropy(int64_t tokens, int64_t dim, int64_t vocab, const float* hidden, int64_t hidden_row,
                           const float* weight, int64_t weight_row, const int64_t* targets, int64_t ignore_index,
-                          float* loss, float* grad_hidden, float* grad_weight, int64_t grad_weight_row, bool bf16,
-                          int threads) {
+                          float z_loss, float* loss, float* grad_hidden, float* grad_weight, int64_t grad_weight_row,
+                          bool bf16, int threads) {
     const Head head{hidden, weight, targets, grad_hidden, grad_weight,
-                    tokens, dim, vocab, hidden_row, weight_row, grad_weight_row, ignore_index};
+                    tokens, dim, vocab, hidden_row, weight_row, grad_weight_row, ignore_index, z_loss};
     with_format(bf16, [&](auto format) { *loss = mean_loss<decltype(format)>(head, threads); });
 }
 

@@ -59,11 +59,11 @@ using AttentionTiles = void(const AttentionShape& shape, const int32_t* ends, in
 // The head: mean cross-entropy in nats of hidden [tokens, dim] weight [vocab, dim]^T against the targets [tokens],
 // each of [0, vocab) or equal to ignore_index, over those that are not ignored; 0 when all are.
 // grad_hidden [tokens, dim] and grad_weight [vocab, grad_weight_row] may be null; grad_weight_row is dim or above and
-// a multiple of 16.
+// a multiple of 16. They are of the loss + z_loss * the mean of log(sum(exp(logits)))^2; the loss is without it.
 using LinearCrossEntropy = void(int64_t tokens, int64_t dim, int64_t vocab, const float* hidden, int64_t hidden_row,
                                 const float* weight, int64_t weight_row, const int64_t* targets, int64_t ignore_index,
-                                float* loss, float* grad_hidden, float* grad_weight, int64_t grad_weight_row,
-                                bool bf16, int threads);
+                                float z_loss, float* loss, float* grad_hidden, float* grad_weight,
+                                int64_t grad_weight_row, bool bf16, int threads);
 
 // Of each row of logits hidden [tokens, dim] weight [vocab, dim]^T: log(sum(exp)) and the first of its largest entries.
 using LogsumexpArgmax = void(int64_t tokens, int64_t dim, int64_t vocab, const float* hidden, int64_t hidden_row,

@@ -153,7 +153,7 @@ function rmsNorm(x, weight, eps, out) {
 }
 
 class Model {
-  // A Llama that reads one token after the other and remembers keys and values.
+  // A Llama or Qwen3 that reads one token after the other and remembers keys and values.
   constructor(config, tensors) {
     this.config = config;
     this.tensors = tensors;
@@ -174,7 +174,7 @@ class Model {
 
   // Read one token; the logits of the next one are left in `logits` unless `quiet`.
   read(token, quiet = false) {
-    const { layers, eps } = this.config, { x, normed, update, tensors } = this;
+    const { layers, eps, qkNorm } = this.config, { x, normed, update, tensors } = this;
     if (this.length >= this.config.context) throw new Error("the context is full");
     const part = (layer, name) => tensors[`model.layers.${layer}.${name}.weight`];
     tensors["model.embed_tokens.weight"].row(token, x);
@@ -183,6 +183,10 @@ class Model {
       part(layer, "self_attn.q_proj").times(normed, this.q);
       part(layer, "self_attn.k_proj").times(normed, this.k);
       part(layer, "self_attn.v_proj").times(normed, this.v);
+      if (qkNorm) {
+        this.normHeads(this.q, part(layer, "self_attn.q_norm"));
+        this.normHeads(this.k, part(layer, "self_attn.k_norm"));
+      }
       this.rotate(this.q);
       this.rotate(this.k);
       this.attend(layer);
@@ -199,6 +203,14 @@ class Model {
     if (quiet) return;
     rmsNorm(x, tensors["model.norm.weight"], eps, normed);
     (tensors["lm_head.weight"] ?? tensors["model.embed_tokens.weight"]).times(normed, this.logits);
+  }
+
+  normHeads(vector, weight) {
+    const { headSize, eps } = this.config;
+    for (let at = 0; at < vector.length; at += headSize) {
+      const head = vector.subarray(at, at + headSize);
+      rmsNorm(head, weight, eps, head);
+    }
   }
 
   // RoPE: dimension j of a head is rotated with j + half.

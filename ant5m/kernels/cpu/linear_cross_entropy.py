@@ -11,7 +11,7 @@ from ant5m.kernels.cpu.bf16 import in_bf16
 class _LinearCrossEntropy(torch.autograd.Function):
     # The gradients are computed with the loss, because only then are the logits at hand.
     @staticmethod
-    def forward(ctx, hidden, weight, targets, ignore_index, bf16):
+    def forward(ctx, hidden, weight, targets, ignore_index, z_loss, bf16):
         hidden, weight, targets = matrix(hidden), matrix(weight), targets.contiguous()
         (tokens, dim), vocab = hidden.shape, len(weight)
         padded = -(-dim // 16) * 16
@@ -31,6 +31,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weight_row=stride(weight),
             targets=address(targets),
             ignore_index=ignore_index,
+            z_loss=z_loss,
             loss=address(loss),
             grad_hidden=address(grad_hidden),
             grad_weight=address(grad_weight),
@@ -48,14 +49,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Times 1, the usual case, is not worth another pass over both.
         if grad.item() != 1:
             grads = (None if x is None else x * grad for x in grads)
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
 
-def linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
+def linear_cross_entropy(hidden, weight, targets, ignore_index=-100, z_loss=None):
     outside = (targets != ignore_index) & ((targets < 0) | (targets >= len(weight)))
     if outside.any():
         raise IndexError(f"target {targets[outside][0].item()} is outside a vocabulary of {len(weight)}")
     bf16 = in_bf16(hidden, weight)
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
-    return _LinearCrossEntropy.apply(hidden.float(), weight.float(), targets, ignore_index, bf16)
+    settings = ignore_index, z_loss or 0.0, bf16
+    return _LinearCrossEntropy.apply(hidden.float(), weight.float(), targets, *settings)

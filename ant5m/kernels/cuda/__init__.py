@@ -60,7 +60,9 @@ def _attention_refuses(q, *_):
     return f"it takes at most {MAX_ROWS:,} sequences, not {len(q):,}" if len(q) > MAX_ROWS else None
 
 
-def _head_refuses(hidden, weight, *_):
+def _head_refuses(hidden, weight, targets, ignore_index, z_loss):
+    if z_loss:
+        return "it has no z-loss"
     most = MAX_VOCAB * 2 // compute_dtype(hidden).itemsize
     return f"it takes up to {most:,} entries, not {len(weight):,}" if len(weight) > most else None
 

@@ -22,8 +22,9 @@ def softmax_gradient(
     ignore_index: int,
     scale: float,
     gradient: bool,
+    z_loss: float,
 ) -> None:
-    """See `ant5m.kernels.lm_head_loss.SoftmaxGradient`."""
+    """See `ant5m.kernels.lm_head_loss.SoftmaxGradient`; without `z_loss`, which `IMPLEMENTATIONS` refuses."""
     kind = bits(logits.dtype)
     threads = 256
     while threads < _THREADS and logits.shape[1] * kind > threads * _ENTRIES * 16:

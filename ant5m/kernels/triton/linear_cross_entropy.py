@@ -128,17 +128,20 @@ def head_gradient_kernel(
     V,
     ignore_index,
     scale,
+    z_loss,
     stride_hidden,
     stride_weight,
     stride_out,
     D: tl.constexpr,
     EVEN: tl.constexpr,
+    Z: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """scale * (softmax - one-hot) of a tile of rows and SPAN entries; 0 where a row does not count."""
+    """scale * (softmax - one-hot) of a tile of rows and SPAN entries; 0 where a row does not count. With Z
+    the softmax is times 1 + 2 z_loss log(sum(exp))."""
     spans = tl.cdiv(V, SPAN)
     low = tl.program_id(0) % spans * SPAN
     o_n = (tl.program_id(0) // spans * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -156,6 +159,8 @@ def head_gradient_kernel(
             b_hidden, p_hidden, p_weight, m_n, first, V, stride_weight, D, EVEN, BLOCK_N, BLOCK_V, BLOCK_D
         )
         b_p = tl.exp2(b_z * _LOG2E - b_lse[:, None])
+        if Z:
+            b_p *= (b_lse * _LN2 * 2.0 * z_loss + 1.0)[:, None]
         b_p = tl.where(b_target[:, None] == o_v[None, :], b_p - 1.0, b_p)
         m = m_n[:, None] & (o_v < stride_out)[None, :]
         tl.store(p_out + first + o_out, (b_p * b_scale[:, None]).to(p_out.dtype.element_ty), mask=m)
@@ -181,14 +186,17 @@ def softmax_gradient_kernel(
     stride,
     ignore_index,
     scale,
+    z_loss,
     GRADIENT: tl.constexpr,
+    Z: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A row of logits -> its loss, and in its place scale * (softmax - one-hot); 0 where it does not count.
 
     A row has room for `stride` entries, a multiple of 16, so that vectors of entries are read and written;
-    what lies behind entry V is never used. A target that is no entry makes the loss NaN.
+    what lies behind entry V is never used. A target that is no entry makes the loss NaN. With Z the softmax
+    is times 1 + 2 z_loss log(sum(exp)).
     """
     i_n = tl.program_id(0).to(tl.int64)
     target = tl.load(p_targets + i_n)
@@ -209,7 +217,10 @@ def softmax_gradient_kernel(
             b_exp = tl.exp(b_z - row_max)
             row_sum = tl.sum(b_exp, 0)
             if GRADIENT:
-                _store(p_row, o, stride, b_exp * (scale / row_sum))
+                factor = scale / row_sum
+                if Z:
+                    factor *= 1.0 + 2.0 * z_loss * (row_max + tl.log(row_sum))
+                _store(p_row, o, stride, b_exp * factor)
         else:
             b_m = tl.full((BLOCK,), -1e30, tl.float32)
             b_l = tl.zeros((BLOCK,), tl.float32)
@@ -221,13 +232,19 @@ def softmax_gradient_kernel(
             row_max = tl.max(b_m, 0)
             row_sum = tl.sum(b_l * tl.exp(b_m - row_max), 0)
             if GRADIENT:
+                factor = scale / row_sum
+                if Z:
+                    factor *= 1.0 + 2.0 * z_loss * (row_max + tl.log(row_sum))
                 for first in range(0, V, BLOCK):
                     b_z = _load(p_row, first + o, V, stride)
-                    _store(p_row, first + o, stride, tl.exp(b_z - row_max) * (scale / row_sum))
+                    _store(p_row, first + o, stride, tl.exp(b_z - row_max) * factor)
         tl.store(p_losses + i_n, row_max - at_target + tl.log(row_sum))
         if GRADIENT:
             tl.debug_barrier()
-            delta = (tl.exp(at_target - row_max) / row_sum - 1.0) * scale
+            at = tl.exp(at_target - row_max) / row_sum
+            if Z:
+                at *= 1.0 + 2.0 * z_loss * (row_max + tl.log(row_sum))
+            delta = (at - 1.0) * scale
             tl.store(p_row + target, delta.to(p_logits.dtype.element_ty), mask=known)
 
 
@@ -241,6 +258,7 @@ def softmax_gradient(
     ignore_index: int,
     scale: float,
     gradient: bool,
+    z_loss: float,
 ) -> None:
     """See `ant5m.kernels.lm_head_loss.SoftmaxGradient`."""
     rows, stride = logits.shape
@@ -253,7 +271,9 @@ def softmax_gradient(
             stride,
             ignore_index,
             scale,
+            z_loss,
             GRADIENT=gradient,
+            Z=z_loss != 0,
             **_tile(stride),
         )
 
@@ -269,12 +289,12 @@ def _tile(padded: int) -> dict[str, int | bool]:
 _by_cublas = in_place(softmax_gradient)
 
 
-def gradients(hidden, weight, targets, losses, ignore_index, scale, gradient):
+def gradients(hidden, weight, targets, losses, ignore_index, scale, gradient, z_loss):
     """See `ant5m.kernels.lm_head_loss.Gradients`."""
     with torch.cuda.device_of(hidden):
         by_cublas = hidden.dtype == torch.float32 or not has_tensor_cores()
     if by_cublas:
-        yield from _by_cublas(hidden, weight, targets, losses, ignore_index, scale, gradient)
+        yield from _by_cublas(hidden, weight, targets, losses, ignore_index, scale, gradient, z_loss)
         return
     hidden, weight = dense(hidden), dense(weight)
     (rows, size), vocab = hidden.shape, len(weight)
@@ -294,8 +314,8 @@ def gradients(hidden, weight, targets, losses, ignore_index, scale, gradient):
             constants = _product_tile("gradient", size, vocab)
             grid = triton.cdiv(len(x), constants["BLOCK_N"]) * triton.cdiv(vocab, _SPAN)
             head_gradient_kernel[(grid,)](
-                x, weight, targets[part], lse[part], buffer, len(x), vocab, ignore_index, scale, *strides,
-                buffer.stride(0), SPAN=_SPAN, **constants,
+                x, weight, targets[part], lse[part], buffer, len(x), vocab, ignore_index, scale, z_loss,
+                *strides, buffer.stride(0), Z=z_loss != 0, SPAN=_SPAN, **constants,
             )  # fmt: skip
         yield part, buffer[: len(x), :vocab]
 
