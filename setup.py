@@ -68,7 +68,7 @@ def write_ninja(ninja: Writer, target: Path) -> None:
     folders = (pybind11.get_include(), sysconfig.get_path("include"), SOURCES.absolute())
     includes = " ".join(shlex.quote(f"-I{folder}") for folder in folders)
     sanitize = os.environ.get("ANT5M_SANITIZE", "")
-    sanitizer = f"-O1 -fsanitize={sanitize} -fno-omit-frame-pointer -g" if sanitize else ""
+    sanitizer = f"-O1 -fsanitize={sanitize} -fno-omit-frame-pointer -g1" if sanitize else ""
     sets = instruction_sets(platform.machine(), COMPILER)
     table = shlex.quote(f"-DANT5M_FOR_EACH_SET(X)={' '.join(f'X({name})' for name in sets)}")
     ninja.variable("cxx", COMPILER)

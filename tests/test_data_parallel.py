@@ -184,7 +184,7 @@ def test_a_dead_process_is_replaced_and_a_mistake_is_not_repeated(config, tmp_pa
     _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert fingerprint(config.out) == fingerprint(killed.out)
-    _, err = ant5m_train(*words, "--processes", 2).communicate(timeout=100)  # the folder is taken now
+    _, err = ant5m_train(*words, "--processes", 2).communicate(timeout=300)  # the folder is taken now
     assert err.count("exists already") == 1 and "Traceback" not in err
 
 
