@@ -199,6 +199,17 @@ def lock(folder: Path) -> Iterator[None]:
         file_lock.release()  # the file stays: without it, who waits and who comes would lock two files
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a process writes into `folder`; nothing is made there."""
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        with lock(folder):
+            return False
+    except (UserError, OSError):
+        return True
+
+
 def is_unused(folder: Path) -> bool:
     """Whether nothing is at this place, or a folder with nothing in it but what a killed process left."""
     if not folder.is_dir():

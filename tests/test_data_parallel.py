@@ -153,7 +153,7 @@ def wait_for(path, process):
 def flags(config):  # noqa: F811
     """Of a run that would take minutes, in which a checkpoint comes at once."""
     long = {"steps": 20_000, "batch_size": 4, "checkpoint_every": 2, "sample_every": 0, "eval_every": 10_000}
-    named = {"model": config.model, "data": config.data, "out": config.out, "device": "cpu", **long}
+    named = {"model": config.model, "data": config.data[0], "out": config.out, "device": "cpu", **long}
     return [word for name, value in named.items() for word in (f"--{name.replace('_', '-')}", value)]
 
 

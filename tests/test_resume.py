@@ -18,7 +18,7 @@ from ant5m.files import lock
 from ant5m.kernels import check
 from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import latest_checkpoint
-from ant5m.train import TrainConfig, pretrain, pretraining, samples, trainer
+from ant5m.train import TrainConfig, preparation, pretrain, samples, trainer
 from ant5m.train.loss_scaler import LossScaler
 from ant5m.train.metrics import read_metrics
 from ant5m.train.trainer import Trainer
@@ -200,7 +200,7 @@ def test_damaged_and_half_written_checkpoints_are_passed_over(config, tmp_path):
 def test_signals_save_and_set_the_exit_code(config, interrupt, capsys, number, code, word):  # noqa: F811
     before = signal.getsignal(signal.SIGINT)
     interrupt(number, 3)
-    flags = ["--model", config.model, "--data", str(config.data), "--out", str(config.out), "--device", "cpu"]
+    flags = ["--model", config.model, "--data", config.data[0], "--out", str(config.out), "--device", "cpu"]
     with pytest.raises(SystemExit) as exit_:
         call(["train", *flags, "--steps", "8", "--batch-size", "4", "--sample-every", "0"])
     assert exit_.value.code == code
@@ -266,8 +266,8 @@ def test_no_room_on_the_disk_leaves_no_half_checkpoint(config, monkeypatch):  # 
 
 
 def test_a_run_is_found_from_another_folder(config, monkeypatch, tmp_path):  # noqa: F811
-    monkeypatch.chdir(config.data.parent)
-    run = pretrain(dataclasses.replace(config, data=Path(config.data.name), max_minutes=1e-9)).run
+    monkeypatch.chdir(Path(config.data[0]).parent)
+    run = pretrain(dataclasses.replace(config, data=Path(config.data[0]).name, max_minutes=1e-9)).run
     monkeypatch.chdir(tmp_path)
     assert pretrain(TrainConfig(resume=run)).stopped is None
 
@@ -300,10 +300,10 @@ def test_where_and_how_a_run_computes_may_change(config, interrupt):  # noqa: F8
 
 
 def test_ctrl_c_while_the_text_is_prepared_says_how_to_go_on(config, monkeypatch, capsys):  # noqa: F811
-    def interrupted(run):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pretraining, "pack_default_text", interrupted)
+    monkeypatch.setattr(preparation.builtin, "load_builtin", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pretrain(dataclasses.replace(config, data=None))
     assert f"ant5m train --resume {config.out}" in capsys.readouterr().err

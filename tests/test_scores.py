@@ -100,7 +100,7 @@ def test_exports_at_word_budgets(config):  # noqa: F811
             1
         ]
     steps = {name: int(count.replace(",", "")) / 128 for name, count in tokens.items()}
-    counts = Shards.open(config.data).counts
+    counts = Shards.open(config.data[0]).counts
     per_step = 128 * counts["words"] / counts["tokens"]
     assert steps == {"chck_1K": math.ceil(1_000 / per_step), "chck_2K": math.ceil(2_000 / per_step)}
 

@@ -356,7 +356,7 @@ def test_measuring_the_speed_leaves_the_model_alone():
         ({"keep_last": 0}, "--keep-last"),
         ({"seed": 2**64}, "--seed must be a whole number from 0 to 9,223,372,036,854,775,807"),
         ({"steps": 10**9}, "1,000,000,000 steps are too many: at most 20,000,000"),
-        ({"data": 5}, "--data must be a path"),
+        ({"data": 5}, "--data must be values, each text, not 5"),
         ({"model": ["a"]}, "--model must be text"),
         ({"loop_loss": "dito"}, "--loop-loss must be one of none, unlikelihood, ditto"),
         ({"loop_loss_weight": -1.0}, "--loop-loss-weight must be a number of at least 0"),
@@ -390,14 +390,14 @@ def test_steps_that_follow_from_tokens_have_the_same_limit(config):
 
 
 def test_paths_may_be_strings(config):
-    result = pretrain(dataclasses.replace(config, data=str(config.data), out=str(config.out)))
+    result = pretrain(dataclasses.replace(config, data=config.data[0], out=str(config.out)))
     assert result.run == config.out and result.step == 8
 
 
 def test_samples_begin_with_words_of_held_out_documents(config, material):
     result = pretrain(dataclasses.replace(config, steps=4, sample_every=2))
     tokenizer = load(result.run)[1]
-    shards = Shards.open(config.data, "validation")
+    shards = Shards.open(config.data[0], "validation")
     prompts = [sample["prompt"] for sample in of_kind(result.run, "sample")[0]["samples"]]
     assert len(prompts) == 4
     text = [json.loads(line)["text"] for line in (material / "text.jsonl").read_text().splitlines()]
@@ -415,7 +415,7 @@ def test_bits_per_byte_stand_beside_the_loss(config, capsys):
     """Over the whole split they are those of the evaluation."""
     result = pretrain(dataclasses.replace(config, steps=4, eval_every=2, eval_tokens=10**6))
     (line,) = of_kind(result.run, "validation")
-    counts = Shards.open(config.data, "validation").counts
+    counts = Shards.open(config.data[0], "validation").counts
     expected = line["loss"] * counts["tokens"] / (math.log(2) * counts["bytes"])
     assert line["bits_per_byte"] == pytest.approx(expected) and line["tokens"] == counts["tokens"]
     output = capsys.readouterr().err
@@ -488,7 +488,7 @@ def refused(config, message):
 
 def test_bad_input_is_refused_before_anything_is_written(config, material, tmp_path):
     refused(dataclasses.replace(config, device="cuda:7"), "'cuda:7' is not there")
-    refused(dataclasses.replace(config, data=tmp_path / "nothing"), "not a folder of shards")
+    refused(dataclasses.replace(config, data=tmp_path / "nothing"), "nothing does not exist")
     refused(dataclasses.replace(config, model="ant-6m"), "ant-6m")
     refused(dataclasses.replace(config, kernels="abacus"), "abacus")
     refused(dataclasses.replace(config, sequence_length=100_000), "too few for one sequence")
@@ -518,7 +518,7 @@ def test_folders_are_numbered(tmp_path, monkeypatch):
 
 def test_command_line(config, capsys):
     flags = [
-        *("--model", config.model, "--data", str(config.data), "--out", str(config.out), "--device", "cpu"),
+        *("--model", config.model, "--data", config.data[0], "--out", str(config.out), "--device", "cpu"),
         *("--steps", "3", "--batch-size", "2", "--sample-every", "0"),
     ]
     assert call(["train", *flags]) == 0

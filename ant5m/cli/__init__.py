@@ -58,6 +58,7 @@ COMMANDS = {
         "check a training text for the items of benchmarks",
     ),
     "train": ("ant5m.cli.train:Train", "pre-train a model (with no flag: everything, on built-in text)"),
+    "runs": ("ant5m.cli.runs:Runs", "list the runs, and draw their losses in one picture"),
     "eval": (
         "ant5m.cli.evaluate:Evaluate",
         "loss, perplexities, bits per byte and 0-shot scores of a model",
@@ -148,6 +149,8 @@ def load_command(name: str) -> typing.Any:
 
 def _load(name: str, flags: list[str], program: str):
     command = load_command(name)
+    # A command may find what stands for the flags that are not given, as `ant5m train --config` does.
+    defaults = {"default": command.defaults(flags)} if hasattr(command, "defaults") else {}
     _improve_help(command)
     # tyro would drop the examples at the end of the docstring, and give every switch a --no- twin.
     return tyro.cli(
@@ -156,6 +159,7 @@ def _load(name: str, flags: list[str], program: str):
         prog=program,
         description=_wrapped(inspect.cleandoc(command.__doc__ or "")),
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
+        **defaults,
     )
 
 
@@ -173,7 +177,7 @@ def _improve_help(command: type) -> None:
     """Make the help of flags that nobody has to give `--out PATH`, not `--out {None}|PATH (default: None)`:
     their own text says what holds without them. Texts flow in the terminal's width, where tyro would keep the
     line breaks of the source."""
-    texts = _field_texts(command)
+    texts = field_texts(command)
     plain, full = (typing.get_type_hints(command, include_extras=extras) for extras in (False, True))
     for field in dataclasses.fields(command):
         hint = plain[field.name]
@@ -189,7 +193,7 @@ def _improve_help(command: type) -> None:
         command.__annotations__[field.name] = typing.Annotated[(full[field.name], *shown)]
 
 
-def _field_texts(command: type) -> dict[str, str]:
+def field_texts(command: type) -> dict[str, str]:
     """The docstring below each field of a dataclass, on one line."""
     (declared,) = ast.parse(textwrap.dedent(inspect.getsource(command))).body
     assert isinstance(declared, ast.ClassDef)

@@ -219,10 +219,15 @@ Report = Callable[[int], None]
 """called now and then with the bytes read from the disk"""
 
 
+def is_no_path(name: str) -> bool:
+    """Whether it names no file or folder: `builtin`, `hf:...`."""
+    return name == "builtin" or name.startswith("hf:")
+
+
 def _find(name: str) -> Iterable[str]:
     if name.startswith("hf:"):
         _hub_parts(name)
-    if name == "builtin" or name.startswith("hf:"):
+    if is_no_path(name):
         return [name]
     path = Path(name)
     if path.is_dir():
@@ -251,7 +256,7 @@ def _within(folder: Path) -> list[str]:
 
 
 def _source(name: str) -> Source:
-    if name == "builtin" or name.startswith("hf:"):
+    if is_no_path(name):
         return Source(name, 0)
     path = Path(name)
     if file_format(path) not in FORMATS:

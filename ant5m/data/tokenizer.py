@@ -293,6 +293,17 @@ def _probes(added: Sequence[str], at_once: int = 64) -> Iterator[str]:
         yield "".join(spelled[first : first + at_once])
 
 
+class VocabularyTooLarge(UserError):
+    """A text has too few different words for so many entries; `supported` says how many it has."""
+
+    def __init__(self, asked: int, supported: int):
+        super().__init__(
+            f"the text supports a vocabulary of only {supported:,} entries, not {asked:,}: "
+            f"ask for {supported:,} or fewer, or give more text"
+        )
+        self.supported = supported
+
+
 def train_tokenizer(
     texts: Iterable[str],
     vocab_size: int = 16_384,
@@ -311,10 +322,7 @@ def train_tokenizer(
         raise UserError("there is no text to learn a tokenizer from")
     tokenizer = learn_bpe(sample, vocab_size, progress)
     if tokenizer.vocab_size < vocab_size:
-        raise UserError(
-            f"the text supports a vocabulary of only {tokenizer.vocab_size:,} entries, not {vocab_size:,}: "
-            f"ask for {tokenizer.vocab_size:,} or fewer, or give more text"
-        )
+        raise VocabularyTooLarge(vocab_size, tokenizer.vocab_size)
     return tokenizer
 
 

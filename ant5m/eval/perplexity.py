@@ -302,7 +302,7 @@ def run_data(run: Path) -> Path:
     file = read_run_file(run)
     if file is None or file.train is None:
         raise UserError(f"{run / 'config.json'} does not say what the run was trained on: give --data")
-    folder = Path(file.train.data) if file.train.data else run / "data"
+    folder = file.shards_folder(run)
     if not folder.exists():
         raise UserError(
             f"{folder}, on which {run} was trained, is not here: name it or other text with --data"

@@ -142,8 +142,7 @@ def card_of_run(name: str, run: Path, checkpoint: Path) -> ModelCard:
         for one in read_record(run / "eval.json").get("perplexity", [])
         if one["checkpoint"] == checkpoint.name and one["held_out"]
     ]
-    data = file.train.data if file.train else None
-    sources = _sources(Path(data) if data else run / "data")
+    sources = _sources(file.shards_folder(run))
     return ModelCard(
         name=name,
         data=_phrase(sources),

@@ -12,8 +12,8 @@ from ant5m.schema import Count, CountOrZero
 class Asked:
     """Of the run's settings."""
 
-    data: str | None = None
-    """the folder of shards; None: in the run folder"""
+    data: str | list[str] | None = None
+    """text or a folder of shards; before ant5m 0.2 one name, of shards"""
     document_mask: bool = False
 
 
@@ -51,6 +51,13 @@ class RunFile:
     data: Data = field(default_factory=Data)
     ran: Ran = field(default_factory=Ran)
     versions: Versions = field(default_factory=Versions)
+    shards: str | None = None
+    """their folder; None: in the run folder, or (before ant5m 0.2) among the settings"""
+
+    def shards_folder(self, run: Path) -> Path:
+        """The folder of the shards of `run`, whose file this is."""
+        named = self.shards or (self.train.data if self.train else None)
+        return Path(named) if isinstance(named, str) else run / "data"
 
 
 def read_run_file(run: Path) -> RunFile | None:

@@ -262,7 +262,7 @@ def count_bigrams(config: CompareConfig, variants: list[Variant], jobs: list[Job
 def count_bigram(run: TrainConfig, variant: Variant) -> float:
     """Bits per byte, on the validation split, of a bigram counted on the very sequences of a run."""
     assert run.data and run.steps and run.batch_size
-    train, validation = (Shards.open(run.data, split, verify=False) for split in ("train", "validation"))
+    train, validation = (Shards.open(run.data[0], split, verify=False) for split in ("train", "validation"))
     loader = Loader(train, run.batch_size, variant.model.max_position_embeddings, run.seed)
     what = f"a bigram, {variant.model.vocab_size:,} entries"
     steps = track(range(run.steps), what, console=Console(stderr=True))
@@ -315,7 +315,7 @@ def _job(
     }
     run = TrainConfig(
         model=str(_model_file(config, variant)),
-        data=materials.shards(size),
+        data=(str(materials.shards(size)),),
         out=config.folder / "variants" / name,
         steps=steps,
         batch_size=batch,

@@ -22,18 +22,23 @@ class TrainConfig:
     Raises `UserError` when a value is impossible. `ant5m.train.settings` decides what is left open.
     """
 
-    model: str = "ant-5m"
-    """preset or config file"""
-    data: Path | None = None
-    """folder of shards (of `ant5m data pack`); default: built-in English, packed into the run folder"""
+    model: str | None = None
+    """preset or config file; default: ant-5m"""
+    data: tuple[str, ...] = ()
+    """text (files, folders, globs, hf:OWNER/NAME, builtin), which is packed first, into ant5m-cache beside
+    the run folder; or a folder of shards (of `ant5m data pack`); default: built-in English, packed into the
+    run folder"""
+    text_column: str = "text"
+    """name of the text field in rows of --data"""
     tokenizer: Path | None = None
-    """tokenizer folder; default: the one beside the shards, or a new one trained on the built-in text"""
+    """tokenizer folder; default: the one beside the shards, or a new one learned from the text, with as many
+    entries as the model has rows"""
     out: Path | None = None
     """run folder to create; default: runs/MODEL-NUMBER"""
     resume: Path | None = None
-    """run folder to continue with its settings, or hub:OWNER/NAME of a pushed one; only device, processes,
-    precision, kernels, data, max-minutes, micro-batch-size, push and track may be overridden (a flag at its
-    default counts as not given)"""
+    """run folder to continue with its settings, latest (the newest in runs/), or hub:OWNER/NAME of a pushed
+    one; only device, processes, precision, kernels, data, max-minutes, micro-batch-size, push and track may
+    be overridden (a flag at its default counts as not given)"""
 
     steps: Count | None = None
     """optimizer steps of the whole run"""
@@ -130,6 +135,8 @@ class TrainConfig:
     """send the metrics there too; trackio keeps them on this machine: `trackio show` is its dashboard"""
 
     def __post_init__(self) -> None:
+        if isinstance(self.data, str | Path | None):
+            object.__setattr__(self, "data", (str(self.data),) if self.data is not None else ())
         for name in _PATHS:
             if isinstance(path := getattr(self, name), str):
                 object.__setattr__(self, name, Path(path))
@@ -167,5 +174,6 @@ def check_steps(steps: int) -> None:
         raise UserError(f"{steps:,} steps are too many: at most {MAX_STEPS:,}, take a larger --batch-size")
 
 
-_PATHS = ("data", "tokenizer", "out", "resume", "eval_data_dir")
-_TUPLES = ("betas", "eval_tasks", "checkpoint_words")
+DEFAULT_MODEL = "ant-5m"
+_PATHS = ("tokenizer", "out", "resume", "eval_data_dir")
+_TUPLES = ("data", "betas", "eval_tasks", "checkpoint_words")

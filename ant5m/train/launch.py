@@ -19,7 +19,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ant5m import torchrun
 from ant5m.errors import UserError
-from ant5m.train.config import TrainConfig
+from ant5m.train.config import DEFAULT_MODEL, TrainConfig
 from ant5m.train.run import next_folder
 
 MAX_RESTARTS = 3
@@ -59,7 +59,7 @@ def launch(train: Callable[[TrainConfig], int], config: TrainConfig, count: int)
     `train` that returns, with whatever code, is not called again.
     """
     if config.resume is None:
-        config = dataclasses.replace(config, out=config.out or next_folder(config.model))
+        config = dataclasses.replace(config, out=config.out or next_folder(config.model or DEFAULT_MODEL))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     plan = LaunchConfig(
         min_nodes=1,

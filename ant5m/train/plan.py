@@ -96,7 +96,7 @@ def _take(step: Step | CapturedStep, tokens: torch.Tensor) -> None:
 
 def default_learning_rate(config: TrainConfig) -> float:
     """AdamW's."""
-    short = config.data is None and config.optimizer == "muon"
+    short = not config.data and config.optimizer == "muon"
     return BUILTIN_LEARNING_RATE if short else LEARNING_RATE
 
 

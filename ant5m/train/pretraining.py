@@ -21,22 +21,22 @@ from ant5m.errors import UserError, first_line
 from ant5m.eval.perplexity import Evaluation
 from ant5m.export import hub
 from ant5m.model.ant import Ant
-from ant5m.model.checkpoint import STATE, check_tokenizer, checkpoints, latest_checkpoint
+from ant5m.model.checkpoint import STATE, checkpoints, latest_checkpoint
 from ant5m.model.costs import count_flops
 from ant5m.ranks import Ranks, join
 from ant5m.train.callback import Callback
 from ant5m.train.checkpoint import SaveCheckpoints, load_checkpoint
 from ant5m.train.config import TrainConfig
 from ant5m.train.data import TrainingData
-from ant5m.train.default_text import pack_default_text
 from ant5m.train.early_stop import EarlyStop
 from ant5m.train.losses import AddLoopLoss
 from ant5m.train.metrics import MetricsFile, TensorBoard
 from ant5m.train.plan import check_memory, keeps_tokens, measure_speed
+from ant5m.train.preparation import prepare
 from ant5m.train.progress import TrainingProgress
 from ant5m.train.push import PREFIX, PushCheckpoints, fetch_run
 from ant5m.train.report import count_epochs, finish
-from ant5m.train.run import Run
+from ant5m.train.run import Run, latest_run
 from ant5m.train.samples import WriteSamples
 from ant5m.train.scores import ScoreTasks
 from ant5m.train.settings import OVERRIDABLE, Settings, resolve
@@ -93,12 +93,14 @@ def pretrain(config: TrainConfig, ranks: Ranks | None = None) -> Result:
 
 
 def _open(config: TrainConfig, restarted: bool) -> Run:
-    """The run, with all that can be refused checked, and the built-in text packed where it was given none."""
+    """The run, with all that can be refused checked, and its text packed where it was given text or none."""
     from_hub = str(config.resume).startswith(PREFIX)
     if restarted and (config.resume is None or from_hub):
         config = _restarted(config)
     elif from_hub:
         config = dataclasses.replace(config, resume=fetch_run(str(config.resume), config.out), out=None)
+    elif str(config.resume) == "latest":
+        config = dataclasses.replace(config, resume=latest_run())
     run = Run.open(config.resume, config) if config.resume else Run.create(config)
     try:
         check_tracker(run.config.track)
@@ -106,21 +108,12 @@ def _open(config: TrainConfig, restarted: bool) -> Run:
             _claim_repository(run.config.push)
         rows = max(run.config.batch_size or 1, run.config.micro_batch_size or 1)
         check_memory(run.model, rows, choose_device(run.config.device))
-        if run.config.data is None:
-            _pack_text(run)
+        with _interruptible(run, "stopped while the text was prepared"):
+            prepare(run, model_chosen=config.resume is not None or config.model is not None)
     except BaseException:
         run.release()
         raise
     return run
-
-
-def _pack_text(run: Run) -> None:
-    if run.config.tokenizer and not run.has_tokenizer:
-        check_tokenizer(Tokenizer.load(run.config.tokenizer), run.model)
-    run.claim()
-    run.write()
-    with _interruptible(run, "stopped while the text was prepared. Go on"):
-        pack_default_text(run)
 
 
 def _restarted(config: TrainConfig) -> TrainConfig:
@@ -320,7 +313,7 @@ def _fit(run: Run, trainer: Trainer, stop: Stop) -> str | None:
 
 
 def _finish(run: Run, trainer: Trainer, data: TrainingData) -> Evaluation:
-    with _interruptible(run, "the trained model is saved. Evaluate and export it"):
+    with _interruptible(run, "the trained model is saved"):
         evaluation = finish(run, trainer, data)
     if run.config.push:
         _push_model(run)
@@ -343,6 +336,6 @@ def _interruptible(run: Run, what: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        console = stderr()
-        console.print(f"{what} with: ant5m train --resume {run.folder}", markup=False)
+        again = f"ant5m train --resume {run.folder}" if run.claimed else "the same command"
+        stderr().print(f"{what}. Go on with: {again}", markup=False)
         raise

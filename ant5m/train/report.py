@@ -54,7 +54,7 @@ def plot_loss(lines: list[dict[str, Any]], path: Path) -> None:
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-        axes.plot(steps, _running_mean(losses, len(losses) // 50 + 1), color="tab:blue", label="training")
+        axes.plot(steps, running_mean(losses, len(losses) // 50 + 1), color="tab:blue", label="training")
     validation = _by_text(lines)
     for number, (tokens, points) in enumerate(validation.items(), 1):
         label = "validation" + (f", {tokens:,} tokens" if len(validation) > 1 else "")
@@ -115,7 +115,7 @@ def report(
     model, config, data, settings = run.model, run.config, run.data, trainer.settings
     parameters = sum(p.numel() for p in trainer.net.parameters())
     seconds = max((line["seconds"] for line in lines if line["kind"] == "train"), default=0.0)
-    source = "the built-in text" if config.data is None else str(config.data.name)
+    source = ", ".join(Path(name).name for name in config.data[:5]) or "the built-in text"
     return _REPORT.format(
         name=run.folder.name,
         parameters=f"{parameters:,}",
@@ -187,7 +187,7 @@ def _export(
     export(net, tokenizer, folder, card)
 
 
-def _running_mean(values: tuple[float, ...], width: int) -> list[float]:
+def running_mean(values: tuple[float, ...], width: int) -> list[float]:
     """Mean over the last `width` values, of fewer at the beginning."""
     means, total = [], 0.0
     for index, value in enumerate(values):

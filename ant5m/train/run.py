@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import os
 import platform
 import re
 import subprocess
@@ -11,13 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ant5m.data.corpus import is_no_path
 from ant5m.errors import UserError
 from ant5m.files import is_unused, lock, read_json, remove_asides, write_json
 from ant5m.model.config import ModelConfig
 from ant5m.model.config_file import load_config
 from ant5m.ranks import Ranks
-from ant5m.train.config import TrainConfig
+from ant5m.train.config import DEFAULT_MODEL, TrainConfig
 from ant5m.train.settings import override
+
+RUNS = Path("runs")
+"""where run folders are made when nobody names one"""
 
 
 @dataclass
@@ -29,19 +34,23 @@ class Run:
     model: ModelConfig
     data: dict[str, Any]
     """what is known of the training data, once it is there"""
+    packed: Path | None = None
+    """folder of the shards; None: not made yet, or made of the built-in text inside the run folder"""
     ran: dict[str, str] = dataclasses.field(default_factory=dict)
     """the device with its precision, the kernels, and what a stopwatch chose among them; of the last call"""
     _held: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack, repr=False)
-    _claimed: bool = False
+    claimed: bool = False
+    """whether this process holds the folder"""
 
     @classmethod
     def create(cls, config: TrainConfig) -> "Run":
         """A run that is not on the disk yet. Raises `UserError` when `config.out` has other content."""
-        model = load_config(config.model)
+        config = dataclasses.replace(config, model=config.model or DEFAULT_MODEL)
+        model = load_config(config.model or DEFAULT_MODEL)
         if config.sequence_length is not None:
             # A model's context is what it was trained on.
             model = dataclasses.replace(model, max_position_embeddings=config.sequence_length)
-        folder = config.out or next_folder(config.model)
+        folder = config.out or next_folder(config.model or DEFAULT_MODEL)
         _refuse_content(folder)
         return cls(folder, _absolute(config), model, {})
 
@@ -60,7 +69,8 @@ class Run:
             model = ModelConfig.from_dict(values.model)
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
-        run = cls(folder, _absolute(config), model, values.data)
+        packed = Path(values.shards) if values.shards and not flags.data else None
+        run = cls(folder, _absolute(config), model, values.data, packed)
         run._hold()
         return run
 
@@ -71,7 +81,7 @@ class Run:
         Where another run has taken it meanwhile the next number is taken, or `UserError` is raised if it was
         named. A folder in which a killed process left nothing whole is taken over.
         """
-        while not self._claimed:
+        while not self.claimed:
             try:
                 self._hold()
                 _refuse_content(self.folder)
@@ -79,17 +89,17 @@ class Run:
                 self.release()
                 if self.config.out is not None:
                     raise
-                self.folder = next_folder(self.config.model)
+                self.folder = next_folder(self.config.model or DEFAULT_MODEL)
 
     def _hold(self) -> None:
         self._held.enter_context(lock(self.folder))
-        self._claimed = True
+        self.claimed = True
         remove_asides(self.folder)
 
     def release(self) -> None:
         """Let other processes have the folder."""
         self._held.close()
-        self._claimed = False
+        self.claimed = False
 
     @property
     def checkpoints(self) -> Path:
@@ -106,8 +116,8 @@ class Run:
 
     @property
     def shards(self) -> Path:
-        """Given by the user, or made from the built-in text inside the run folder."""
-        return self.config.data or self.folder / "data"
+        """The folder of the training data."""
+        return self.packed or self.folder / "data"
 
     def write(self) -> None:
         """Write config.json: everything needed to repeat the run."""
@@ -119,6 +129,7 @@ class Run:
             "model": self.model.to_dict(),
             "train": self.config.to_dict(),
             "data": self.data,
+            "shards": str(self.packed) if self.packed else None,
             "ran": self.ran,
         }
 
@@ -135,7 +146,8 @@ class Run:
         if made:
             return made[0]
         config, model = TrainConfig.from_dict(values["train"]), ModelConfig.from_dict(values["model"])
-        return cls(Path(values["folder"]), config, model, values["data"], values["ran"])
+        packed = Path(values["shards"]) if values["shards"] else None
+        return cls(Path(values["folder"]), config, model, values["data"], packed, values["ran"])
 
 
 @dataclass
@@ -145,6 +157,7 @@ class _RunFile:
     model: dict[str, Any]
     train: dict[str, Any]
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
+    shards: str | None = None
 
 
 def versions() -> dict[str, str]:
@@ -176,7 +189,26 @@ def _commit(folder: Path) -> str | None:
 def next_folder(model: str) -> Path:
     """runs/MODEL-NUMBER, the first that is not there."""
     name = re.sub(r"[^\w.-]", "-", Path(model).stem if model.endswith(".json") else Path(model).name)
-    return next(folder for n in itertools.count(1) if not (folder := Path("runs") / f"{name}-{n}").exists())
+    return next(folder for n in itertools.count(1) if not (folder := RUNS / f"{name}-{n}").exists())
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The run folders right below `folder`, the one that was written to last at the end."""
+    runs = [path.parent for path in folder.glob("*/config.json") if not path.parent.name.startswith(".")]
+    return sorted(runs, key=_written)
+
+
+def latest_run(folder: Path = RUNS) -> Path:
+    """Raises `UserError` where there is none."""
+    runs = find_runs(folder)
+    if not runs:
+        raise UserError(f"there is no run in {folder}: name the one to continue, --resume FOLDER")
+    return runs[-1]
+
+
+def _written(run: Path) -> float:
+    files = (run / name for name in ("config.json", "metrics.jsonl"))
+    return max(path.stat().st_mtime for path in files if path.exists())
 
 
 def _refuse_content(folder: Path) -> None:
@@ -188,5 +220,6 @@ def _refuse_content(folder: Path) -> None:
 
 def _absolute(config: TrainConfig) -> TrainConfig:
     """With data and tokenizer where they lie, so that the run can be used from another folder."""
-    paths = {name: path.absolute() for name in ("data", "tokenizer") if (path := getattr(config, name))}
-    return dataclasses.replace(config, **paths)
+    data = tuple(name if is_no_path(name) else os.path.abspath(name) for name in config.data)
+    tokenizer = config.tokenizer.absolute() if config.tokenizer else None
+    return dataclasses.replace(config, data=data, tokenizer=tokenizer)

@@ -118,7 +118,7 @@ def override(kept: TrainConfig, flags: TrainConfig) -> TrainConfig:
     if refused:
         listed = ", ".join(f"--{name.replace('_', '-')}" for name in refused)
         raise UserError(f"a resumed run keeps its own settings: leave out {listed} (or start a new run)")
-    if kept.data is None and "data" in given:
+    if not kept.data and "data" in given:
         raise UserError(f"{flags.resume} was made with the built-in text: resume it without --data")
     # A time limit holds for one call, unless the number of steps is yet to be decided by it.
     limit = kept.max_minutes if kept.steps is None else None
@@ -204,10 +204,10 @@ def _tokens(
     seconds_per_token: Callable[[], float],
     deadline: float | None,
 ) -> int:
-    if deadline is None and config.data is not None:
+    if deadline is None and config.data:
         return num_tokens
     speed = seconds_per_token()
     # What the preparation took is gone from a time limit.
     seconds = 60 * BUILTIN_MINUTES if deadline is None else max(0.0, deadline - time.monotonic())
     affordable = int(seconds * TIME_FOR_TRAINING / speed)
-    return affordable if config.data is not None else min(affordable, BUILTIN_EPOCHS * num_tokens)
+    return affordable if config.data else min(affordable, BUILTIN_EPOCHS * num_tokens)
