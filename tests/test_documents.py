@@ -23,6 +23,9 @@ LINES = (
     "she opened the door and saw it",
 )
 
+SYLLABLES = [consonant + vowel for consonant in "bcdfghjklmnprstvwz" for vowel in "aeiou"]
+WORDS = [first + second for first in SYLLABLES for second in SYLLABLES]
+
 # What stands in for the flags of a command, or is added to them: small enough for a test. None: left out.
 TINY = {
     "tokenizer train": {"--vocab-size": "300"},
@@ -99,6 +102,7 @@ def test_what_a_page_says_to_type_works(page, tmp_path, monkeypatch):
     (tmp_path / "books").mkdir()
     for number in range(12):
         text = "\n".join(f"{number} {i} {LINES[(number + i) % len(LINES)]}." for i in range(60))
+        text += " ".join(WORDS[number % 6 :: 6])  # enough for a vocabulary of 4,096
         (tmp_path / "books" / f"{number}.txt").write_text(text)
     monkeypatch.chdir(tmp_path)
     ran = 0
