@@ -46,7 +46,8 @@ class TrainConfig:
     """training tokens of the whole run, instead of --steps; default: one epoch of --data, or ten minutes
     without it"""
     max_minutes: Positive | None = None
-    """save and stop after this many minutes; without --steps or --tokens it also sets the number of steps"""
+    """without --steps or --tokens: end with a finished model after so many minutes, the learning rate falling
+    with steps or time, whichever is further; with them: save and stop then, for --resume"""
     batch_size: Count | None = None
     """sequences per optimizer step; default: chosen from the number of training tokens"""
     micro_batch_size: Count | None = None

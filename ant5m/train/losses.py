@@ -47,13 +47,16 @@ class AddLoopLoss(Callback):
         self._settings = settings
         self._first = settings.steps - round(settings.loop_loss_share * settings.steps)
         self._added = settings.loop_loss == "none"
+        self._trainer: Trainer | None = None
 
     def on_start(self, trainer: "Trainer") -> None:
+        self._trainer = trainer
         if self.is_due(trainer.step):
             self.act(trainer)
 
     def is_due(self, step: int) -> bool:
-        return step >= self._first and not self._added
+        position = self._trainer.position if self._trainer else 0  # of a run that a time limit ends
+        return max(step, position) >= self._first and not self._added
 
     def act(self, trainer: "Trainer") -> None:
         self._added = True

@@ -30,7 +30,8 @@ from ant5m.train.config import TrainConfig
 from ant5m.train.data import TrainingData
 from ant5m.train.early_stop import EarlyStop
 from ant5m.train.losses import AddLoopLoss
-from ant5m.train.metrics import MetricsFile, TensorBoard
+from ant5m.train.metrics import MetricsFile, TensorBoard, read_metrics
+from ant5m.train.pace import Pace, recorded_positions
 from ant5m.train.plan import check_memory, keeps_tokens, measure_speed
 from ant5m.train.preparation import prepare
 from ant5m.train.progress import TrainingProgress
@@ -148,15 +149,25 @@ def _selected(backend: str | None) -> Iterator[None]:
 def _pretrain(run: Run, device: torch.device, started: float, ranks: Ranks) -> Result:
     limit = run.config.max_minutes
     deadline = started + 60 * limit if limit else None
+    if run.config.steps is None and run.config.tokens is None:
+        run.minutes = limit
     precision = choose_precision(run.config.precision, device)
     data = TrainingData.open(run, verify=torchrun.local_rank() == 0)
     torch.manual_seed(run.config.seed)
     net = Ant(run.model).to(device)
     num_tokens = data.train.num_tokens
     measure = functools.partial(_measure_speed, net, run.config, precision, ranks)
-    settings = resolve(run.config, run.model, num_tokens, device, precision, measure, deadline, ranks)
+    held_out = data.validation.num_tokens
+    settings = resolve(
+        run.config, run.model, num_tokens, device, precision, measure, deadline, ranks, held_out
+    )
     trainer = _make_trainer(run, settings, net, data, ranks)
     _resume(run, trainer, data.tokenizer)
+    if run.minutes is not None:
+        end = deadline or started + 60 * run.minutes - trainer.seconds
+        lines = read_metrics(run.folder / "metrics.jsonl")
+        trainer.pace = Pace(settings.steps, end, held_out, recorded_positions(lines))
+        deadline = None
     if ranks.is_first:
         _write_run(run, settings, data)
         _introduce(run, settings, net, ranks)
@@ -292,12 +303,13 @@ def _introduce(run: Run, settings: Settings, net: Ant, ranks: Ranks) -> None:
         net.device.type
     ) or torch.cuda.get_device_name(net.device)
     where = where if ranks.alone else f"{ranks.size} x {where}"
+    limit = f", within {run.minutes:g} minutes" if run.minutes else ""
     parameters, unique = sum(p.numel() for p in net.parameters()), run.data["train"]["tokens"]
     console = stderr()
     console.print(
         f"{run.folder}: {run.config.model}, {parameters:,} parameters, on {where} in {settings.precision}\n"
         f"{settings.steps:,} steps of {settings.batch_size} x {settings.sequence_length:,} tokens = "
-        f"{settings.tokens:,}, {count_epochs(settings.tokens, unique)} epochs of the {unique:,} in "
+        f"{settings.tokens:,}{limit}, {count_epochs(settings.tokens, unique)} epochs of the {unique:,} in "
         f"{run.shards}\n{run.ran['kernels']}",
         markup=False,
     )

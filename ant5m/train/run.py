@@ -36,6 +36,9 @@ class Run:
     """what is known of the training data, once it is there"""
     packed: Path | None = None
     """folder of the shards; None: not made yet, or made of the built-in text inside the run folder"""
+    minutes: float | None = None
+    """time limit of the whole run, which has to end with a finished model; None: its length was asked for
+    otherwise"""
     ran: dict[str, str] = dataclasses.field(default_factory=dict)
     """the device with its precision, the kernels, and what a stopwatch chose among them; of the last call"""
     _held: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack, repr=False)
@@ -70,7 +73,7 @@ class Run:
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
         packed = Path(values.shards) if values.shards and not flags.data else None
-        run = cls(folder, _absolute(config), model, values.data, packed)
+        run = cls(folder, _absolute(config), model, values.data, packed, values.minutes)
         run._hold()
         return run
 
@@ -130,6 +133,7 @@ class Run:
             "train": self.config.to_dict(),
             "data": self.data,
             "shards": str(self.packed) if self.packed else None,
+            "minutes": self.minutes,
             "ran": self.ran,
         }
 
@@ -147,7 +151,9 @@ class Run:
             return made[0]
         config, model = TrainConfig.from_dict(values["train"]), ModelConfig.from_dict(values["model"])
         packed = Path(values["shards"]) if values["shards"] else None
-        return cls(Path(values["folder"]), config, model, values["data"], packed, values["ran"])
+        return cls(
+            Path(values["folder"]), config, model, values["data"], packed, values["minutes"], values["ran"]
+        )
 
 
 @dataclass
@@ -158,6 +164,7 @@ class _RunFile:
     train: dict[str, Any]
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
     shards: str | None = None
+    minutes: float | None = None
 
 
 def versions() -> dict[str, str]:

@@ -16,6 +16,7 @@ from ant5m.errors import UserError
 from ant5m.model.config import ModelConfig
 from ant5m.ranks import Ranks
 from ant5m.train.config import TrainConfig, check_steps
+from ant5m.train.pace import LARGEST_RESERVE, finish_seconds
 from ant5m.train.plan import batch_for_steps, batch_for_tokens, default_learning_rate, micro_batch
 
 OVERRIDABLE = (
@@ -38,7 +39,7 @@ BUILTIN_MINUTES = 10.0
 BUILTIN_EPOCHS = 8
 """and at most this often over the built-in text: more is memorized"""
 TIME_FOR_TRAINING = 0.9
-"""of a time limit; the rest is for validation, samples and checkpoints"""
+"""of a time limit, without what is reserved for the end; the rest is for validation, samples, checkpoints"""
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ def resolve(
     seconds_per_token: Callable[[], float],
     deadline: float | None = None,
     ranks: Ranks | None = None,
+    validation_tokens: int = 0,
 ) -> Settings:
     """Decide what `config` leaves open, alike on all ranks.
 
@@ -148,6 +150,7 @@ def resolve(
         precision: that the device trains in.
         seconds_per_token: measures the training speed; called only when time decides.
         deadline: of `max_minutes`, on `time.monotonic()`.
+        validation_tokens: evaluated when the training is over, before the deadline.
         ranks: each takes an equal part of every batch; the one with the least memory decides the micro-batch.
 
     Raises `UserError` where the batch that was asked for cannot be shared out.
@@ -163,7 +166,7 @@ def resolve(
             f"take {_multiple(batch, least)}"
         )
     if steps is None:
-        tokens = config.tokens or _tokens(config, num_tokens, seconds_per_token, deadline)
+        tokens = config.tokens or _tokens(config, num_tokens, seconds_per_token, deadline, validation_tokens)
         batch = batch or _multiple(batch_for_tokens(tokens, length), least)
         steps = max(1, round(tokens / (batch * length)))
     check_steps(steps)
@@ -203,11 +206,14 @@ def _tokens(
     num_tokens: int,
     seconds_per_token: Callable[[], float],
     deadline: float | None,
+    validation_tokens: int,
 ) -> int:
     if deadline is None and config.data:
         return num_tokens
     speed = seconds_per_token()
-    # What the preparation took is gone from a time limit.
-    seconds = 60 * BUILTIN_MINUTES if deadline is None else max(0.0, deadline - time.monotonic())
+    seconds = 60 * BUILTIN_MINUTES
+    if deadline is not None:  # what the preparation took is gone from it
+        left = max(0.0, deadline - time.monotonic())
+        seconds = left - min(finish_seconds(validation_tokens, speed), LARGEST_RESERVE * left)
     affordable = int(seconds * TIME_FOR_TRAINING / speed)
     return affordable if config.data else min(affordable, BUILTIN_EPOCHS * num_tokens)

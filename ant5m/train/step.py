@@ -53,6 +53,8 @@ class Step:
         eos_token_id: keeps attention inside the documents that end with it; None: inside the sequence.
         loop_loss: adds to the gradient of the cross-entropy.
         z_loss: weight of `kernels.linear_cross_entropy`'s, which a loss against loops knows by itself.
+        position: int64 [1] on the device, the least step of the schedule that the factor is of, however few
+            steps counted; None: 0.
         on_update: called behind the optimizer with 1, or 0 where the step was skipped; see `Callback`.
         ranks: each takes a step on its own sequences; gradients and losses are averaged over all of them.
         masked: some targets do not count; the mean is then over those that do, of the whole batch.
@@ -70,6 +72,7 @@ class Step:
         done: int = 0,
         eos_token_id: int | None = None,
         loop_loss: LoopLoss | None = None,
+        position: torch.Tensor | None = None,
         on_update: Sequence[Callable[[torch.Tensor], None]] = (),
         ranks: Ranks | None = None,
         masked: bool = False,
@@ -84,6 +87,7 @@ class Step:
         factors = np.fromiter(map(schedule, range(schedule.steps)), np.float32, schedule.steps)
         self._factors = torch.tensor(factors, device=net.device)
         self._done = torch.tensor([done], device=net.device)
+        self._position = torch.zeros_like(self._done) if position is None else position
 
     def __call__(
         self, input_ids: torch.Tensor, targets: torch.Tensor, should_abort: Callable[[], bool] = _never
@@ -173,7 +177,7 @@ class Step:
             self.scaler.unscale(self._gradients())
         norm = clip(self._parameters, self.grad_clip)
         counted = torch.ones_like(norm) if self.scaler is None else torch.isfinite(norm).to(norm.dtype)
-        factor = self._factors.index_select(0, self._done).squeeze(0)
+        factor = self._factors.index_select(0, torch.maximum(self._done, self._position)).squeeze(0)
         self.optimizer.step(factor, None if self.scaler is None else 1 - counted)
         self.optimizer.zero_grad()
         self._done += counted.to(self._done.dtype)

@@ -18,6 +18,7 @@ from ant5m.train.checkpoint import random_state, set_random_state
 from ant5m.train.loss_scaler import LossScaler
 from ant5m.train.losses import LoopLoss
 from ant5m.train.optimizer import Optimizer
+from ant5m.train.pace import Pace
 from ant5m.train.schedule import Schedule
 from ant5m.train.settings import Settings
 from ant5m.train.step import CapturedStep, Step, StepStats, make_step
@@ -47,11 +48,12 @@ class Trainer:
         eos_token_id: int | None = None,
         callbacks: Sequence[Callback] = (),
         ranks: Ranks | None = None,
+        pace: Pace | None = None,
     ):
         """`eos_token_id`: keeps attention inside documents, which end with it; None: inside sequences.
-        `loader`: gives this rank's share of each batch."""
+        `loader`: gives this rank's share of each batch. `pace`: of a run that a time limit ends."""
         self.settings, self.net, self.loader, self.callbacks = settings, net, loader, callbacks
-        self.ranks = ranks or Ranks()
+        self.ranks, self.pace = ranks or Ranks(), pace
         self._active = [c for c in callbacks if c.everywhere or self.ranks.is_first]
         self.eos_token_id = eos_token_id
         self.optimizer = Optimizer(
@@ -75,8 +77,13 @@ class Trainer:
         self.seconds = 0.0
         self.ended = ""
         """why the training ends before its last step and is complete nevertheless; empty: it does not"""
-        self._unread: list[tuple[StepStats, int]] = []
-        """of the steps since the last reading: what they tell, and the tokens by then"""
+        self.position = 0
+        """the least step of the schedule, by the clock, that the learning rate is of"""
+        self._position = torch.zeros(1, dtype=torch.int64, device=net.device)
+        self._seconds_per_token = 0.0
+        """at the last reading"""
+        self._unread: list[tuple[StepStats, int, int]] = []
+        """of the steps since the last reading: what they tell, the tokens by then, the position"""
         self._loop_loss: LoopLoss | None = None
         self._take_step: Step | CapturedStep | None = None
         self._last_batch: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -91,6 +98,8 @@ class Trainer:
         """
         self._read_at = time.monotonic()
         self._read_tokens = self.tokens
+        if self.pace is not None:
+            self.pace.start(max(self.step, self.position))
         reason = None
         try:
             for callback in self._active:
@@ -142,6 +151,7 @@ class Trainer:
             "skipped": self.skipped,
             "seconds": self.seconds,
             "kernels": kernels.choices(),
+            **({"position": self.position} if self.pace else {}),
             **({"callbacks": states} if states else {}),
         }
 
@@ -154,6 +164,7 @@ class Trainer:
             self.scaler = LossScaler(self.net.device, **state["scaler"])
         self.step = state["step"]
         self.tokens, self.skipped, self.seconds = state["tokens"], state["skipped"], state["seconds"]
+        self._move(state.get("position", 0))
         states = state.get("callbacks", {})
         for callback in self.callbacks:
             if callback.name in states:
@@ -163,11 +174,35 @@ class Trainer:
         """Why to stop now, the same on all ranks; what is due by the clock of one of them is done on all."""
         reading = time.monotonic() - self._read_at >= READ_SECONDS
         overdue = (callback in self._active and callback.is_overdue() for callback in self.callbacks)
-        code, reads, *acts = self.ranks.most(stop.code, reading, *overdue)
+        code, reads, position, *acts = self.ranks.most(stop.code, reading, self._position_here(), *overdue)
+        if position >= self.settings.steps:
+            self.end("the time limit")
+        elif position > self.position:
+            self._move(position)
         if reads or any(acts):
             self.flush_metrics()
         self._act([callback for callback, due in zip(self.callbacks, acts, strict=True) if due])
         return REASONS[code]
+
+    def _position_here(self) -> int:
+        """The least position of the next step, by this rank's clock."""
+        if self.pace is None:
+            return 0
+        speed = max(self._seconds_per_token, self.seconds / self.tokens if self.tokens else 0.0)
+        return self.pace.position(self._attempts, speed)
+
+    @property
+    def _attempts(self) -> int:
+        """Steps that were taken, with those that fp16 skipped."""
+        return self.tokens // (self.settings.batch_size * self.settings.sequence_length)
+
+    def _move(self, position: int) -> None:
+        self.position = position
+        self._position.fill_(position)
+
+    def _should_abort(self, stop: Stop) -> bool:
+        # One rank cannot leave a step without the others.
+        return self.ranks.alone and (stop.reason is not None or self._position_here() >= self.settings.steps)
 
     def _train_step(self, stop: Stop) -> bool:
         """One optimizer step; False when it was aborted to stop."""
@@ -175,15 +210,14 @@ class Trainer:
         input_ids, targets = (_to_device(x, self.net.device) for x in self.loader.next())
         if self._take_step is None:
             self._take_step = self._make_step()
-        # One rank cannot leave a step without the others.
-        stats = self._take_step(input_ids, targets, lambda: self.ranks.alone and stop.reason is not None)
+        stats = self._take_step(input_ids, targets, lambda: self._should_abort(stop))
         if stats is None:
             # The step is taken again as a whole when the run is resumed.
             self.loader.load_state_dict(before)
             return False
         self._last_batch = input_ids, targets
         self.tokens += input_ids.numel() * self.ranks.size
-        self._unread.append((stats, self.tokens))
+        self._unread.append((stats, self.tokens, self.position))
         return True
 
     def _make_step(self) -> Step | CapturedStep:
@@ -198,6 +232,7 @@ class Trainer:
             self.step,
             self.eos_token_id,
             self._loop_loss,
+            self._position,
             [c.on_update for c in self.callbacks if type(c).on_update is not Callback.on_update],
             self.ranks,
             self.loader.masked,
@@ -233,9 +268,10 @@ class Trainer:
         if not unread:
             return
         speed = (self.tokens - self._read_tokens) / max(elapsed, 1e-9)
+        self._seconds_per_token = 1 / max(speed, 1e-9)
         self._read_tokens = self.tokens
-        read = torch.stack([stats for stats, _ in unread]).tolist()
-        for (loss, norm, counted, scale), (_, tokens) in zip(read, unread, strict=True):
+        read = torch.stack([stats for stats, _, _ in unread]).tolist()
+        for (loss, norm, counted, scale), (_, tokens, position) in zip(read, unread, strict=True):
             if not counted:
                 self.skipped += 1
                 if scale < 1:
@@ -248,11 +284,12 @@ class Trainer:
                 "train",
                 loss=loss,
                 grad_norm=norm,
-                learning_rate=self.settings.learning_rate * self.schedule(self.step - 1),
+                learning_rate=self.settings.learning_rate * self.schedule(max(self.step - 1, position)),
                 tokens=tokens,
                 skipped=self.skipped,
                 tokens_per_second=round(speed, 1),
                 seconds=round(self.seconds, 2),
+                **({"position": position} if self.pace else {}),
             )
 
     def _add_elapsed(self) -> float:
