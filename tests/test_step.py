@@ -58,11 +58,11 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def make(kind="muon", precision="fp16", scale=2.0**13, steps=12, rows=2):
+def make(kind="muon", precision="fp16", scale=2.0**13, steps=12, rows=2, position=None):
     torch.manual_seed(0)
     net = Ant(TINY)
     scaler = LossScaler("cpu", scale) if precision == "fp16" else None
-    return Step(net, Optimizer(net, kind), Schedule(steps), rows, 1.0, precision, scaler)
+    return Step(net, Optimizer(net, kind), Schedule(steps), rows, 1.0, precision, scaler, position=position)
 
 
 def batches(count, rows=4):

@@ -1,7 +1,8 @@
 """One of several processes that train together, for tests: `python two_ranks.py RANK SIZE PORT JOBS.json`.
 
 A job is {"config": ..., "spoil": how, "stop_at": step}: "nan" makes the loss of rank 1 NaN at its third step,
-"overflow" makes its gradients overflow fp16 there; at `stop_at` rank 1 gets SIGTERM. Prints one JSON line for
+"overflow" makes its gradients overflow fp16 there; at `stop_at` rank 1 gets SIGTERM; "seconds": of a step, by
+each rank's clock, which moves in no other way. Prints one JSON line for
 each job: the result, or the error.
 """
 
@@ -9,14 +10,17 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
 
 from ant5m.errors import UserError
-from ant5m.train import TrainConfig, pretrain
+from ant5m.train import TrainConfig, pretrain, pretraining
 from ant5m.train.step import Step
 from ant5m.train.trainer import Trainer
+
+now = [1_000.0]
 
 
 def main(rank: int, size: int, port: int, jobs: Path) -> None:
@@ -24,7 +28,12 @@ def main(rank: int, size: int, port: int, jobs: Path) -> None:
     for number, job in enumerate(json.loads(jobs.read_text())):
         os.environ["MASTER_PORT"] = str(port + number)
         Step._loss = spoilt(Step._loss, job.get("spoil", ""), call=3 if rank == 1 else 0)
-        Trainer._train_step = terminated(Trainer._train_step, job.get("stop_at") if rank == 1 else None)
+        seconds = job["seconds"][rank] if "seconds" in job else 0.0
+        if seconds:
+            time.monotonic = lambda: now[0]
+            pretraining.measure_speed = lambda *_: 1 / 128
+        stop_at = job.get("stop_at") if rank == 1 else None
+        Trainer._train_step = disturbed(Trainer._train_step, stop_at, seconds)
         try:
             result = pretrain(TrainConfig.from_dict(job["config"]))
             told = [result.step, result.stopped, result.evaluation and result.evaluation.nats]
@@ -47,10 +56,11 @@ def spoilt(original, how, call):
     return loss
 
 
-def terminated(original, step):
-    """`Trainer._train_step` during which SIGTERM comes, at this step."""
+def disturbed(original, step, seconds):
+    """`Trainer._train_step` that takes so long by `now`, and during which SIGTERM comes at this step."""
 
     def train_step(self, stop):
+        now[0] += seconds
         if self.step + len(self._unread) == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, stop)
