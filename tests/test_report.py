@@ -80,7 +80,7 @@ def test_loops_are_named():
 
 
 def test_running_mean():
-    assert report._running_mean((4.0, 2.0, 0.0, 8.0), 2) == pytest.approx([4.0, 3.0, 1.0, 4.0])
+    assert report.running_mean((4.0, 2.0, 0.0, 8.0), 2) == pytest.approx([4.0, 3.0, 1.0, 4.0])
 
 
 def test_the_plot_takes_a_run_without_training_lines(tmp_path):
