@@ -13,7 +13,7 @@ from ant5m.data.shards import Shards
 from ant5m.data.tokenizer import Tokenizer, train_tokenizer
 from ant5m.errors import UserError
 from ant5m.files import write_json
-from ant5m.train import TrainConfig, default_text, pretrain, report
+from ant5m.train import TrainConfig, preparation, pretrain, report
 from ant5m.train.progress import TrainingProgress
 from ant5m.train.samples import GeneratedText
 
@@ -52,11 +52,11 @@ def test_a_run_stopped_in_its_preparation_goes_on(config, builtin, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("power cut")
 
-    monkeypatch.setattr(default_text, "pack", fail)
+    monkeypatch.setattr(preparation, "pack", fail)
     with pytest.raises(RuntimeError, match="power cut"):
         pretrain(config)
     tokenizer = Tokenizer.load(config.out / "tokenizer").fingerprint
-    monkeypatch.setattr(default_text, "pack", packing.pack)
+    monkeypatch.setattr(preparation, "pack", packing.pack)
     assert pretrain(TrainConfig(resume=config.out)).step == 32
     assert Tokenizer.load(config.out / "tokenizer").fingerprint == tokenizer
 
