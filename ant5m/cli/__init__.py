@@ -59,6 +59,7 @@ COMMANDS = {
     ),
     "train": ("ant5m.cli.train:Train", "pre-train a model (with no flag: everything, on built-in text)"),
     "runs": ("ant5m.cli.runs:Runs", "list the runs, and draw their losses in one picture"),
+    "average": ("ant5m.cli.average:Average", "average the weights of checkpoints"),
     "eval": (
         "ant5m.cli.evaluate:Evaluate",
         "loss, perplexities, bits per byte and 0-shot scores of a model",

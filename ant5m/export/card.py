@@ -15,6 +15,8 @@ from ant5m.model.config import ModelConfig
 from ant5m.model.generation import REPETITION_PENALTY, TEMPERATURE
 from ant5m.model.run_file import RunFile, read_run_file
 
+HELD_OUT_TEXT = "the held-out part of the same text"
+
 
 @dataclass(frozen=True)
 class ModelCard:
@@ -149,7 +151,7 @@ def card_of_run(name: str, run: Path, checkpoint: Path) -> ModelCard:
         datasets=[source.split(":")[1] for source in sources if source.startswith("hf:")],
         tokens=state.tokens,
         facts=_facts_of_run(file, state),
-        validation={**measured[-1], "text": "the held-out part of the same text"} if measured else {},
+        validation={**measured[-1], "text": HELD_OUT_TEXT} if measured else {},
         tasks=section_of(run, checkpoint),
         results=recorded(run / "eval.json", weights_sha256(checkpoint)),
     )

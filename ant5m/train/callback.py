@@ -64,6 +64,13 @@ class Callback:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
 
+    def tensors(self) -> dict[str, Tensor]:
+        """As `state_dict`, of tensors, which stay where they are: `NAME.safetensors` in a checkpoint."""
+        return {}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `tensors`, from the CPU. Raises `UserError` when they do not fit."""
+
 
 class Periodic(Callback):
     """Calls `run` every `every` steps, once each; 0: never."""

@@ -10,6 +10,7 @@ import hashlib
 import re
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from ant5m.files import new_folder, read_json, to_json
 from ant5m.manifest import MANIFEST, write_manifest
 from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import FORMAT, STATE, VERSION, checkpoints, verify_checkpoint
-from ant5m.train.callback import Periodic
+from ant5m.train.callback import Callback, Periodic
 from ant5m.train.optimizer import Optimizer
 from ant5m.train.run import Run
 from ant5m.train.settings import Settings
@@ -52,7 +53,8 @@ class SaveCheckpoints(Periodic):
 
     def run(self, trainer: "Trainer") -> None:
         state = {"tokenizer": self._tokenizer, **trainer.state_dict()}
-        save_checkpoint(self._run.checkpoints, state.pop("step"), trainer.net, trainer.optimizer, state)
+        more = {callback.name: callback.tensors() for callback in trainer.callbacks if callback.tensors()}
+        save_checkpoint(self._run.checkpoints, state.pop("step"), trainer.net, trainer.optimizer, state, more)
         prune_checkpoints(self._run.checkpoints, self._keep)
         self._saved_at = time.monotonic()
 
@@ -60,10 +62,18 @@ class SaveCheckpoints(Periodic):
         self.run(trainer)
 
 
-def save_checkpoint(folder: Path, step: int, net: Ant, optimizer: Optimizer, state: dict[str, Any]) -> Path:
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    net: Ant,
+    optimizer: Optimizer,
+    state: dict[str, Any],
+    more: dict[str, dict[str, torch.Tensor]] | None = None,
+) -> Path:
     """Write `folder`/step-XXXXXXXX aside and rename it into place; a good one that is there already is kept.
 
-    `state` is what else the run must remember, in plain values for JSON.
+    `state` is what else the run must remember, in plain values for JSON, `more` the tensors: a file for each
+    name.
     """
     path = folder / f"step-{step:08d}"
     if path.exists():
@@ -73,6 +83,7 @@ def save_checkpoint(folder: Path, step: int, net: Ant, optimizer: Optimizer, sta
     files = {
         "model.safetensors": to_safetensors(_to_cpu(net.state_dict()), metadata={"format": "pt"}),
         "optimizer.safetensors": to_safetensors(_to_cpu(optimizer.tensors())),
+        **{f"{name}.safetensors": to_safetensors(_to_cpu(tensors)) for name, tensors in (more or {}).items()},
     }
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     described = {
@@ -92,13 +103,19 @@ def save_checkpoint(folder: Path, step: int, net: Ant, optimizer: Optimizer, sta
     return path
 
 
-def load_checkpoint(folder: Path, net: Ant, optimizer: Optimizer) -> dict[str, Any]:
-    """Fill `net` and `optimizer` from a checkpoint, verified before, and return its state."""
+def load_checkpoint(
+    folder: Path, net: Ant, optimizer: Optimizer, callbacks: Sequence[Callback] = ()
+) -> dict[str, Any]:
+    """Fill `net`, `optimizer` and the tensors of `callbacks` from a checkpoint, verified before, and return
+    its state."""
     state: dict[str, Any] = read_json(folder / STATE)
     if state.get("model") != net.config.to_dict():
         raise UserError(f"{folder} is a checkpoint of another model than the run's: start a new run")
     net.load_state_dict(parse_safetensors((folder / "model.safetensors").read_bytes()))
     optimizer.load_tensors(parse_safetensors((folder / "optimizer.safetensors").read_bytes()))
+    for callback in callbacks:
+        if callback.tensors():
+            callback.load_tensors(parse_safetensors((folder / f"{callback.name}.safetensors").read_bytes()))
     return state
 
 

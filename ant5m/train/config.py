@@ -84,6 +84,10 @@ class TrainConfig:
     z_loss: NotNegative = 0.0
     """weight of log(sum(exp(logits)))^2, which keeps logits from drifting in long runs with high learning
     rates; PaLM took 1e-4; the loss that is shown stays the cross-entropy"""
+    ema: Beta = 0.0
+    """decay of an exponential moving average of the weights, such as 0.999, which is evaluated and exported
+    where it is better; 0: none"""
+
     loop_loss: Literal["none", "unlikelihood", "ditto"] = "none"
     """extra loss against repetition, added in the last steps of the run: token unlikelihood, or DITTO on
     phrases repeated on purpose (its steps take twice as long)"""

@@ -25,8 +25,9 @@ class EarlyStop(Callback):
     def on_log(self, trainer: "Trainer", kind: str, values: dict[str, Any]) -> None:
         if kind != "validation":
             return
-        self._failed = 0 if values["loss"] < self._best else self._failed + 1
-        self._best = min(self._best, values["loss"])
+        loss = min(values["loss"], values.get("average_loss", math.inf))
+        self._failed = 0 if loss < self._best else self._failed + 1
+        self._best = min(self._best, loss)
         self._end_if_due(trainer)
 
     def _end_if_due(self, trainer: "Trainer") -> None:

@@ -24,6 +24,7 @@ from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import STATE, checkpoints, latest_checkpoint
 from ant5m.model.costs import count_flops
 from ant5m.ranks import Ranks, join
+from ant5m.train.average import AverageWeights
 from ant5m.train.callback import Callback
 from ant5m.train.checkpoint import SaveCheckpoints, load_checkpoint
 from ant5m.train.config import TrainConfig
@@ -220,19 +221,21 @@ def _make_callbacks(run: Run, settings: Settings, net: Ant, data: TrainingData) 
     push = [PushCheckpoints(run, config.push, every)] if config.push else []
     scores = [_score_tasks(config, settings, data)] if config.eval_tasks else []
     counts = data.train.counts
+    average = AverageWeights(net, settings.ema) if settings.ema else None
     words_per_token = counts["words"] / counts["tokens"]
     words = ExportAtWords(
         run.folder / "babylm", config.checkpoint_words, settings, words_per_token, data.tokenizer
     )
     return [
         AddLoopLoss(settings),
+        *([average] if average else []),
         *track,
         MetricsFile(run),
         TensorBoard(run),
         TrainingProgress(
             settings.steps, flops, peak_flops(net.device, settings.precision), bytes_per_token(data.train)
         ),
-        Validate(settings, data.validation),
+        Validate(settings, data.validation, average),
         EarlyStop(settings.early_stop),
         *scores,
         words,
@@ -263,7 +266,7 @@ def _resume(run: Run, trainer: Trainer, tokenizer: Tokenizer) -> None:
             if checkpoints(run.checkpoints):
                 raise UserError(f"no checkpoint in {run.checkpoints} is good: start a new run")
             return None
-        state = load_checkpoint(folder, trainer.net, trainer.optimizer)
+        state = load_checkpoint(folder, trainer.net, trainer.optimizer, trainer.callbacks)
         if not tokenizer.has_fingerprint(state["tokenizer"]):
             raise UserError(f"{folder} was trained with another tokenizer than {run.tokenizer}")
         return state
@@ -278,6 +281,9 @@ def _resume(run: Run, trainer: Trainer, tokenizer: Tokenizer) -> None:
         if not ranks.is_first:
             trainer.net.load_state_dict(weights)
             trainer.optimizer.load_tensors(moments)
+        for callback in trainer.callbacks:
+            if callback.tensors():
+                callback.load_tensors(ranks.share_tensors(callback.tensors()))
     try:
         trainer.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:  # of a state.json without a manifest

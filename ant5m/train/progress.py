@@ -63,7 +63,8 @@ class TrainingProgress(Callback):
             self._update(step, values["loss"], values["learning_rate"], values["tokens_per_second"])
         elif kind == "validation":
             bits = f", {values['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in values else ""
-            self._print(f"step {step:,}: validation loss {values['loss']:.3f}{bits}")
+            average = f"; averaged {values['average_loss']:.3f}" if "average_loss" in values else ""
+            self._print(f"step {step:,}: validation loss {values['loss']:.3f}{bits}{average}")
         elif kind == "sample":
             first = values["samples"][0]
             self._print(f"step {step:,}: " + " ".join(f"{first['prompt']}{first['text']}".split()))

@@ -13,10 +13,11 @@ from ant5m.data.tokenizer import Tokenizer
 from ant5m.device import describe_device
 from ant5m.eval.perplexity import Evaluation, record_evaluation
 from ant5m.eval.results import section_of
-from ant5m.export.card import card_of_run
+from ant5m.export.card import HELD_OUT_TEXT, card_of_run
 from ant5m.export.huggingface import export
 from ant5m.files import write_file
 from ant5m.model.ant import Ant
+from ant5m.train.average import AverageWeights
 from ant5m.train.data import TrainingData
 from ant5m.train.metrics import read_metrics
 from ant5m.train.run import Run, versions
@@ -24,22 +25,51 @@ from ant5m.train.samples import GeneratedText, final_samples
 from ant5m.train.trainer import Trainer
 from ant5m.train.validation import validate
 
+AVERAGED = " averaged"
+"""behind a checkpoint's name in eval.json: of the average of its weights"""
+
 
 def finish(run: Run, trainer: Trainer, data: TrainingData) -> Evaluation:
-    """Evaluate on the whole validation split, let the model write, export it and write the report."""
-    evaluation = validate(trainer.net, data.validation, trainer.settings, ranks=trainer.ranks)
+    """Evaluate on the whole validation split, let the model write, export it and write the report.
+
+    Where the weights were averaged both are evaluated, and the better of the two is what is left.
+    """
+    trained = validate(trainer.net, data.validation, trainer.settings, ranks=trainer.ranks)
+    average = next((c for c in trainer.callbacks if isinstance(c, AverageWeights)), None)
+    if average is None:
+        return _finish(run, trainer, data, [trained])
+    with average.in_place():
+        averaged = validate(trainer.net, data.validation, trainer.settings, ranks=trainer.ranks)
+        if averaged.loss < trained.loss:
+            return _finish(run, trainer, data, [trained, averaged], averaged)
+    return _finish(run, trainer, data, [trained, averaged])
+
+
+def _finish(
+    run: Run,
+    trainer: Trainer,
+    data: TrainingData,
+    evaluations: list[Evaluation],
+    averaged: Evaluation | None = None,
+) -> Evaluation:
+    """`evaluations`: of the trained weights, and of their average where there is one. `averaged`: the
+    latter, where the model has these weights now."""
+    evaluation = averaged or evaluations[0]
     if not trainer.ranks.is_first:
         return evaluation
     checkpoint = run.checkpoints / f"step-{trainer.step:08d}"
-    record_evaluation(run.folder, checkpoint.name, evaluation, held_out=True)
+    record_evaluation(run.folder, checkpoint.name, evaluations[0], held_out=True)
+    if averaged is not None:
+        record_evaluation(run.folder, f"{checkpoint.name}{AVERAGED}", averaged, held_out=True)
     samples = final_samples(trainer.net, data.tokenizer, data.validation, trainer.settings.seed)
     lines = read_metrics(run.folder / "metrics.jsonl")
     final = {"kind": "validation", "step": trainer.step, "loss": evaluation.loss, "tokens": evaluation.tokens}
     plot_loss([*lines, final], run.folder / "loss.png")
     plot_scores(lines, run.folder / "tasks.png")
-    tasks = section_of(run.folder, checkpoint)
-    _export(run, trainer.net, data.tokenizer, checkpoint, samples, tasks)
-    write_file(run.folder / "report.md", report(run, trainer, lines, evaluation, samples, tasks))
+    tasks = section_of(run.folder, checkpoint) if averaged is None else ""  # they are the checkpoint's
+    _export(run, trainer.net, data.tokenizer, checkpoint, samples, tasks, averaged)
+    compared = _compared(evaluations, averaged is not None)
+    write_file(run.folder / "report.md", report(run, trainer, lines, evaluation, samples, tasks, compared))
     return evaluation
 
 
@@ -110,8 +140,10 @@ def report(
     evaluation: Evaluation,
     samples: list[GeneratedText],
     tasks: str,
+    compared: str = "",
 ) -> str:
-    """The text of report.md. `tasks`: its section on 0-shot tasks, or nothing."""
+    """The text of report.md. `tasks`: its section on 0-shot tasks, or nothing. `compared`: what is said of
+    averaged weights."""
     model, config, data, settings = run.model, run.config, run.data, trainer.settings
     parameters = sum(p.numel() for p in trainer.net.parameters())
     seconds = max((line["seconds"] for line in lines if line["kind"] == "train"), default=0.0)
@@ -135,7 +167,7 @@ def report(
         minutes=f"{seconds / 60:.1f}",
         speed=f"{trainer.tokens / seconds:,.0f}" if seconds else "?",
         versions=", ".join(f"{name} {version}" for name, version in versions().items()),
-        results=_results(evaluation),
+        results=_results(evaluation) + compared,
         tasks=tasks,
         samples="\n\n".join(_quoted(sample) for sample in samples),
         loops=_remark(samples),
@@ -153,6 +185,18 @@ def _results(evaluation: Evaluation) -> str:
     if size is not None:
         rows.append(("bits per byte", f"{size:.4f}", f"{evaluation.bytes:,} bytes"))
     return "\n".join(f"| {name} | {value} | {over} |" for name, value, over in rows)
+
+
+def _compared(evaluations: list[Evaluation], averaged: bool) -> str:
+    """Which weights the report and the export are of, where there are two."""
+    if len(evaluations) == 1:
+        return ""
+    trained, average = (f"{one.loss:.4f} nats per token" for one in evaluations)
+    chosen = "averaged ones; the checkpoint is of the trained ones" if averaged else "trained ones"
+    return (
+        f"\n\nTrained weights: {trained}, their average: {average}. This report and `hf/` are of "
+        f"the better, the {chosen}."
+    )
 
 
 def _quoted(sample: GeneratedText) -> str:
@@ -174,7 +218,13 @@ def _remark(samples: list[GeneratedText]) -> str:
 
 
 def _export(
-    run: Run, net: Ant, tokenizer: Tokenizer, checkpoint: Path, samples: list[GeneratedText], tasks: str
+    run: Run,
+    net: Ant,
+    tokenizer: Tokenizer,
+    checkpoint: Path,
+    samples: list[GeneratedText],
+    tasks: str,
+    averaged: Evaluation | None,
 ) -> None:
     folder = run.folder / "hf"
     if folder.is_symlink():  # somebody moved it to another disk: the export goes there
@@ -184,6 +234,10 @@ def _export(
     card = card_of_run(run.folder.name, run.folder, checkpoint)
     shown = [(sample.prompt, sample.text) for sample in samples]
     card = dataclasses.replace(card, samples=shown, tasks=tasks, repo=run.config.push)
+    if averaged is not None:
+        facts = {**card.facts, "weights": f"exponential moving average, decay {run.config.ema:g}"}
+        validation = {**averaged.to_dict(), "text": HELD_OUT_TEXT}
+        card = dataclasses.replace(card, validation=validation, results=[], facts=facts)
     export(net, tokenizer, folder, card)
 
 

@@ -67,6 +67,9 @@ class Settings:
     final_rate: float
 
     z_loss: float
+    ema: float
+    """0: no average"""
+
     loop_loss: str
     loop_loss_weight: float
     loop_loss_share: float

@@ -106,7 +106,7 @@ class Trainer:
                 callback.on_start(self)
             while not self.complete:
                 reason = self._agree(stop)
-                if reason:
+                if reason or self.complete:
                     break
                 if self._train_step(stop):
                     self._between_steps()
@@ -151,7 +151,7 @@ class Trainer:
             "skipped": self.skipped,
             "seconds": self.seconds,
             "kernels": kernels.choices(),
-            **({"position": self.position} if self.pace else {}),
+            **({"position": self.position, "ended": self.ended} if self.pace else {}),
             **({"callbacks": states} if states else {}),
         }
 
@@ -165,6 +165,7 @@ class Trainer:
         self.step = state["step"]
         self.tokens, self.skipped, self.seconds = state["tokens"], state["skipped"], state["seconds"]
         self._move(state.get("position", 0))
+        self.ended = state.get("ended", "")
         states = state.get("callbacks", {})
         for callback in self.callbacks:
             if callback.name in states:

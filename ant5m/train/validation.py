@@ -8,6 +8,7 @@ from ant5m.device import autocast
 from ant5m.eval.perplexity import Evaluation, evaluate
 from ant5m.model.ant import Ant
 from ant5m.ranks import Ranks
+from ant5m.train.average import AverageWeights
 from ant5m.train.callback import Periodic
 from ant5m.train.settings import Settings
 
@@ -16,20 +17,26 @@ if TYPE_CHECKING:
 
 
 class Validate(Periodic):
-    """Logs the loss over `eval_tokens` of the validation split, in windows spread over it."""
+    """Logs the loss over `eval_tokens` of the validation split, in windows spread over it: of the weights,
+    and of their average where there is one."""
 
     everywhere = True
 
-    def __init__(self, settings: Settings, shards: Shards):
+    def __init__(self, settings: Settings, shards: Shards, average: AverageWeights | None = None):
         super().__init__(settings.eval_every)
-        self._settings, self._shards = settings, shards
+        self._settings, self._shards, self._average = settings, shards, average
 
     def run(self, trainer: "Trainer") -> None:
         limit = self._settings.eval_tokens
         result = validate(trainer.net, self._shards, self._settings, limit, trainer.ranks)
         size = bytes_per_token(self._shards)
         bits = {} if size is None else {"bits_per_byte": result.loss / (math.log(2) * size)}
-        trainer.log("validation", loss=result.loss, tokens=result.tokens, **bits)
+        averaged = {}
+        if self._average is not None:
+            with self._average.in_place():
+                other = validate(trainer.net, self._shards, self._settings, limit, trainer.ranks)
+            averaged = {"average_loss": other.loss}
+        trainer.log("validation", loss=result.loss, tokens=result.tokens, **bits, **averaged)
 
 
 def bytes_per_token(shards: Shards) -> float | None:
