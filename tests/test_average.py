@@ -86,8 +86,8 @@ def test_a_run_shows_both_and_exports_the_better(config, tmp_path, capsys):  # n
     # A rate that stays high to the end leaves noise, which an average takes away.
     noisy = dataclasses.replace(
         config,
-        steps=60,
-        eval_every=20,
+        steps=30,
+        eval_every=10,
         ema=0.9,
         schedule="wsd",
         decay=0.0,
@@ -113,7 +113,7 @@ def test_a_run_shows_both_and_exports_the_better(config, tmp_path, capsys):  # n
     assert f"{second['loss']:.3f}" in capsys.readouterr().out
     worse = dataclasses.replace(config, steps=6, ema=0.999, out=tmp_path / "worse")
     run = pretrain(worse).run
-    (only,) = json.loads((run / "eval.json").read_text())["perplexity"]
+    assert 1 == len(json.loads((run / "eval.json").read_text())["perplexity"])
     assert "of the better, the trained ones." in (run / "report.md").read_text()
     exported = load_file(run / "hf" / "model.safetensors")
     trained = load_file(latest_checkpoint(run) / "model.safetensors")
@@ -131,6 +131,7 @@ def test_stopped_and_resumed_equals_uninterrupted(config, tmp_path, interrupt, p
     assert fingerprint(whole) == fingerprint(asked.out)
 
 
+@pytest.mark.slow
 def test_ranks_have_the_same_average(config, tmp_path):  # noqa: F811
     whole = dataclasses.replace(
         config, steps=6, ema=0.9, precision="fp32", eval_every=2, out=tmp_path / "one"
