@@ -113,7 +113,7 @@ def test_a_run_shows_both_and_exports_the_better(config, tmp_path, capsys):  # n
     assert f"{second['loss']:.3f}" in capsys.readouterr().out
     worse = dataclasses.replace(config, steps=6, ema=0.999, out=tmp_path / "worse")
     run = pretrain(worse).run
-    assert 1 == len(json.loads((run / "eval.json").read_text())["perplexity"])
+    assert len(json.loads((run / "eval.json").read_text())["perplexity"]) == 1
     assert "of the better, the trained ones." in (run / "report.md").read_text()
     exported = load_file(run / "hf" / "model.safetensors")
     trained = load_file(latest_checkpoint(run) / "model.safetensors")
