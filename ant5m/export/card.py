@@ -43,6 +43,8 @@ class ModelCard:
     """ISO 639 code: en"""
     repo: str | None = None
     """OWNER/NAME on the hub"""
+    base: str | None = None
+    """the model that the training began with"""
     facts: dict[str, str] = field(default_factory=dict)
     """what else is known of the training, for a table: words and bytes seen, tokenizer, commit, ..."""
 
@@ -100,7 +102,8 @@ class ModelCard:
 
     def _training(self) -> str:
         tokens = f"{self.tokens:,} tokens" if self.tokens else "an unrecorded number of tokens"
-        return f"Trained from scratch with ant5m on {tokens} of {self.data or 'text that was not recorded'}."
+        begin = f"with ant5m from {self.base}" if self.base else "from scratch with ant5m"
+        return f"Trained {begin} on {tokens} of {self.data or 'text that was not recorded'}."
 
     def _facts(self, config: ModelConfig, num_parameters: int) -> str:
         tables = 1 if config.tie_word_embeddings else 2
@@ -150,11 +153,17 @@ def card_of_run(name: str, run: Path, checkpoint: Path) -> ModelCard:
         data=_phrase(sources),
         datasets=[source.split(":")[1] for source in sources if source.startswith("hf:")],
         tokens=state.tokens,
+        base=_base(file.train.init if file.train else None),
         facts=_facts_of_run(file, state),
         validation={**measured[-1], "text": HELD_OUT_TEXT} if measured else {},
         tasks=section_of(run, checkpoint),
         results=recorded(run / "eval.json", weights_sha256(checkpoint)),
     )
+
+
+def _base(init: str | None) -> str | None:
+    """The model that a run began with, without the folders around it."""
+    return "/".join(Path(init).parts[-2:]) if init else None
 
 
 def _facts_of_run(run: RunFile, state: State) -> dict[str, str]:

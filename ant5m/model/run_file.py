@@ -15,6 +15,8 @@ class Asked:
     data: str | list[str] | None = None
     """text or a folder of shards; before ant5m 0.2 one name, of shards"""
     document_mask: bool = False
+    init: str | None = None
+    """the model that it began with"""
 
 
 @dataclass

@@ -23,7 +23,13 @@ class TrainConfig:
     """
 
     model: str | None = None
-    """preset or config file; default: ant-5m"""
+    """preset or config file; default: ant-5m, or the shape of --init"""
+    init: str | None = None
+    """model to begin with: a run, RUN@STEP, a checkpoint or a Hugging Face folder; its tokenizer must be that
+    of the data, or a part of it"""
+    keep_optimizer: bool = False
+    """begin with the optimizer and its settings of --init too, where its data stood, and without warm-up: a
+    run of its own length branches off"""
     data: tuple[str, ...] = ()
     """text (files, folders, globs, hf:OWNER/NAME, builtin), which is packed first, into ant5m-cache beside
     the run folder; or a folder of shards (of `ant5m data pack`); default: built-in English, packed into the
@@ -54,6 +60,9 @@ class TrainConfig:
     """sequences per forward and backward pass (gradients are accumulated); default: what fits the device"""
     sequence_length: Count | None = None
     """tokens per sequence, which becomes the model's context length; default: that of --model"""
+
+    rope_theta: Positive | None = None
+    """RoPE base; default: that of the model"""
 
     document_mask: bool = False
     """keep attention inside documents; in public runs of larger models this made no difference"""
@@ -149,6 +158,8 @@ class TrainConfig:
         check_steps(self.steps or 0)
         if self.push is not None:
             check_name(self.push)
+        if self.keep_optimizer and self.init is None:
+            raise UserError("--keep-optimizer is of the run that --init names: give that too")
         if self.steps and self.tokens:
             raise UserError("--steps and --tokens say the same thing twice: give one of them")
         if self.batch_size and self.micro_batch_size and self.batch_size % self.micro_batch_size:

@@ -40,7 +40,8 @@ def prepare(run: Run, model_chosen: bool = True) -> None:
         return
     if run.config.tokenizer and not run.has_tokenizer:
         tokenizer = Tokenizer.load(run.config.tokenizer)
-        check_tokenizer(tokenizer, run.model)
+        if run.initial is None:  # else rows are added
+            check_tokenizer(tokenizer, run.model)
         if not model_chosen:
             _check_default_model(run, tokenizer.vocab_size, run.config.tokenizer)
     if not run.config.data:
@@ -79,11 +80,17 @@ def _pack_given_text(run: Run) -> Path:
     stderr().print(f"text: {count}{size}; tokenizer and shards are kept in {made.folder}", markup=False)
     try:
         with Progress(console=Console(stderr=True)) as progress:
-            folder = run.config.tokenizer or _learned(run, made, corpus, progress)
-            return made.shards(corpus, Tokenizer.load(folder), progress)
+            return made.shards(corpus, _tokenizer(run, made, corpus, progress), progress)
     finally:
         with contextlib.suppress(OSError):
             made.folder.rmdir()  # where nothing was made
+
+
+def _tokenizer(run: Run, made: Cache, corpus: Corpus, progress: Progress) -> Tokenizer:
+    """The one that was given, that of the model to begin with, or a new one."""
+    if run.config.tokenizer is None and run.initial is not None:
+        return run.initial.tokenizer
+    return Tokenizer.load(run.config.tokenizer or _learned(run, made, corpus, progress))
 
 
 def _learned(run: Run, made: Cache, corpus: Corpus, progress: Progress) -> Path:
@@ -128,6 +135,8 @@ def _default_tokenizer(run: Run, corpus: Corpus, progress: Progress) -> Tokenize
         return Tokenizer.load(run.tokenizer)
     if run.config.tokenizer is not None:
         tokenizer = Tokenizer.load(run.config.tokenizer)
+    elif run.initial is not None:
+        tokenizer = run.initial.tokenizer
     else:
         tokenizer = train_tokenizer(corpus.documents(), run.model.vocab_size, progress=progress)
     tokenizer.save(run.tokenizer, run.model.max_position_embeddings)

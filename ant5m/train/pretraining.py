@@ -30,6 +30,7 @@ from ant5m.train.checkpoint import SaveCheckpoints, load_checkpoint
 from ant5m.train.config import TrainConfig
 from ant5m.train.data import TrainingData
 from ant5m.train.early_stop import EarlyStop
+from ant5m.train.initial import Initial
 from ant5m.train.losses import AddLoopLoss
 from ant5m.train.metrics import MetricsFile, TensorBoard, read_metrics
 from ant5m.train.pace import Pace, recorded_positions
@@ -103,19 +104,34 @@ def _open(config: TrainConfig, restarted: bool) -> Run:
         config = dataclasses.replace(config, resume=fetch_run(str(config.resume), config.out), out=None)
     elif str(config.resume) == "latest":
         config = dataclasses.replace(config, resume=latest_run())
-    run = Run.open(config.resume, config) if config.resume else Run.create(config)
+    run = Run.open(config.resume, config) if config.resume else _create(config)
     try:
+        if run.config.init and run.initial is None and latest_checkpoint(run.folder) is None:
+            run.initial = Initial.open(run.config.init)  # it was stopped before its first checkpoint
         check_tracker(run.config.track)
         if run.config.push:
             _claim_repository(run.config.push)
         rows = max(run.config.batch_size or 1, run.config.micro_batch_size or 1)
         check_memory(run.model, rows, choose_device(run.config.device))
         with _interruptible(run, "stopped while the text was prepared"):
-            prepare(run, model_chosen=config.resume is not None or config.model is not None)
+            chosen = (config.resume, config.model, config.init) != (None, None, None)
+            prepare(run, model_chosen=chosen)
+        if run.initial is not None:
+            tokenizer = (
+                run.tokenizer if run.has_tokenizer else run.config.tokenizer or run.shards / "tokenizer"
+            )
+            run.model = run.initial.fit(run.model, Tokenizer.load(tokenizer))
     except BaseException:
         run.release()
         raise
     return run
+
+
+def _create(config: TrainConfig) -> Run:
+    if config.init is None:
+        return Run.create(config)
+    initial = Initial.open(config.init)
+    return Run.create(initial.inherit(config) if config.keep_optimizer else config, initial)
 
 
 def _restarted(config: TrainConfig) -> TrainConfig:
@@ -156,6 +172,8 @@ def _pretrain(run: Run, device: torch.device, started: float, ranks: Ranks) -> R
     data = TrainingData.open(run, verify=torchrun.local_rank() == 0)
     torch.manual_seed(run.config.seed)
     net = Ant(run.model).to(device)
+    if run.config.init:
+        _fill(run, net, ranks)
     num_tokens = data.train.num_tokens
     measure = functools.partial(_measure_speed, net, run.config, precision, ranks)
     held_out = data.validation.num_tokens
@@ -163,6 +181,8 @@ def _pretrain(run: Run, device: torch.device, started: float, ranks: Ranks) -> R
         run.config, run.model, num_tokens, device, precision, measure, deadline, ranks, held_out
     )
     trainer = _make_trainer(run, settings, net, data, ranks)
+    if run.config.keep_optimizer:
+        _branch(run, trainer)
     _resume(run, trainer, data.tokenizer)
     if run.minutes is not None:
         end = deadline or started + 60 * run.minutes - trainer.seconds
@@ -186,6 +206,31 @@ def _pretrain(run: Run, device: torch.device, started: float, ranks: Ranks) -> R
         evaluation,
         describe_device(settings.device, settings.precision),
     )
+
+
+def _fill(run: Run, net: Ant, ranks: Ranks) -> None:
+    """Give the model of all ranks the weights that rank 0 begins with."""
+    if run.initial is not None:
+        run.initial.fill(net)
+    weights = ranks.share_tensors(dict(net.state_dict()))
+    if not ranks.is_first:
+        net.load_state_dict(weights)
+
+
+def _branch(run: Run, trainer: Trainer) -> None:
+    """Go on with the optimizer that rank 0 begins with; and where its data stood, if they are the same."""
+    initial = run.initial
+    position = trainer.ranks.first(lambda: initial.load_optimizer(trainer.optimizer) if initial else None)
+    if position is None:
+        return  # the run has a checkpoint of its own
+    moments = trainer.ranks.share_tensors(trainer.optimizer.tensors())
+    if not trainer.ranks.is_first:
+        trainer.optimizer.load_tensors(moments)
+    try:
+        trainer.loader.load_state_dict(position)
+    except UserError:
+        if trainer.ranks.is_first:
+            stderr().print("other data, seed or sequence length: they are read from the beginning")
 
 
 def _measure_speed(net: Ant, config: TrainConfig, precision: str, ranks: Ranks) -> float:
@@ -312,6 +357,8 @@ def _introduce(run: Run, settings: Settings, net: Ant, ranks: Ranks) -> None:
     limit = f", within {run.minutes:g} minutes" if run.minutes else ""
     parameters, unique = sum(p.numel() for p in net.parameters()), run.data["train"]["tokens"]
     console = stderr()
+    if run.initial is not None:
+        console.print(run.initial.describe(run.model), markup=False)
     console.print(
         f"{run.folder}: {run.config.model}, {parameters:,} parameters, on {where} in {settings.precision}\n"
         f"{settings.steps:,} steps of {settings.batch_size} x {settings.sequence_length:,} tokens = "

@@ -162,6 +162,7 @@ def report(
         steps=f"{trainer.step:,}",
         batch=f"{settings.batch_size} x {settings.sequence_length}",
         ended=f" (of {settings.steps:,}: ended after {trainer.ended})" if trainer.ended else "",
+        began=f"| begun with | {config.init} |\n" if config.init else "",
         optimizer="Muon and AdamW" if settings.optimizer == "muon" else "AdamW",
         device=describe_device(settings.device, settings.precision),
         minutes=f"{seconds / 60:.1f}",
@@ -260,7 +261,7 @@ _REPORT = """\
 | --- | --- |
 | text | {source}: {documents} documents, {megabytes} MB, {unique} tokens |
 | trained on | {tokens} tokens ({epochs} epochs): {steps} steps of {batch}{ended} |
-| optimizer | {optimizer} |
+{began}| optimizer | {optimizer} |
 | device | {device} |
 | time | {minutes} minutes of training, {speed} tokens/s with validation and saving |
 | versions | {versions} |

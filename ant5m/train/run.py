@@ -15,10 +15,12 @@ from typing import Any
 from ant5m.data.corpus import is_no_path
 from ant5m.errors import UserError
 from ant5m.files import is_unused, lock, read_json, remove_asides, write_json
+from ant5m.model.checkpoint import find_run
 from ant5m.model.config import ModelConfig
 from ant5m.model.config_file import load_config
 from ant5m.ranks import Ranks
 from ant5m.train.config import DEFAULT_MODEL, TrainConfig
+from ant5m.train.initial import Initial
 from ant5m.train.settings import override
 
 RUNS = Path("runs")
@@ -41,21 +43,28 @@ class Run:
     otherwise"""
     ran: dict[str, str] = dataclasses.field(default_factory=dict)
     """the device with its precision, the kernels, and what a stopwatch chose among them; of the last call"""
+    initial: Initial | None = None
+    """what it begins with; None: random weights, or it has begun, or rank 0 knows"""
     _held: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack, repr=False)
     claimed: bool = False
     """whether this process holds the folder"""
 
     @classmethod
-    def create(cls, config: TrainConfig) -> "Run":
+    def create(cls, config: TrainConfig, initial: Initial | None = None) -> "Run":
         """A run that is not on the disk yet. Raises `UserError` when `config.out` has other content."""
-        config = dataclasses.replace(config, model=config.model or DEFAULT_MODEL)
         model = load_config(config.model or DEFAULT_MODEL)
+        if initial is not None and config.model is None:
+            model = initial.net.config
+        name = DEFAULT_MODEL if initial is None else (find_run(initial.folder) or initial.folder).name
+        config = dataclasses.replace(config, model=config.model or name)
+        if config.rope_theta is not None:
+            model = dataclasses.replace(model, rope_theta=config.rope_theta)
         if config.sequence_length is not None:
             # A model's context is what it was trained on.
             model = dataclasses.replace(model, max_position_embeddings=config.sequence_length)
         folder = config.out or next_folder(config.model or DEFAULT_MODEL)
         _refuse_content(folder)
-        return cls(folder, _absolute(config), model, {})
+        return cls(folder, _absolute(config), model, {}, initial=initial)
 
     @classmethod
     def open(cls, folder: Path, flags: TrainConfig) -> "Run":
@@ -229,4 +238,5 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     """With data and tokenizer where they lie, so that the run can be used from another folder."""
     data = tuple(name if is_no_path(name) else os.path.abspath(name) for name in config.data)
     tokenizer = config.tokenizer.absolute() if config.tokenizer else None
-    return dataclasses.replace(config, data=data, tokenizer=tokenizer)
+    init = os.path.abspath(config.init) if config.init else None
+    return dataclasses.replace(config, data=data, tokenizer=tokenizer, init=init)
