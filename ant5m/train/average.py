@@ -33,7 +33,8 @@ class AverageWeights(Callback):
     def on_update(self, counted: Tensor) -> None:
         rate = counted * (1 - ((1 + self._count) / (10 + self._count)).clamp(max=self._decay))
         self._count += counted
-        averages, weights = list(self.weights.values()), list(self._parameters.values())
+        averages: list[Tensor] = list(self.weights.values())
+        weights: list[Tensor] = list(self._parameters.values())
         if rate.device.type == "cpu":
             for average, weight in zip(averages, weights, strict=True):
                 average.lerp_(weight, rate)  # one pass; the three below take 10 times as long here

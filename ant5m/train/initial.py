@@ -55,8 +55,7 @@ class Initial:
         return cls(name, folder, net, tokenizer)
 
     def inherit(self, config: TrainConfig) -> TrainConfig:
-        """`config` with the optimizer's settings of the run that this is a checkpoint of, and no warm-up: it is
-        warm."""
+        """`config` with the optimizer's settings of the run whose checkpoint this is, and no warm-up."""
         run = find_run(self.folder)
         if run is None:
             raise UserError(f"{self.name} has no optimizer: --keep-optimizer needs a run or its checkpoint")
@@ -91,8 +90,8 @@ class Initial:
             if there is None or there[1:] != weight.shape[1:] or not _grows(name, weight.shape, there):
                 shape = "not there" if there is None else tuple(there)
                 raise UserError(
-                    f"{name} is {tuple(weight.shape)} in {self.name} and {shape} in the model to train: leave "
-                    "out --model, or begin with another"
+                    f"{name} is {tuple(weight.shape)} in {self.name} and {shape} in the model to train: "
+                    "leave out --model, or begin with another"
                 )
         if expected:
             raise UserError(
