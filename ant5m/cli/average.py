@@ -19,7 +19,7 @@ class Average:
     Examples:
 
         ant5m average runs/books --out books-average
-        ant5m average runs/books/checkpoints/step-00000800 runs/books/checkpoints/step-00000900 --out mean
+        ant5m average runs/a/checkpoints/step-0000080* --out mean
         ant5m eval books-average --data data/books
     """
 
