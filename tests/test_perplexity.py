@@ -160,12 +160,12 @@ def test_shards(net, tokenizer, corpus, tmp_path):
 def test_run_data(tmp_path):
     (tmp_path / "books").mkdir()
     (tmp_path / "config.json").write_text(json.dumps({"train": {"data": str(tmp_path / "books")}}))
-    assert run_data(tmp_path) == tmp_path / "books"
+    assert run_data(tmp_path) == [tmp_path / "books"]
     (tmp_path / "config.json").write_text('{"train": {"data": null}}')
     with pytest.raises(UserError, match="is not here"):
         run_data(tmp_path)
     (tmp_path / "data").mkdir()
-    assert run_data(tmp_path) == tmp_path / "data"
+    assert run_data(tmp_path) == [tmp_path / "data"]
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="give --data"):
         run_data(tmp_path)

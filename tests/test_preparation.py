@@ -48,7 +48,7 @@ def test_text_is_trained_on_in_one_call_and_the_next_run_uses_its_shards(config,
     shards = Shards.open(values["shards"])
     assert values["train"]["data"] == [str(tmp_path / "books")]
     assert shards.vocab_size == MODEL.vocab_size
-    assert run_data(run) == shards.folder
+    assert run_data(run) == [shards.folder]
     assert Tokenizer.load(run / "tokenizer").fingerprint == shards.tokenizer_fingerprint
     assert "0.txt" in card_of_run("it", run, latest_checkpoint(run)).data
     assert "text | books:" in (run / "report.md").read_text()
@@ -79,7 +79,7 @@ def test_a_change_of_text_tokenizer_or_size_makes_new_shards(config, tmp_path):
     before = folders()
     train_tokenizer([" ".join(WORDS)] * 3, vocab_size=290).save(tmp_path / "own")
     own = dataclasses.replace(config, tokenizer=tmp_path / "own", out=tmp_path / "runs" / "own")
-    assert Shards.open(run_data(pretrain(own).run)).vocab_size == 290
+    assert Shards.open(run_data(pretrain(own).run)[0]).vocab_size == 290
     assert [name.split("-")[0] for name in folders() - before] == ["shards"]
 
 
@@ -87,7 +87,7 @@ def test_files_globs_and_a_column(config, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"body": "the ant carries a leaf home"}\n' * 30)
     data = (str(tmp_path / "books" / "1*.txt"), str(tmp_path / "rows.jsonl"))
     asked = dataclasses.replace(config, data=data, text_column="body")
-    meta = json.loads((run_data(pretrain(asked).run) / META).read_text())
+    meta = json.loads((run_data(pretrain(asked).run)[0] / META).read_text())
     assert len(meta["sources"]) == 12
     assert sum(split["documents"] for split in meta["splits"].values()) == 41
 
@@ -144,7 +144,9 @@ def test_a_text_too_small_for_the_model_names_the_preset_that_fits(config):
 
 def test_a_default_model_that_does_not_fit_is_refused_with_one_that_does(config, tmp_path, monkeypatch):
     run = pretrain(config).run
-    packed = dataclasses.replace(config, data=str(run_data(run)), model=None, out=tmp_path / "runs" / "next")
+    packed = dataclasses.replace(
+        config, data=str(run_data(run)[0]), model=None, out=tmp_path / "runs" / "next"
+    )
     refused(packed, "300 entries, the default model ant-5m 16,384 rows, of which 16,084 would never be used")
     given = dataclasses.replace(
         config, tokenizer=run / "tokenizer", model=None, out=tmp_path / "runs" / "next"

@@ -62,7 +62,7 @@ class AutopsyCommand:
         net, tokenizer = load_with_tokenizer(folder)
         if not self.data and run is None:
             raise UserError(f"{self.model} is not of a run: say with --data on what text to examine it")
-        names = self.data or (str(perplexity.run_data(run)),) if run else self.data
+        names = self.data or (tuple(map(str, perplexity.run_data(run))) if run else ())
         shards, text = perplexity.open_data(names, tokenizer, self.text_column)
         text = _plain(text)
         if run and perplexity.masks_documents(run):

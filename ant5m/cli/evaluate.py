@@ -97,7 +97,7 @@ class Evaluate:
         net, tokenizer = load_with_tokenizer(folder)
         if not self.data and run is None:
             raise UserError(f"{model} is not of a run: say with --data on what text to evaluate it")
-        names = self.data or (str(perplexity.run_data(run)),) if run else self.data
+        names = self.data or (tuple(map(str, perplexity.run_data(run))) if run else ())
         shards, text = perplexity.open_data(names, tokenizer, self.text_column, self.allow_loss)
         with _bar("tokens") as progress:
             evaluation = perplexity.evaluate(

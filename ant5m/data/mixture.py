@@ -1,5 +1,6 @@
 """mixture.toml: several data sets, the weight of each, and how the weights change over a run."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Sequence
@@ -19,18 +20,18 @@ MANY_EPOCHS = 4
 """Repeating a text so often is nearly as good as new text; more is worth less and less.
 Source: Muennighoff et al., "Scaling Data-Constrained Language Models", 2023."""
 
-Weight = Annotated[float, Meta(ge=0, le=1e9)]
+LARGEST_WEIGHT = 1e9
 Share = Annotated[float, Meta(ge=0, le=1)]
 
 
 class _Source(Struct, forbid_unknown_fields=True):
     data: str
-    weight: Weight
+    weight: float
 
 
 class _Phase(Struct, forbid_unknown_fields=True, rename={"start": "from", "end": "to"}):
     start: Share
-    weights: dict[str, Weight]
+    weights: dict[str, float]
     end: Share = 1.0
 
 
@@ -82,22 +83,41 @@ class Mixture:
         """For a run of `total` sequences in steps of `batch`."""
         return make_shares([(phase.start, phase.weights) for phase in self.phases], total, batch)
 
+    def at(self, data: Sequence[str]) -> "Mixture":
+        """The same, its data elsewhere."""
+        return dataclasses.replace(self, data=tuple(data))
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; weights are shares, which sum to 1."""
+        """Plain values for JSON."""
         phases = [
-            {"from": phase.start, "shares": dict(zip(self.names, _shares(phase.weights), strict=True))}
+            {"from": phase.start, "weights": dict(zip(self.names, phase.weights, strict=True))}
             for phase in self.phases
         ]
         return {"sources": dict(zip(self.names, self.data, strict=True)), "phases": phases}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Mixture":
+        """The inverse of `to_dict`."""
+        phases = tuple(Phase(one["from"], tuple(one["weights"].values())) for one in values["phases"])
+        return cls(tuple(values["sources"]), tuple(values["sources"].values()), phases)
+
+    def describe(self) -> list[str]:
+        """A line for each phase, for people."""
+        ends = [*(phase.start for phase in self.phases[1:]), 1.0]
+        return [
+            f"{phase.start:.4g} to {end:.4g} of the run: "
+            + ", ".join(
+                f"{name} {weight / sum(phase.weights):.1%}"
+                for name, weight in zip(self.names, phase.weights, strict=True)
+                if weight
+            )
+            for phase, end in zip(self.phases, ends, strict=True)
+        ]
 
 
 def is_mixture(name: str) -> bool:
     """Whether what `--data` names is a mixture.toml."""
     return not _is_no_path(name) and name.lower().endswith(SUFFIX)
-
-
-def _shares(weights: Sequence[float]) -> list[float]:
-    return [weight / sum(weights) for weight in weights]
 
 
 def _checked(file: _File, folder: Path) -> Mixture:
@@ -107,6 +127,9 @@ def _checked(file: _File, folder: Path) -> Mixture:
         if not re.fullmatch(r"[\w.-]{1,40}", name):
             raise UserError(f"sources.{name!r}: a name has 1 to 40 letters, digits, dots, - or _")
     base = {name: source.weight for name, source in file.sources.items()}
+    for name, weight in [*base.items(), *(one for phase in file.phases for one in phase.weights.items())]:
+        if not 0 <= weight <= LARGEST_WEIGHT:
+            raise UserError(f"the weight of {name} must be a number from 0 on, not {weight}")
     phases = tuple(Phase(start, _weights(base, changed)) for start, changed in _spans(file.phases))
     for index, name in enumerate(base):
         if not any(phase.weights[index] for phase in phases):

@@ -4,6 +4,7 @@ Loss in nats per token and token perplexity compare models with the same tokeniz
 per byte divide by what is in the text whatever the tokenizer, so they compare any two models on one text.
 """
 
+import dataclasses
 import itertools
 import math
 import re
@@ -163,6 +164,23 @@ def evaluate(
     )
 
 
+def put_together(evaluations: Sequence[Evaluation], text: str) -> Evaluation:
+    """One of all their texts, called `text`."""
+
+    def total(counts: Sequence[int | None]) -> int | None:
+        return None if None in counts else sum(count or 0 for count in counts)
+
+    return dataclasses.replace(
+        evaluations[0],
+        text=text,
+        nats=sum(one.nats for one in evaluations),
+        tokens=sum(one.tokens for one in evaluations),
+        words=total([one.words for one in evaluations]),
+        bytes=total([one.bytes for one in evaluations]),
+        lost_bytes=sum(one.lost_bytes for one in evaluations),
+    )
+
+
 @dataclass(frozen=True)
 class LmEvalPerplexity:
     """A text as lm-eval's perplexity tasks count it: each document by itself behind the BOS token, its
@@ -230,7 +248,7 @@ def rolling(ids: Sequence[int], prefix: int, most: int) -> Iterator[Request]:
 def open_data(
     names: Sequence[str | Path], tokenizer: Tokenizer, text_column: str = "text", allow_loss: bool = False
 ) -> tuple[Shards, str]:
-    """What to evaluate on, and its name: the validation split of a folder of shards, or texts.
+    """What to evaluate on, and its name: the validation splits of folders of shards, or texts.
 
     Raises `UserError` when the shards were packed with another tokenizer, the texts cannot be read, or the
     tokenizer loses bytes of them (with `allow_loss` they are only counted).
@@ -240,14 +258,16 @@ def open_data(
         return encode_texts(Corpus.open(names, text_column), tokenizer, allow_loss), ", ".join(
             str(name) for name in names
         )
-    if len(names) > 1:
-        raise UserError(f"{packed[0]} is a folder of shards: evaluate on it alone")
-    shards = Shards.open(packed[0], "validation")
-    if not tokenizer.has_fingerprint(shards.tokenizer_fingerprint):
-        raise UserError(
-            f"{packed[0]} was packed with another tokenizer than the model's: pack the text again"
-        )
-    return shards, f"validation split of {packed[0]}"
+    if len(names) > len(packed):
+        raise UserError(f"{packed[0]} is a folder of shards: evaluate on shards alone, or on text")
+    splits = [Shards.open(folder, "validation") for folder in packed]
+    for split in splits:
+        if not tokenizer.has_fingerprint(split.tokenizer_fingerprint):
+            raise UserError(
+                f"{split.folder} was packed with another tokenizer than the model's: pack the text again"
+            )
+    shards = splits[0] if len(splits) == 1 else Shards.join(splits)
+    return shards, f"validation split of {shards.folder}"
 
 
 def encode_texts(corpus: Corpus, tokenizer: Tokenizer, allow_loss: bool = False) -> Shards:
@@ -297,17 +317,18 @@ def masks_documents(run: Path) -> bool:
     return bool(file and file.train and file.train.document_mask)
 
 
-def run_data(run: Path) -> Path:
-    """The folder of shards that a run was trained on, as its config.json says."""
+def run_data(run: Path) -> list[Path]:
+    """The folder of shards that a run was trained on, as its config.json says; of a mixture several."""
     file = read_run_file(run)
     if file is None or file.train is None:
         raise UserError(f"{run / 'config.json'} does not say what the run was trained on: give --data")
-    folder = file.shards_folder(run)
-    if not folder.exists():
-        raise UserError(
-            f"{folder}, on which {run} was trained, is not here: name it or other text with --data"
-        )
-    return folder
+    folders = file.shards_folders(run)
+    for folder in folders:
+        if not folder.exists():
+            raise UserError(
+                f"{folder}, on which {run} was trained, is not here: name it or other text with --data"
+            )
+    return folders
 
 
 def record_evaluation(run: Path, checkpoint: str, evaluation: Evaluation, held_out: bool) -> None:

@@ -220,9 +220,10 @@ UNCHECKED = Contaminated(
 def contamination_of(run: Path | None) -> Contaminated:
     """What the shards that a run was trained on say of benchmark items in them."""
     try:
-        folder = run_data(run) if run else None
+        folders = run_data(run) if run else []
     except UserError:
-        folder = None
+        folders = []
+    folder = folders[0] if len(folders) == 1 else None  # of a mixture each source would have to say it
     if folder and (folder / REPORT).exists():
         report = read_json(folder / REPORT, _Report)
         counts = {name: one for name, one in report.tasks.items() if one.contaminated}

@@ -147,7 +147,7 @@ def card_of_run(name: str, run: Path, checkpoint: Path) -> ModelCard:
         for one in read_record(run / "eval.json").get("perplexity", [])
         if one["checkpoint"] == checkpoint.name and one["held_out"]
     ]
-    sources = _sources(file.shards_folder(run))
+    sources = [source for folder in file.shards_folders(run) for source in _sources(folder)]
     return ModelCard(
         name=name,
         data=_phrase(sources),
@@ -170,7 +170,9 @@ def _facts_of_run(run: RunFile, state: State) -> dict[str, str]:
     """What a run's files say of how it was trained."""
     facts = {}
     counts, tokens = run.data.train, state.tokens
-    if tokens and counts:
+    if tokens and run.mixture:
+        facts["tokens seen"] = f"{tokens:,}, of a mixture of {', '.join(run.mixture.sources)}"
+    elif tokens and counts:
         facts["tokens seen"] = f"{tokens:,} ({tokens / counts.tokens:.2f} epochs)"
         # By their mean over the training text.
         facts["words seen"] = f"{round(tokens * counts.words / counts.tokens):,}"

@@ -34,6 +34,14 @@ class Data:
 
 
 @dataclass
+class Mixed:
+    """Of a run on a mixture."""
+
+    sources: dict[str, str]
+    """the folder of shards of each"""
+
+
+@dataclass
 class Ran:
     device: str = ""
 
@@ -55,11 +63,14 @@ class RunFile:
     versions: Versions = field(default_factory=Versions)
     shards: str | None = None
     """their folder; None: in the run folder, or (before ant5m 0.2) among the settings"""
+    mixture: Mixed | None = None
 
-    def shards_folder(self, run: Path) -> Path:
-        """The folder of the shards of `run`, whose file this is."""
+    def shards_folders(self, run: Path) -> list[Path]:
+        """The folder of the shards of `run`, whose file this is; of a mixture that of each source."""
+        if self.mixture:
+            return [Path(folder) for folder in self.mixture.sources.values()]
         named = self.shards or (self.train.data if self.train else None)
-        return Path(named) if isinstance(named, str) else run / "data"
+        return [Path(named) if isinstance(named, str) else run / "data"]
 
 
 def read_run_file(run: Path) -> RunFile | None:

@@ -32,8 +32,8 @@ class TrainConfig:
     run of its own length branches off"""
     data: tuple[str, ...] = ()
     """text (files, folders, globs, hf:OWNER/NAME, builtin), which is packed first, into ant5m-cache beside
-    the run folder; or a folder of shards (of `ant5m data pack`); default: built-in English, packed into the
-    run folder"""
+    the run folder; or a folder of shards (of `ant5m data pack`); or a mixture.toml of several of either;
+    default: built-in English, packed into the run folder"""
     text_column: str = "text"
     """name of the text field in rows of --data"""
     tokenizer: Path | None = None

@@ -6,6 +6,8 @@ not made again.
 """
 
 import contextlib
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +17,7 @@ from ant5m.console import stderr
 from ant5m.data import builtin, cache
 from ant5m.data.cache import Cache
 from ant5m.data.corpus import Corpus
+from ant5m.data.mixture import Mixture, is_mixture
 from ant5m.data.packing import pack
 from ant5m.data.shards import META, PROGRESS, Shards
 from ant5m.data.tokenizer import Tokenizer, VocabularyTooLarge, train_tokenizer
@@ -31,12 +34,12 @@ UNUSED = 1 / 3
 
 
 def prepare(run: Run, model_chosen: bool = True) -> None:
-    """Make the run's shards and their tokenizer, and set `run.packed`. `model_chosen`: by somebody, not by
-    default.
+    """Make the run's shards and their tokenizer, and set `run.packed` or `run.mixture`. `model_chosen`: by
+    somebody, not by default.
 
     Raises `UserError` where the text, the tokenizer and the model do not fit each other.
     """
-    if run.packed is not None and (run.packed / META).exists():
+    if run.mixture is not None or (run.packed is not None and (run.packed / META).exists()):
         return
     if run.config.tokenizer and not run.has_tokenizer:
         tokenizer = Tokenizer.load(run.config.tokenizer)
@@ -46,6 +49,11 @@ def prepare(run: Run, model_chosen: bool = True) -> None:
             _check_default_model(run, tokenizer.vocab_size, run.config.tokenizer)
     if not run.config.data:
         _pack_default_text(run)
+    elif any(map(is_mixture, run.config.data)):
+        run.mixture = _prepare_mixture(run)
+        if not model_chosen:
+            first = Path(run.mixture.data[0])
+            _check_default_model(run, Shards.open(first, verify=False).vocab_size, first)
     elif _is_packed(run.config.data):
         run.packed = Path(run.config.data[0])
         if not model_chosen:
@@ -67,6 +75,24 @@ def _check_default_model(run: Run, entries: int, where: Path) -> None:
     )
 
 
+def _prepare_mixture(run: Run) -> Mixture:
+    """The mixture with a folder of shards for each source, made first for those that are text."""
+    if len(run.config.data) > 1:
+        raise UserError(f"--data takes one mixture, alone, not {', '.join(run.config.data)}")
+    if run.config.checkpoint_words:
+        raise UserError("--checkpoint-words counts the words of one text: leave it out with a mixture")
+    mixture = Mixture.read(Path(run.config.data[0]))
+    packed = [data for data in mixture.data if _is_packed((data,))]
+    texts = {data: Corpus.open([data], run.config.text_column) for data in mixture.data if data not in packed}
+    if packed:
+        Shards.join([Shards.open(folder, verify=False) for folder in packed])  # one tokenizer?
+    if texts:
+        packs = _pack_texts(run, list(texts.values()), Path(packed[0]) / "tokenizer" if packed else None)
+        made = dict(zip(texts, packs, strict=True))
+        mixture = mixture.at([str(made.get(data, data)) for data in mixture.data])
+    return mixture
+
+
 def _is_packed(names: tuple[str, ...]) -> bool:
     """Whether the data are one folder of shards, finished or not."""
     return len(names) == 1 and any((Path(names[0]) / file).exists() for file in (META, PROGRESS))
@@ -74,23 +100,31 @@ def _is_packed(names: tuple[str, ...]) -> bool:
 
 def _pack_given_text(run: Run) -> Path:
     corpus = Corpus.open(run.config.data, run.config.text_column)
+    return _pack_texts(run, [corpus])[0]
+
+
+def _pack_texts(run: Run, texts: Sequence[Corpus], packed: Path | None = None) -> list[Path]:
+    """A folder of shards for each text, all with one tokenizer: where there is none yet, not even `packed`
+    with other text, it is learned from all of them."""
+    corpus = dataclasses.replace(texts[0], sources=tuple(source for text in texts for source in text.sources))
     made = Cache(run.folder.parent / cache.NAME)
     size = f", {corpus.size / 1e6:,.1f} MB" if corpus.size else ""
     count = f"{len(corpus.sources):,} source{'s' * (len(corpus.sources) != 1)}"
     stderr().print(f"text: {count}{size}; tokenizer and shards are kept in {made.folder}", markup=False)
     try:
         with Progress(console=Console(stderr=True)) as progress:
-            return made.shards(corpus, _tokenizer(run, made, corpus, progress), progress)
+            tokenizer = _tokenizer(run, made, corpus, progress, packed)
+            return [made.shards(text, tokenizer, progress) for text in texts]
     finally:
         with contextlib.suppress(OSError):
             made.folder.rmdir()  # where nothing was made
 
 
-def _tokenizer(run: Run, made: Cache, corpus: Corpus, progress: Progress) -> Tokenizer:
-    """The one that was given, that of the model to begin with, or a new one."""
+def _tokenizer(run: Run, made: Cache, corpus: Corpus, progress: Progress, packed: Path | None) -> Tokenizer:
+    """The one that was given, that of the model to begin with, the one of packed text, or a new one."""
     if run.config.tokenizer is None and run.initial is not None:
         return run.initial.tokenizer
-    return Tokenizer.load(run.config.tokenizer or _learned(run, made, corpus, progress))
+    return Tokenizer.load(run.config.tokenizer or packed or _learned(run, made, corpus, progress))
 
 
 def _learned(run: Run, made: Cache, corpus: Corpus, progress: Progress) -> Path:

@@ -14,12 +14,12 @@ import torch
 
 from ant5m import kernels, torchrun
 from ant5m.console import stderr
-from ant5m.data.loader import Loader
 from ant5m.data.tokenizer import Tokenizer
 from ant5m.device import choose_device, choose_precision, describe_device, peak_flops
 from ant5m.errors import UserError, first_line
 from ant5m.eval.perplexity import Evaluation
 from ant5m.export import hub
+from ant5m.files import write_file
 from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import STATE, checkpoints, latest_checkpoint
 from ant5m.model.costs import count_flops
@@ -34,7 +34,7 @@ from ant5m.train.initial import Initial
 from ant5m.train.losses import AddLoopLoss
 from ant5m.train.metrics import MetricsFile, TensorBoard, read_metrics
 from ant5m.train.pace import Pace, recorded_positions
-from ant5m.train.plan import check_memory, keeps_tokens, measure_speed
+from ant5m.train.plan import check_memory, measure_speed
 from ant5m.train.preparation import prepare
 from ant5m.train.progress import TrainingProgress
 from ant5m.train.push import PREFIX, PushCheckpoints, fetch_run
@@ -117,10 +117,7 @@ def _open(config: TrainConfig, restarted: bool) -> Run:
             chosen = (config.resume, config.model, config.init) != (None, None, None)
             prepare(run, model_chosen=chosen)
         if run.initial is not None:
-            tokenizer = (
-                run.tokenizer if run.has_tokenizer else run.config.tokenizer or run.shards / "tokenizer"
-            )
-            run.model = run.initial.fit(run.model, Tokenizer.load(tokenizer))
+            run.model = run.initial.fit(run.model, Tokenizer.load(run.tokenizer_source))
     except BaseException:
         run.release()
         raise
@@ -192,6 +189,7 @@ def _pretrain(run: Run, device: torch.device, started: float, ranks: Ranks) -> R
     if ranks.is_first:
         _write_run(run, settings, data)
         _introduce(run, settings, net, ranks)
+        data.introduce(settings)
     with Stop(deadline) as stop:
         stopped = _fit(run, trainer, stop)
     if ranks.is_first:
@@ -243,15 +241,7 @@ def _measure_speed(net: Ant, config: TrainConfig, precision: str, ranks: Ranks) 
 
 
 def _make_trainer(run: Run, settings: Settings, net: Ant, data: TrainingData, ranks: Ranks) -> Trainer:
-    loader = Loader(
-        data.train,
-        settings.batch_size // ranks.size,
-        settings.sequence_length,
-        settings.seed,
-        ranks.rank,
-        ranks.size,
-        resident=net.device if keeps_tokens(data.train.num_tokens, net.device) else None,
-    )
+    loader = data.make_loader(settings, net.device, ranks)
     eos_token_id = data.train.eos_token_id if settings.document_mask else None
     callbacks = _make_callbacks(run, settings, net, data)
     return Trainer(settings, net, loader, eos_token_id, callbacks, ranks)
@@ -278,9 +268,12 @@ def _make_callbacks(run: Run, settings: Settings, net: Ant, data: TrainingData) 
         MetricsFile(run),
         TensorBoard(run),
         TrainingProgress(
-            settings.steps, flops, peak_flops(net.device, settings.precision), bytes_per_token(data.train)
+            settings.steps,
+            flops,
+            peak_flops(net.device, settings.precision),
+            None if data.mixture else bytes_per_token(data.train),
         ),
-        Validate(settings, data.validation, average),
+        Validate(settings, data.held_out, average),
         EarlyStop(settings.early_stop),
         *scores,
         words,
@@ -345,6 +338,9 @@ def _write_run(run: Run, settings: Settings, data: TrainingData) -> None:
     }
     run.claim()
     run.write()
+    copy = run.folder / "mixture.toml"
+    if run.mixture and not copy.exists():
+        write_file(copy, Path(run.config.data[0]).read_bytes())
     if not run.has_tokenizer:
         data.tokenizer.save(run.tokenizer, run.model.max_position_embeddings)
 
@@ -363,7 +359,7 @@ def _introduce(run: Run, settings: Settings, net: Ant, ranks: Ranks) -> None:
         f"{run.folder}: {run.config.model}, {parameters:,} parameters, on {where} in {settings.precision}\n"
         f"{settings.steps:,} steps of {settings.batch_size} x {settings.sequence_length:,} tokens = "
         f"{settings.tokens:,}{limit}, {count_epochs(settings.tokens, unique)} epochs of the {unique:,} in "
-        f"{run.shards}\n{run.ran['kernels']}",
+        f"{', '.join(run.config.data) if run.mixture else run.shards}\n{run.ran['kernels']}",
         markup=False,
     )
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ant5m.data.mixture_loader import MixtureLoader
 from ant5m.data.tokenizer import Tokenizer
 from ant5m.device import describe_device
-from ant5m.eval.perplexity import Evaluation, record_evaluation
+from ant5m.eval.perplexity import Evaluation, put_together, record_evaluation
 from ant5m.eval.results import section_of
 from ant5m.export.card import HELD_OUT_TEXT, card_of_run
 from ant5m.export.huggingface import export
@@ -34,42 +35,58 @@ def finish(run: Run, trainer: Trainer, data: TrainingData) -> Evaluation:
 
     Where the weights were averaged both are evaluated, and the better of the two is what is left.
     """
-    trained = validate(trainer.net, data.validation, trainer.settings, ranks=trainer.ranks)
+    trained = _evaluate(trainer, data)
     average = next((c for c in trainer.callbacks if isinstance(c, AverageWeights)), None)
     if average is None:
         return _finish(run, trainer, data, [trained])
     with average.in_place():
-        averaged = validate(trainer.net, data.validation, trainer.settings, ranks=trainer.ranks)
-        if averaged.loss < trained.loss:
+        averaged = _evaluate(trainer, data)
+        if averaged[-1].loss < trained[-1].loss:
             return _finish(run, trainer, data, [trained, averaged], averaged)
     return _finish(run, trainer, data, [trained, averaged])
+
+
+def _evaluate(trainer: Trainer, data: TrainingData) -> list[Evaluation]:
+    """Of the whole validation split; of a mixture first that of each source."""
+    found = [
+        validate(trainer.net, shards, trainer.settings, ranks=trainer.ranks)
+        for shards in data.held_out.values()
+    ]
+    if data.mixture:
+        found.append(put_together(found, f"validation split of {data.validation.folder}"))
+    return found
 
 
 def _finish(
     run: Run,
     trainer: Trainer,
     data: TrainingData,
-    evaluations: list[Evaluation],
-    averaged: Evaluation | None = None,
+    evaluations: list[list[Evaluation]],
+    averaged: list[Evaluation] | None = None,
 ) -> Evaluation:
-    """`evaluations`: of the trained weights, and of their average where there is one. `averaged`: the
-    latter, where the model has these weights now."""
-    evaluation = averaged or evaluations[0]
+    """`evaluations`: of the trained weights, and of their average where there is one, as `_evaluate` gives
+    them. `averaged`: the latter, where the model has these weights now."""
+    chosen = averaged or evaluations[0]
+    evaluation = chosen[-1]
     if not trainer.ranks.is_first:
         return evaluation
     checkpoint = run.checkpoints / f"step-{trainer.step:08d}"
-    record_evaluation(run.folder, checkpoint.name, evaluations[0], held_out=True)
-    if averaged is not None:
-        record_evaluation(run.folder, f"{checkpoint.name}{AVERAGED}", averaged, held_out=True)
+    for one in evaluations[0]:
+        record_evaluation(run.folder, checkpoint.name, one, held_out=True)
+    for one in averaged or []:
+        record_evaluation(run.folder, f"{checkpoint.name}{AVERAGED}", one, held_out=True)
     samples = final_samples(trainer.net, data.tokenizer, data.validation, trainer.settings.seed)
     lines = read_metrics(run.folder / "metrics.jsonl")
     final = {"kind": "validation", "step": trainer.step, "loss": evaluation.loss, "tokens": evaluation.tokens}
     plot_loss([*lines, final], run.folder / "loss.png")
     plot_scores(lines, run.folder / "tasks.png")
     tasks = section_of(run.folder, checkpoint) if averaged is None else ""  # they are the checkpoint's
-    _export(run, trainer.net, data.tokenizer, checkpoint, samples, tasks, averaged)
-    compared = _compared(evaluations, averaged is not None)
-    write_file(run.folder / "report.md", report(run, trainer, lines, evaluation, samples, tasks, compared))
+    _export(run, trainer.net, data.tokenizer, checkpoint, samples, tasks, averaged[-1] if averaged else None)
+    compared = _compared([one[-1] for one in evaluations], averaged is not None)
+    sources = _sources(trainer, data, chosen)
+    write_file(
+        run.folder / "report.md", report(run, trainer, lines, evaluation, samples, tasks, compared, sources)
+    )
     return evaluation
 
 
@@ -86,6 +103,8 @@ def plot_loss(lines: list[dict[str, Any]], path: Path) -> None:
         axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
         axes.plot(steps, running_mean(losses, len(losses) // 50 + 1), color="tab:blue", label="training")
     validation = _by_text(lines)
+    for name, points in _by_source(lines).items():
+        axes.plot(*zip(*points, strict=True), "--", linewidth=1, label=f"validation of {name}")
     for number, (tokens, points) in enumerate(validation.items(), 1):
         label = "validation" + (f", {tokens:,} tokens" if len(validation) > 1 else "")
         axes.plot(*zip(*points, strict=True), "o-", color=f"C{number}", markersize=4, label=label)
@@ -128,6 +147,16 @@ def _by_text(lines: list[dict[str, Any]]) -> dict[int, list[tuple[int, float]]]:
     return points
 
 
+def _by_source(lines: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """{source: [(step, loss)]} of the validations of a mixture."""
+    points: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for line in lines:
+        for key, value in line.items() if line["kind"] == "validation" else ():
+            if key.startswith("loss/"):
+                points[key.removeprefix("loss/")].append((line["step"], value))
+    return points
+
+
 def count_epochs(tokens: int, unique: int) -> str:
     """Epochs over `unique` tokens, for people: 4.3, and below one with two digits, 0.05."""
     return f"{tokens / unique:.{1 if tokens >= unique else 2}f}"
@@ -141,9 +170,10 @@ def report(
     samples: list[GeneratedText],
     tasks: str,
     compared: str = "",
+    sources: str = "",
 ) -> str:
-    """The text of report.md. `tasks`: its section on 0-shot tasks, or nothing. `compared`: what is said of
-    averaged weights."""
+    """The text of report.md. `tasks`, `sources`: its sections on 0-shot tasks and on the sources of a
+    mixture, or nothing. `compared`: what is said of averaged weights."""
     model, config, data, settings = run.model, run.config, run.data, trainer.settings
     parameters = sum(p.numel() for p in trainer.net.parameters())
     seconds = max((line["seconds"] for line in lines if line["kind"] == "train"), default=0.0)
@@ -169,7 +199,7 @@ def report(
         speed=f"{trainer.tokens / seconds:,.0f}" if seconds else "?",
         versions=", ".join(f"{name} {version}" for name, version in versions().items()),
         results=_results(evaluation) + compared,
-        tasks=tasks,
+        tasks=sources + tasks,
         samples="\n\n".join(_quoted(sample) for sample in samples),
         loops=_remark(samples),
         folder=run.folder,
@@ -186,6 +216,23 @@ def _results(evaluation: Evaluation) -> str:
     if size is not None:
         rows.append(("bits per byte", f"{size:.4f}", f"{evaluation.bytes:,} bytes"))
     return "\n".join(f"| {name} | {value} | {over} |" for name, value, over in rows)
+
+
+def _sources(trainer: Trainer, data: TrainingData, evaluations: list[Evaluation]) -> str:
+    """The section on the sources of a mixture. `evaluations`: of each of them, in their order."""
+    if not isinstance(trainer.loader, MixtureLoader) or not data.mixture:
+        return ""
+    rows, taken = [], trainer.loader.taken
+    for source, count, result in zip(data.sources, taken, evaluations, strict=False):
+        tokens = f"{count * trainer.settings.sequence_length:,} ({count / sum(taken):.1%})"
+        epochs = data.epochs(source, count, trainer.settings)
+        bits = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
+        rows.append(
+            f"| {source.name} | {tokens} | {epochs:.2f} of {source.train.num_tokens:,} | {result.loss:.4f} | "
+            f"{bits} | {result.tokens:,} |"
+        )
+    phases = "; ".join(data.mixture.describe())
+    return _SOURCES.format(rows="\n".join(rows), phases=phases)
 
 
 def _compared(evaluations: list[Evaluation], averaged: bool) -> str:
@@ -251,6 +298,15 @@ def running_mean(values: tuple[float, ...], width: int) -> list[float]:
     return means
 
 
+_SOURCES = """\
+## Sources
+| source | trained on, tokens | epochs | validation loss | bits per byte | over, tokens |
+| --- | --- | --- | --- | --- | --- |
+{rows}
+
+{phases}. The result above is of the validation text of all sources together, whatever their weights.
+
+"""
 _REPORT = """\
 # {name}
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ant5m.data.corpus import is_no_path
+from ant5m.data.mixture import Mixture
 from ant5m.errors import UserError
 from ant5m.files import is_unused, lock, read_json, remove_asides, write_json
 from ant5m.model.checkpoint import find_run
@@ -41,6 +42,8 @@ class Run:
     minutes: float | None = None
     """time limit of the whole run, which has to end with a finished model; None: its length was asked for
     otherwise"""
+    mixture: Mixture | None = None
+    """what is mixed, each source with the folder of its shards, in place of `packed`"""
     ran: dict[str, str] = dataclasses.field(default_factory=dict)
     """the device with its precision, the kernels, and what a stopwatch chose among them; of the last call"""
     initial: Initial | None = None
@@ -82,7 +85,8 @@ class Run:
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
         packed = Path(values.shards) if values.shards and not flags.data else None
-        run = cls(folder, _absolute(config), model, values.data, packed, values.minutes)
+        mixture = Mixture.from_dict(values.mixture) if values.mixture and not flags.data else None
+        run = cls(folder, _absolute(config), model, values.data, packed, values.minutes, mixture)
         run._hold()
         return run
 
@@ -131,6 +135,14 @@ class Run:
         """The folder of the training data."""
         return self.packed or self.folder / "data"
 
+    @property
+    def tokenizer_source(self) -> Path:
+        """The folder of the tokenizer: the run's own, once there is one, else the one to copy."""
+        if self.has_tokenizer:
+            return self.tokenizer
+        shards = Path(self.mixture.data[0]) if self.mixture else self.shards
+        return self.config.tokenizer or shards / "tokenizer"
+
     def write(self) -> None:
         """Write config.json: everything needed to repeat the run."""
         write_json(self.folder / "config.json", {**self.to_dict(), "versions": versions()})
@@ -142,6 +154,7 @@ class Run:
             "train": self.config.to_dict(),
             "data": self.data,
             "shards": str(self.packed) if self.packed else None,
+            "mixture": self.mixture.to_dict() if self.mixture else None,
             "minutes": self.minutes,
             "ran": self.ran,
         }
@@ -160,9 +173,9 @@ class Run:
             return made[0]
         config, model = TrainConfig.from_dict(values["train"]), ModelConfig.from_dict(values["model"])
         packed = Path(values["shards"]) if values["shards"] else None
-        return cls(
-            Path(values["folder"]), config, model, values["data"], packed, values["minutes"], values["ran"]
-        )
+        mixture = Mixture.from_dict(values["mixture"]) if values["mixture"] else None
+        folder, data, minutes = Path(values["folder"]), values["data"], values["minutes"]
+        return cls(folder, config, model, data, packed, minutes, mixture, values["ran"])
 
 
 @dataclass
@@ -174,6 +187,7 @@ class _RunFile:
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
     shards: str | None = None
     minutes: float | None = None
+    mixture: dict[str, Any] | None = None
 
 
 def versions() -> dict[str, str]:

@@ -18,25 +18,54 @@ if TYPE_CHECKING:
 
 class Validate(Periodic):
     """Logs the loss over `eval_tokens` of the validation split, in windows spread over it: of the weights,
-    and of their average where there is one."""
+    and of their average where there is one; in a mixture together and of each source."""
 
     everywhere = True
 
-    def __init__(self, settings: Settings, shards: Shards, average: AverageWeights | None = None):
+    def __init__(
+        self, settings: Settings, held_out: dict[str, Shards], average: AverageWeights | None = None
+    ):
+        """`held_out`: the validation split of each source of a mixture; without one a single split."""
         super().__init__(settings.eval_every)
-        self._settings, self._shards, self._average = settings, shards, average
+        self._settings, self._held_out, self._average = settings, held_out, average
 
     def run(self, trainer: "Trainer") -> None:
-        limit = self._settings.eval_tokens
-        result = validate(trainer.net, self._shards, self._settings, limit, trainer.ranks)
-        size = bytes_per_token(self._shards)
-        bits = {} if size is None else {"bits_per_byte": result.loss / (math.log(2) * size)}
-        averaged = {}
+        found = self._validate(trainer)
+        sizes = [bytes_per_token(shards) for shards in self._held_out.values()]
+        values = _numbers(found, sizes)
+        if len(found) > 1:
+            for name, result, size in zip(self._held_out, found, sizes, strict=True):
+                numbers = _numbers([result], [size])
+                values |= {f"{key}/{name}": value for key, value in numbers.items()}
         if self._average is not None:
             with self._average.in_place():
-                other = validate(trainer.net, self._shards, self._settings, limit, trainer.ranks)
-            averaged = {"average_loss": other.loss}
-        trainer.log("validation", loss=result.loss, tokens=result.tokens, **bits, **averaged)
+                values["average_loss"] = _numbers(self._validate(trainer), sizes)["loss"]
+        trainer.log("validation", **values)
+
+    def _validate(self, trainer: "Trainer") -> list[Evaluation]:
+        """Of each source; the tokens are shared out by the sizes of their splits, one sequence at least."""
+        limit, total = self._settings.eval_tokens, sum(one.num_tokens for one in self._held_out.values())
+        least = self._settings.sequence_length if len(self._held_out) > 1 else 1
+        return [
+            validate(
+                trainer.net,
+                shards,
+                self._settings,
+                max(least, round(limit * shards.num_tokens / total)),
+                trainer.ranks,
+            )
+            for shards in self._held_out.values()
+        ]
+
+
+def _numbers(results: list[Evaluation], sizes: list[float | None]) -> dict[str, float]:
+    """Loss, tokens and bits per byte of all `results` together, whose texts have `sizes` bytes a token."""
+    tokens = sum(result.tokens for result in results)
+    values = {"loss": sum(result.nats for result in results) / tokens, "tokens": tokens}
+    if None in sizes:
+        return values
+    size = sum((size or 0.0) * result.tokens for size, result in zip(sizes, results, strict=True)) / tokens
+    return {**values, "bits_per_byte": values["loss"] / (math.log(2) * size)}
 
 
 def bytes_per_token(shards: Shards) -> float | None:
