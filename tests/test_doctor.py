@@ -82,6 +82,8 @@ def test_published_sizes():
     assert total["ant-5m-best"] == 4_937_280
     assert total["ant-5m-wide"] > 9_800_000
     assert round(total["archaea-74m"] / 1e6, 1) == 74.0
+    larger = [total[f"ant-{millions}m"] for millions in (10, 25, 50, 100)]
+    assert larger == [9_966_848, 24_192_384, 49_691_136, 99_802_240]
 
 
 def test_published_work_per_token():
@@ -181,6 +183,16 @@ def test_what_is_weak_in_the_presets():
     assert weak["ant-5m-wide"] == {"embedding share"}
     assert weak["ant-5m-fit"] == weak["ant-5m-best"] == set()
     assert weak["archaea-74m"] == {"embedding share"}
+
+
+@pytest.mark.parametrize("millions", [10, 25, 50, 100])
+def test_the_larger_presets_keep_their_names_and_the_doctors_advice(millions):
+    config = PRESETS[f"ant-{millions}m"]
+    found = findings(config, max_params=millions * 1_000_000)
+    assert found["envelope"].value > 0.96 * millions * 1_000_000
+    assert {topic for topic, finding in found.items() if finding.severity != "ok"} == {"RoPE base"}
+    widths = config.hidden_size, config.intermediate_size
+    assert config.head_size == 64 and not any(width % 64 for width in widths) and not config.vocab_size % 128
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,8 @@ class Doctor:
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """a preset (ant-5m, ant-5m-wide, ant-5m-fit, ant-5m-best, archaea-74m), a config file or a folder
+    """a preset (ant-5m, ant-5m-wide, ant-5m-fit, ant-5m-best, ant-10m, ant-25m, ant-50m,
+    ant-100m, archaea-74m), a config file or a folder
     with one"""
     max_params: str | None = None
     """upper limit for the number of parameters, like 5M or 4_950_000"""
