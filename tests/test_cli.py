@@ -34,8 +34,8 @@ SURFACE = {
     "train": "model data tokenizer out resume steps tokens max-minutes batch-size micro-batch-size "
     "sequence-length document-mask optimizer learning-rate muon-learning-rate betas eps weight-decay "
     "grad-clip schedule warmup decay final-rate z-loss loop-loss loop-loss-weight loop-loss-share seed "
-    "device processes precision kernels eval-every eval-tokens early-stop eval-tasks eval-items eval-tasks-every "
-    "eval-data-dir checkpoint-words sample-every checkpoint-every keep-last "
+    "device processes precision kernels eval-every eval-tokens early-stop eval-tasks eval-items "
+    "eval-tasks-every eval-data-dir checkpoint-words sample-every checkpoint-every keep-last "
     "push push-every track text-column config print-config ema init keep-optimizer "
     "rope-theta",
     "runs": "FOLDER plot by",

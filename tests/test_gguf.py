@@ -121,7 +121,12 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("name", [*SHAPES, *PRESETS])
+NAMES = [*SHAPES, *PRESETS]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=pytest.mark.slow if one == "ant-100m" else ()) for one in NAMES]
+)
 def test_probabilities_equal_ours(name, tokenizer, tmp_path):
     net = make_net(SHAPES[name] if name in SHAPES else changed(PRESETS[name], initializer_range=0.05))
     server = Server(export_gguf(net, tokenizer, tmp_path / "gguf", "any", "f32"))

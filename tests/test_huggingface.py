@@ -59,7 +59,11 @@ def largest_difference(net: Ant, llama: torch.nn.Module, length: int = 32) -> fl
         return (net(ids) - llama.eval()(ids).logits).abs().max().item()
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+# The two that take more than a few seconds.
+LARGE = {name: pytest.mark.slow for name in ("ant-50m", "ant-100m")}
+
+
+@pytest.mark.parametrize("preset", [pytest.param(name, marks=LARGE.get(name, ())) for name in PRESETS])
 def test_logits_equal_transformers_both_ways(preset, tmp_path):
     # Larger initial weights than usual: with small ones attention is flat, and a wrong rotation would hardly
     # show.
