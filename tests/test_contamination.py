@@ -208,7 +208,7 @@ def test_a_packing_goes_on_with_the_same_items_only(items, text, tmp_path, monke
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(packing, "_finish", stopped)
+    monkeypatch.setattr(packing, "finish", stopped)
     with pytest.raises(KeyboardInterrupt):
         pack(Corpus.open([text]), tokenizer, tmp_path / "out", exclude=index)
     monkeypatch.undo()

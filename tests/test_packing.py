@@ -232,7 +232,7 @@ def test_a_full_disk_loses_nothing(tmp_path, corpus, tokenizer, monkeypatch):
 @pytest.fixture
 def unfinished(tmp_path, corpus, tokenizer, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(packing, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             pack(corpus, tokenizer, tmp_path / "out")
     return tmp_path / "out"

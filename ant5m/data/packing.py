@@ -118,28 +118,59 @@ def pack(
     `manifest.json` with the hash of every file.
     """
     out = Path(out)
-    chosen = [name for name in FILTERS if name in filters]
-    options = dict(
-        zip(OPTIONS, (corpus.text_column, validation_fraction, seed, shard_tokens, chosen), strict=True)
+    task = Task.check(
+        corpus, tokenizer, validation_fraction, seed, shard_tokens, progress, filters, allow_loss, exclude
     )
-    options["exclude_items"] = exclude.fingerprint if exclude else None
-    template = _template(corpus)
-    options["chat_template"] = template.text if template else None
-    _check(tokenizer, validation_fraction, seed, shard_tokens, filters)
-    if filters and template:
-        raise UserError("the filters are for text, not for conversations: leave out --filters")
-    _refuse_content(out)
-    with _full_disk_explained(out), lock(out):
+    refuse_content(out)
+    with full_disk_explained(out), lock(out):
         remove_asides(out)
-        journal = _begin(out, _plan(corpus, tokenizer, options, progress))
-        while again := _pack(journal, corpus, tokenizer, out, progress, allow_loss, exclude):
-            journal = again
-            journal.write(out)
-        return _finish(journal, corpus, tokenizer, out, exclude)
+        journal: Journal | None = begin(out, task.plan)
+        while journal:
+            packed = pack_to_end(journal, task, out, progress)
+            journal = start_over(packed)
+            (journal or packed).write(out)
+        return finish(packed, task, out)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is packed, and how. Make one with `check`."""
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    plan: dict[str, Any]
+    """what decides the result, in plain values for JSON"""
+    allow_loss: bool = False
+    exclude: ItemIndex | None = None
+
+    @classmethod
+    def check(
+        cls,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        validation_fraction: float,
+        seed: int,
+        shard_tokens: int,
+        progress: "Progress | None",
+        filters: Sequence[FilterName],
+        allow_loss: bool,
+        exclude: ItemIndex | None,
+    ) -> "Task":
+        """Raises `UserError` for options that `pack` refuses; see there."""
+        _check(tokenizer, validation_fraction, seed, shard_tokens, filters)
+        chosen = [name for name in FILTERS if name in filters]
+        values = (corpus.text_column, validation_fraction, seed, shard_tokens, chosen)
+        options = dict(zip(OPTIONS, values, strict=True))
+        options["exclude_items"] = exclude.fingerprint if exclude else None
+        template = _template(corpus)
+        options["chat_template"] = template.text if template else None
+        if filters and template:
+            raise UserError("the filters are for text, not for conversations: leave out --filters")
+        return cls(corpus, tokenizer, _plan(corpus, tokenizer, options, progress), allow_loss, exclude)
 
 
 @dataclass
-class _Journal:
+class Journal:
     """The content of progress.json."""
 
     plan: dict[str, Any]
@@ -208,7 +239,7 @@ def _template(corpus: Corpus) -> ChatTemplate | None:
 
 
 @contextlib.contextmanager
-def _full_disk_explained(out: Path) -> Iterator[None]:
+def full_disk_explained(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -234,37 +265,37 @@ def _version(source: str, progress: "Progress | None") -> int | str | None:
     return os.stat(source).st_mtime_ns if os.path.exists(source) else None
 
 
-def _refuse_content(out: Path) -> None:
+def refuse_content(out: Path) -> None:
     if (out / META).exists():
         raise UserError(f"{out} is packed already: choose another folder, or remove it")
     if not is_unused(out) and not (out / PROGRESS).exists():
         raise UserError(f"{out} exists with other content: choose another folder")
 
 
-def _begin(out: Path, plan: dict[str, Any]) -> _Journal:
+def begin(out: Path, plan: dict[str, Any]) -> Journal:
     """A new journal in a new or empty folder, or the one of a packing that was stopped."""
-    _refuse_content(out)  # now that no other process writes into it
+    refuse_content(out)  # now that no other process writes into it
     if (out / PROGRESS).exists():
         return _resume(out, plan)
-    journal = _new_journal(plan)
+    journal = new_journal(plan)
     journal.write(out)
     return journal
 
 
-def _new_journal(plan: dict[str, Any]) -> _Journal:
-    return _Journal(plan, limit=int(plan["validation_fraction"] * HASHES))
+def new_journal(plan: dict[str, Any]) -> Journal:
+    return Journal(plan, limit=int(plan["validation_fraction"] * HASHES))
 
 
-def _resume(out: Path, plan: dict[str, Any]) -> _Journal:
+def _resume(out: Path, plan: dict[str, Any]) -> Journal:
     try:
-        journal = read_json(out / PROGRESS, _Journal)
+        journal = read_json(out / PROGRESS, Journal)
         for split in journal.splits.values():
             check_json(split, "splits", _Split)
     except UserError as error:
         raise UserError(f"{error}: it is damaged, remove {out} and pack again") from None
     changed = [name for name in plan if journal.plan.get(name) != plan[name]]
     if changed and not any(split["documents"] for split in journal.splits.values()):
-        return _new_journal(plan)  # nothing was packed yet: an input was broken, and was mended since
+        return new_journal(plan)  # nothing was packed yet: an input was broken, and was mended since
     if changed:
         raise UserError(
             f"{out} holds an unfinished packing of other {', '.join(changed)}: "
@@ -273,18 +304,23 @@ def _resume(out: Path, plan: dict[str, Any]) -> _Journal:
     return journal
 
 
-def _pack(
-    journal: _Journal,
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    out: Path,
-    progress: "Progress | None",
-    allow_loss: bool,
-    exclude: ItemIndex | None,
-) -> _Journal | None:
-    """Go from the journal's position to the end; returns the journal to start again with, if need be."""
+def pack_to_end(journal: Journal, task: Task, out: Path, progress: "Progress | None" = None) -> Journal:
+    """Go from the journal's position to the end of the corpus, and return the journal there."""
+    if _pack(journal, task, out, progress):
+        return journal
+    warnings.warn("gigatoken and tokenizers disagree on this text: packing with tokenizers", stacklevel=3)
+    journal = Journal(journal.plan, journal.limit, trusted=False, by_piece=journal.by_piece)
+    journal.write(out)
+    if not _pack(journal, task, out, progress):
+        raise UserError("tokenizers gives this text other ids each time: use another tokenizer")
+    return journal
+
+
+def _pack(journal: Journal, task: Task, out: Path, progress: "Progress | None") -> bool:
+    """`pack_to_end`, unless gigatoken is found to be wrong: then False."""
+    corpus = task.corpus
     cursor = corpus.documents(Position(*journal.position))
-    again = not journal.trusted or journal.by_piece or journal.limit != _new_journal(journal.plan).limit
+    again = not journal.trusted or journal.by_piece or journal.limit != new_journal(journal.plan).limit
     # By another encoder, or so that a document is held out.
     what = "packing once more" if again else "packing"
     bar = progress.add_task(what, total=corpus.size or None) if progress else None
@@ -297,15 +333,10 @@ def _pack(
             )
             for name, split in journal.splits.items()
         }
-        batches = _batches(cursor, journal.plan, journal.by_piece, exclude)
-        for batch in _encoded(batches, tokenizer, journal.trusted, allow_loss, template):
-            if not batch.verified and not journal.trusted:
-                raise UserError("tokenizers gives this text other ids each time: use another tokenizer")
+        batches = _batches(cursor, journal.plan, journal.by_piece, task.exclude)
+        for batch in _encoded(batches, task.tokenizer, journal.trusted, task.allow_loss, template):
             if not batch.verified:
-                warnings.warn(
-                    "gigatoken and tokenizers disagree on this text: packing with tokenizers", stacklevel=3
-                )
-                return _Journal(journal.plan, journal.limit, trusted=False)
+                return False
             _write(batch, journal, writers)
             unsaved += int(batch.counts["bytes"].sum())
             if unsaved >= JOURNAL_BYTES:
@@ -318,22 +349,24 @@ def _pack(
                 progress.update(bar, completed=batch.source.bytes_read if corpus.size else text)
         for writer in writers.values():
             writer.end_shard()
-    journal.write(out)
+    return True
+
+
+def start_over(journal: Journal) -> Journal | None:
+    """What to begin again with, where all of a text was packed and nothing of it is held out; else None."""
     if journal.lowest == journal.highest and journal.cut and not journal.by_piece:
         warnings.warn(
             "the text is one document: pieces of it are held out, which are easier to predict than another "
             "document. Put <|endoftext|> between its parts, or give more files",
             stacklevel=3,
         )
-        return dataclasses.replace(_new_journal(journal.plan), trusted=journal.trusted, by_piece=True)
+        return dataclasses.replace(new_journal(journal.plan), trusted=journal.trusted, by_piece=True)
     if journal.splits["validation"]["documents"] or journal.lowest in (journal.limit, HASHES):
         return None
-    return _Journal(journal.plan, journal.lowest, journal.trusted, by_piece=journal.by_piece)
+    return Journal(journal.plan, journal.lowest, journal.trusted, by_piece=journal.by_piece)
 
 
-def _finish(
-    journal: _Journal, corpus: Corpus, tokenizer: Tokenizer, out: Path, exclude: ItemIndex | None
-) -> dict[str, Any]:
+def finish(journal: Journal, task: Task, out: Path) -> dict[str, Any]:
     """Write what a data set has beside its shards, or say why there is none."""
     for name, split in journal.splits.items():
         if not split["documents"]:
@@ -347,17 +380,18 @@ def _finish(
             )
     # What the journal does not list is the next shard, still empty, or comes from a start that was given up.
     _remove_shards(out, keep=set(_shard_files(journal.splits)))
-    if template := _template(corpus):
+    tokenizer = task.tokenizer
+    if template := _template(task.corpus):
         settings = {**tokenizer.settings, "chat_template": template.text}
         tokenizer = Tokenizer(tokenizer.backend, tokenizer.eos_token, tokenizer.bos_token, settings)
     tokenizer.save(out / "tokenizer")
     meta = {
         "format": FORMAT,
-        "vocab_size": tokenizer.vocab_size,
-        "eos_token_id": tokenizer.eos_token_id,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "vocab_size": task.tokenizer.vocab_size,
+        "eos_token_id": task.tokenizer.eos_token_id,
+        "tokenizer_fingerprint": task.tokenizer.fingerprint,
         "splits": journal.splits,
-        "sources": [{"name": source.name, "size": source.size} for source in corpus.sources],
+        "sources": [{"name": source.name, "size": source.size} for source in task.corpus.sources],
         "options": {name: journal.plan[name] for name in OPTIONS},
         "held_out": "pieces" if journal.by_piece else HELD_OUT,
         "left_out": journal.left_out,
@@ -367,10 +401,10 @@ def _finish(
             **{name: importlib.metadata.version(name) for name in ("tokenizers", "gigatoken")},
         },
     }
-    if journal.plan["filters"] or exclude:
+    if journal.plan["filters"] or task.exclude:
         meta["removed"] = journal.removed
-    if exclude:
-        meta["excluded_items"] = exclude.describe()
+    if task.exclude:
+        meta["excluded_items"] = task.exclude.describe()
     _write_meta(out, meta)
     (out / PROGRESS).unlink()
     return meta
@@ -582,7 +616,7 @@ def _verify(texts: list[str], tokenizer: Tokenizer) -> bool:
     )
 
 
-def _write(batch: _Encoded, journal: _Journal, writers: dict[str, "_Writer"]) -> None:
+def _write(batch: _Encoded, journal: Journal, writers: dict[str, "_Writer"]) -> None:
     """Give each split its documents of a batch, and count them."""
     source = batch.source
     for_validation = source.hashes <= np.uint64(journal.limit)
