@@ -176,17 +176,17 @@ def _remove_abandoned(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path, wait: float = 0) -> Iterator[None]:
     """Be the only process (and the only holder in this one) that writes into `folder`, made where it is not
     there. The system frees the lock when the process ends, however it ends.
 
-    Raises `UserError` at once when another holds it.
+    Raises `UserError` when another holds it, for `wait` seconds and longer.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{folder} cannot be a folder: a file is in its way") from None
-    file_lock = filelock.FileLock(folder / LOCK, timeout=0)
+    file_lock = filelock.FileLock(folder / LOCK, timeout=wait)
     try:
         file_lock.acquire()
     except filelock.Timeout:

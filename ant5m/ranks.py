@@ -10,13 +10,14 @@ import json
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any
 
 from ant5m import torchrun
 from ant5m.errors import PeerLost, UserError
+
+if TYPE_CHECKING:  # a process by itself, as one that packs text, need not wait for torch
+    import torch
+    import torch.distributed as dist
 
 TIMEOUT = timedelta(days=1)
 """of one exchange. Long, because the others wait while rank 0 packs text or writes a report; a rank that
@@ -34,7 +35,7 @@ class Ranks:
         store: what `ticket` counts in, shared by all ranks; None: this process is alone.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None):
+    def __init__(self, rank: int = 0, size: int = 1, store: "dist.Store | None" = None):
         self.rank, self.size = rank, size
         self._store = store
         self._tickets: dict[str, int] = {}
@@ -48,17 +49,23 @@ class Ranks:
     def alone(self) -> bool:
         return self._store is None
 
-    def sum(self, x: torch.Tensor) -> None:
+    def sum(self, x: "torch.Tensor") -> None:
         """Replace x by the sum of all ranks' x. All ranks get the same bits."""
-        if not self.alone:
-            self._exchange(dist.all_reduce, x)
+        if self.alone:
+            return
+        from torch.distributed import all_reduce
+
+        self._exchange(all_reduce, x)
 
     def most(self, *values: int) -> list[int]:
         """The largest of all ranks' values, place by place."""
         if self.alone:
             return list(values)
+        import torch
+        from torch.distributed import ReduceOp, all_reduce
+
         x = torch.tensor(values, dtype=torch.int64)
-        self._exchange(dist.all_reduce, x, dist.ReduceOp.MAX)
+        self._exchange(all_reduce, x, ReduceOp.MAX)
         return x.tolist()
 
     def agree(self, value: int) -> bool:
@@ -70,19 +77,25 @@ class Ranks:
         """Rank 0's `value`, plain values for JSON; what the others give does not count."""
         if self.alone:
             return value
+        import torch
+        from torch.distributed import broadcast
+
         text = json.dumps(value).encode() if self.is_first else b""
         length = torch.tensor([len(text)])
-        self._exchange(dist.broadcast, length, 0)
+        self._exchange(broadcast, length, 0)
         data = torch.empty(int(length), dtype=torch.uint8)
         if self.is_first:
             data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-        self._exchange(dist.broadcast, data, 0)
+        self._exchange(broadcast, data, 0)
         return json.loads(data.numpy().tobytes())
 
-    def share_tensors(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def share_tensors(self, tensors: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
         """Rank 0's tensors, on the CPU; what the others give does not count."""
         if self.alone:
             return tensors
+        import torch
+        from torch.distributed import broadcast
+
         kinds = {name: [str(x.dtype).removeprefix("torch."), x.shape] for name, x in tensors.items()}
         shared = {}
         for name, (dtype, shape) in self.share(kinds).items():
@@ -92,7 +105,7 @@ class Ranks:
                 else torch.empty(shape, dtype=getattr(torch, dtype))
             )
             shared[name] = x.contiguous()
-            self._exchange(dist.broadcast, shared[name], 0)
+            self._exchange(broadcast, shared[name], 0)
         return shared
 
     def first(self, make: Callable[[], Any]) -> Any:
@@ -125,8 +138,11 @@ class Ranks:
 
     def leave(self) -> None:
         """End the exchange; the other ranks need not have come so far."""
-        if not self.alone and dist.is_initialized():
-            dist.destroy_process_group()
+        if not self.alone:
+            from torch import distributed
+
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
         self._store = None
 
     def _exchange(self, collective: Any, *arguments: Any) -> None:
@@ -153,6 +169,9 @@ def join() -> Ranks:
     """
     if torchrun.size() == 1:
         return Ranks()
+    import torch
+    import torch.distributed as dist
+
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         tcp = dist.TCPStore(

@@ -23,6 +23,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0")) if is_parent() else 0
 
 
+def local_size() -> int:
+    """How many processes of the run are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_parent() else 1
+
+
 def restarts() -> int:
     """How often the processes have been started again, because one of them died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if is_parent() else 0

@@ -32,3 +32,10 @@ def test_loading_a_model_imports_nothing_slow_and_draws_nothing(tied, tmp_path):
     code = "from ant5m.model.config import ModelConfig; from ant5m.model.weights import load_model; "
     code += f"from pathlib import Path; load_model({config!r}, Path({str(tmp_path)!r}))"
     assert imported(code).strip() == ""
+
+
+def test_packing_does_not_wait_for_torch():
+    code = (
+        "import ant5m.data.joint_packing, ant5m.ranks, sys; ant5m.ranks.join(); print('torch' in sys.modules)"
+    )
+    assert imported(code).split() == ["False"]

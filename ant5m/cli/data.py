@@ -80,22 +80,31 @@ class DataPack:
     """folder of benchmark items, as for `ant5m eval --data-dir`: leave out documents that share 13 words in a
     row with one of them"""
 
+    parts: int = 1
+    """pack in so many parts at the same time; the result depends on their number, not on who packs them"""
+    workers: int | None = None
+    """processes at a time, with --parts (default: one for each core)"""
+
     def run(self) -> None:
         from ant5m.data.contamination import ItemIndex
         from ant5m.data.corpus import describe_left_out
-        from ant5m.data.packing import pack
+        from ant5m.data.joint_packing import pack_jointly
         from ant5m.data.tokenizer import Tokenizer
         from ant5m.eval.items import texts_by_task
+        from ant5m.ranks import join
 
+        ranks = join()
         tokenizer = Tokenizer.load(self.tokenizer)
         corpus = self._open(tokenizer)
         with progress_bar(
             BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn(), TimeRemainingColumn()
         ) as progress:
-            meta = pack(
+            meta = pack_jointly(
                 corpus,
                 tokenizer,
                 self.out,
+                self.parts,
+                self.workers,
                 validation_fraction=self.validation_fraction,
                 seed=self.seed,
                 shard_tokens=self.shard_tokens,
@@ -103,7 +112,11 @@ class DataPack:
                 filters=self.filters,
                 allow_loss=self.allow_loss,
                 exclude=ItemIndex(texts_by_task(self.exclude_items)) if self.exclude_items else None,
+                ranks=ranks,
             )
+        ranks.leave()
+        if not ranks.is_first:
+            return
         removed = _removed(meta.get("removed", {}))
         Console().print(_table(meta["splits"]), f"{removed}packed into {escape(str(self.out))}")
         if meta["left_out"]:

@@ -69,8 +69,13 @@ class ChatTemplate:
         self._backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
         self._backend.encode_special_tokens = False
         self._eos_token_id = tokenizer.eos_token_id
+        self._tokenizer = tokenizer
         self.end_ids = self._end_ids(tokenizer)
         """what ends a reply: the end of a text, and the control tokens that the template writes behind it"""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle, which does not know a compiled template."""
+        return ChatTemplate, (self._tokenizer, self.text)
 
     def render(self, messages: Sequence[Message], reply: bool = False) -> str:
         """The text of a conversation; with `reply` up to where the assistant begins to write.

@@ -12,6 +12,7 @@ import importlib.metadata
 import io
 import os
 import random
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -75,6 +76,10 @@ HELD_OUT = "documents"
 """what is held out whole; in a text that is one document only, its pieces"""
 COUNTED = (*COUNTS, "lost_bytes")
 """of each split in `meta.json`"""
+SHARD_FILES = {"name", "mask"}
+"""what names a file, in the entry of a shard"""
+PARTS = "part-*"
+"""folders of a packing by several processes, which are no part of what comes out"""
 
 
 def pack(
@@ -198,6 +203,17 @@ class Journal:
     """by the filters"""
     left_out: dict[str, int] = field(default_factory=dict)
     """what could not be read"""
+    bytes_read: int = 0
+    """of the disk, for progress"""
+    notes: list[str] = field(default_factory=list)
+    """warnings, of a part only: whoever joins the parts gives them"""
+    complete: bool = False
+    """of a part: whether its end was reached; of many: whether they are joined"""
+
+    @property
+    def packed(self) -> int:
+        """Bytes of text."""
+        return sum(split["bytes"] for split in self.splits.values())
 
     def write(self, out: Path) -> None:
         write_json(out / PROGRESS, dataclasses.asdict(self))
@@ -287,14 +303,11 @@ def new_journal(plan: dict[str, Any]) -> Journal:
 
 
 def _resume(out: Path, plan: dict[str, Any]) -> Journal:
-    try:
-        journal = read_json(out / PROGRESS, Journal)
-        for split in journal.splits.values():
-            check_json(split, "splits", _Split)
-    except UserError as error:
-        raise UserError(f"{error}: it is damaged, remove {out} and pack again") from None
-    changed = [name for name in plan if journal.plan.get(name) != plan[name]]
-    if changed and not any(split["documents"] for split in journal.splits.values()):
+    journal = read_journal(out)
+    changed = [name for name in plan | journal.plan if journal.plan.get(name) != plan.get(name)]
+    parts = [part for part in out.glob(PARTS) if (part / PROGRESS).exists()]
+    if changed and not any(one.packed for one in (journal, *map(read_journal, parts))):
+        remove_parts(out)
         return new_journal(plan)  # nothing was packed yet: an input was broken, and was mended since
     if changed:
         raise UserError(
@@ -304,12 +317,35 @@ def _resume(out: Path, plan: dict[str, Any]) -> Journal:
     return journal
 
 
+def read_journal(folder: Path) -> Journal:
+    """The journal of an unfinished packing; `UserError` when it is damaged."""
+    try:
+        journal = read_json(folder / PROGRESS, Journal)
+        for split in journal.splits.values():
+            check_json(split, "splits", _Split)
+    except UserError as error:
+        raise UserError(f"{error}: it is damaged, remove {folder} and pack again") from None
+    return journal
+
+
+def part_folder(out: Path, number: int) -> Path:
+    """Where `ant5m.data.joint_packing` packs a part."""
+    return out / PARTS.replace("*", f"{number:05d}")
+
+
+def remove_parts(out: Path) -> None:
+    for part in out.glob(PARTS):
+        shutil.rmtree(part)
+
+
 def pack_to_end(journal: Journal, task: Task, out: Path, progress: "Progress | None" = None) -> Journal:
     """Go from the journal's position to the end of the corpus, and return the journal there."""
     if _pack(journal, task, out, progress):
         return journal
     warnings.warn("gigatoken and tokenizers disagree on this text: packing with tokenizers", stacklevel=3)
-    journal = Journal(journal.plan, journal.limit, trusted=False, by_piece=journal.by_piece)
+    journal = dataclasses.replace(
+        Journal(journal.plan, journal.limit, trusted=False, by_piece=journal.by_piece), notes=journal.notes
+    )
     journal.write(out)
     if not _pack(journal, task, out, progress):
         raise UserError("tokenizers gives this text other ids each time: use another tokenizer")
@@ -345,8 +381,7 @@ def _pack(journal: Journal, task: Task, out: Path, progress: "Progress | None") 
                 journal.write(out)
                 unsaved = 0
             if progress and bar is not None:
-                text = sum(split["bytes"] for split in journal.splits.values())
-                progress.update(bar, completed=batch.source.bytes_read if corpus.size else text)
+                progress.update(bar, completed=journal.bytes_read if corpus.size else journal.packed)
         for writer in writers.values():
             writer.end_shard()
     return True
@@ -392,7 +427,7 @@ def finish(journal: Journal, task: Task, out: Path) -> dict[str, Any]:
         "tokenizer_fingerprint": task.tokenizer.fingerprint,
         "splits": journal.splits,
         "sources": [{"name": source.name, "size": source.size} for source in task.corpus.sources],
-        "options": {name: journal.plan[name] for name in OPTIONS},
+        "options": {name: journal.plan[name] for name in (*OPTIONS, "parts") if name in journal.plan},
         "held_out": "pieces" if journal.by_piece else HELD_OUT,
         "left_out": journal.left_out,
         "manifest": MANIFEST,
@@ -424,7 +459,7 @@ def _write_meta(out: Path, meta: dict[str, Any]) -> None:
 def _shard_files(splits: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The entry of the shard that each file belongs to, by the file's name."""
     shards = [shard for split in splits.values() for shard in split["shards"]]
-    return {shard[name]: shard for shard in shards for name in ("name", "mask") if name in shard}
+    return {shard[name]: shard for shard in shards for name in SHARD_FILES & shard.keys()}
 
 
 def _remove_shards(out: Path, keep: set[str]) -> None:
@@ -632,7 +667,7 @@ def _write(batch: _Encoded, journal: Journal, writers: dict[str, "_Writer"]) -> 
     journal.cut |= source.cut
     journal.removed = dict(Counter(journal.removed) + source.removed)
     journal.left_out = dict(Counter(journal.left_out) + source.left_out)
-    journal.position = source.end
+    journal.position, journal.bytes_read = source.end, source.bytes_read
 
 
 class _Writer:
@@ -661,7 +696,7 @@ class _Writer:
 
     @property
     def _path(self) -> Path:
-        return self._folder / f"{self._name}-{len(self._split['shards']):05d}.bin"
+        return self._folder / shard_name(self._name, len(self._split["shards"]))
 
     @property
     def _mask(self) -> Path:
@@ -726,6 +761,10 @@ class _Writer:
 
 def _partial(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial")
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:05d}.bin"
 
 
 def _write_all(file: io.FileIO, data: bytes) -> None:

@@ -87,6 +87,10 @@ class Tokenizer:
         self.backend = backend
         """the `tokenizers.Tokenizer` beneath"""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle, which does not know gigatoken's encoder."""
+        return _restore, (self.backend.to_str(), self.eos_token, self.bos_token, dict(self.settings))
+
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
         """Open a tokenizer folder, or a `tokenizer.json` by its path.
@@ -239,6 +243,10 @@ def byte_characters() -> dict[str, int]:
     spelled = {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
     assert set(spelled) == set(pre_tokenizers.ByteLevel.alphabet())
     return spelled
+
+
+def _restore(backend: str, *others: Any) -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_str(backend), *others)
 
 
 @dataclass
