@@ -21,7 +21,7 @@ bool two_threads() {
     std::atomic<bool> met{true};
     ant5m::parallel(2, 2, [&](int64_t) {
         ++begun;
-        const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+        const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(5);
         while (begun < 2 && std::chrono::steady_clock::now() < end) std::this_thread::yield();
         if (begun < 2) met = false;
     });
@@ -35,10 +35,10 @@ bool children_have_memory() {
         for (int64_t i = 0; !stop; ++i) ant5m::Memory memory(ant5m::kLarge * (1 + i % 1000));
     });
     int failures = 0;
-    for (int i = 0; i < 200 && failures == 0; ++i) {
+    for (int i = 0; i < 60 && failures == 0; ++i) {
         const pid_t child = fork();
         if (child == 0) {
-            alarm(20);
+            alarm(5);
             ant5m::Memory memory(ant5m::kLarge);
             memory.data()[0] = 1;
             _exit(0);

@@ -4,16 +4,17 @@ The ops are called on tensors of the CPU; instead of a launch, each kernel is co
 for. What the ops return then is not computed.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 
-from ant5m.kernels import cuda as ops
 from ant5m.kernels import machine_code
-from ant5m.kernels.cuda import compiler
+from ant5m.kernels.cuda import IMPLEMENTATIONS, SIZES, compiler
 from ant5m.kernels.cuda.compiler import Compiler
 from ant5m.kernels.cuda.runtime import launched_by
+from ant5m.kernels.ops import *  # noqa: F403  (it fills OPS)
+from ant5m.kernels.registry import OPS
+from ant5m.kernels.samples import Draw, Sizes
 
 
 @dataclass(frozen=True)
@@ -60,18 +61,10 @@ class Resources:
 
 
 def of_training_step(
-    capability: int,
-    *,
-    hidden: int,
-    intermediate: int,
-    heads: int,
-    kv_heads: int,
-    head_size: int,
-    vocab: int,
-    documents: bool = False,
-    made_by: Compiler | None = None,
+    capability: int, *, documents: bool = False, made_by: Compiler | None = None, **sizes: int
 ) -> list[Resources]:
-    """The kernels that a training step of such a Llama launches in fp16 with fp32 weights and residuals.
+    """The kernels that a training step of a Llama of such `Sizes` launches in fp16, called as the records of
+    the ops say.
 
     `documents`: attention stays inside document boundaries. `made_by`: the compiler, None for that which a
     device would use; what it makes is kept where that looks.
@@ -80,9 +73,7 @@ def of_training_step(
     if made_by is None:
         raise RuntimeError("there is neither NVRTC nor nvcc")
     found = []
-    for source, kernel, defines, threads in _launches(
-        hidden, intermediate, heads, kv_heads, head_size, vocab, documents
-    ):
+    for source, kernel, defines, threads in _launches(documents, **sizes):
         binary = compiler.compile_and_keep(made_by, source, dict(defines), f"sm_{capability}")
         need = machine_code.read(binary)[kernel]
         registers, shared = need["registers"], need["static_shared_bytes"]
@@ -103,35 +94,24 @@ def of_training_step(
     return found
 
 
-def _launches(hidden, intermediate, heads, kv_heads, head_size, vocab, documents):
+def _launches(documents: bool, **sizes: int) -> list[tuple]:
     """(source, kernel, constants, threads) of each kernel, once."""
     found: dict[tuple, None] = {}
 
     def note(source, kernel, defines, grid, threads, arguments):
         found[source, kernel, tuple(sorted(defines.items())), threads] = None
 
-    length = 32  # no constant of a kernel depends on it
-
-    def draw(*shape, dtype=torch.float16):
-        return torch.zeros(1, length, *shape, dtype=dtype, requires_grad=True)
-
+    whole = Sizes(**({"batch": 1, "length": 32} | sizes))  # no constant of a kernel depends on the length
+    draw = Draw(whole, torch.float16, requires_grad=True)
+    block = "mlp" if whole.hidden in SIZES else "swiglu"
+    ways = {
+        "attention": [int(documents)],
+        "rope_packed": [0],
+    }  # of the others all samples; no norms of q and k
     with launched_by(note), torch.autocast("cpu", torch.float16):
-        weight = torch.ones(hidden, requires_grad=True)
-        embedding = torch.zeros(vocab, hidden, requires_grad=True)
-        residual, x = draw(hidden, dtype=torch.float32), draw(hidden)
-        outputs = [ops.rms_norm(residual, weight), *ops.rms_norm(x, weight, 1e-5, residual)]
-        counts = [heads, kv_heads, kv_heads]
-        angles = torch.zeros(length, head_size // 2)
-        q, k, v = ops.rope_packed(draw(sum(counts) * head_size), angles, angles, counts)
-        starts = torch.zeros(1, length, dtype=torch.int32) if documents else None
-        outputs += [q, k, ops.attention(q, k, v, starts)]
-        if hidden in ops.SIZES:
-            shapes = (intermediate, hidden), (intermediate, hidden), (hidden, intermediate)
-            outputs.append(ops.mlp(x, *(torch.zeros(shape, requires_grad=True) for shape in shapes)))
-        else:
-            padded = math.ceil(intermediate / 8) * 8  # as the model pads it
-            outputs.append(ops.swiglu(*draw(2 * padded).chunk(2, -1)))
-        targets = torch.zeros(length, dtype=torch.long)
-        outputs.append(ops.linear_cross_entropy(x[0], embedding, targets))
-        torch.autograd.backward([out.sum() for out in outputs])
+        for name in ("rms_norm", "rope_packed", "attention", block, "linear_cross_entropy"):
+            samples = OPS[name].samples(draw)
+            for arguments in (samples[way] for way in ways.get(name, range(len(samples)))):
+                out = IMPLEMENTATIONS[name].function(*arguments)
+                torch.autograd.backward([x.sum() for x in (out if isinstance(out, tuple) else (out,))])
     return list(found)

@@ -6,6 +6,7 @@ launch on such a device, with the same arguments, and launches none. What the op
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -17,7 +18,10 @@ from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
 from ant5m.kernels import machine_code
-from ant5m.kernels import triton as ops
+from ant5m.kernels.ops import *  # noqa: F403  (it fills OPS)
+from ant5m.kernels.registry import OPS
+from ant5m.kernels.samples import Draw, Sizes
+from ant5m.kernels.triton import IMPLEMENTATIONS, SIZES
 
 # Most shared memory of a block, by compute capability. 8.0 stands for its whole family, of which the consumer
 # devices (8.6, 8.9) have least. Source: CUDA C++ Programming Guide, technical specifications per capability.
@@ -57,59 +61,47 @@ def compile_only(capability: int, shared_memory: int | None = None) -> Iterator[
         driver._active = before
 
 
+_TOKENS_OF_THE_HEAD = 16
+"""because its products are computed, on the CPU; no kernel depends on it"""
+
+
 def of_training_step(
     capability: int,
     dtype: torch.dtype,
     *,
-    hidden: int,
-    intermediate: int,
-    heads: int,
-    kv_heads: int,
-    head_size: int,
-    vocab: int,
-    length: int = 1_024,
     documents: bool = False,
     qk_norm: bool = False,
+    **sizes: int,
 ) -> list[Resources]:
-    """The kernels that a training step of such a Llama launches, with activations in `dtype`, the rest fp32.
+    """The kernels that a training step of a Llama of such `Sizes` launches, with activations in `dtype`, the
+    rest fp32, called as the records of the ops say.
 
     `documents`: attention stays inside document boundaries. Below 80 there is none. `qk_norm`: q and k have
     norms.
     """
-
-    def draw(*shape, dtype=dtype):
-        return torch.zeros(1, length, *shape, dtype=dtype, requires_grad=True)
-
+    whole = Sizes(**({"batch": 1, "length": 1_024} | sizes))
+    draw = Draw(whole, dtype, requires_grad=True)
+    few = dataclasses.replace(draw, sizes=dataclasses.replace(whole, length=_TOKENS_OF_THE_HEAD))
     half = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+    ways = {"attention": [int(documents)], "rope_packed": [int(qk_norm)]}  # of the others all samples
     with compile_only(capability) as found, half:
-        weight = torch.ones(hidden, requires_grad=True)
-        embedding = torch.zeros(vocab, hidden, requires_grad=True)
-        residual = draw(hidden, dtype=torch.float32)
-        outputs = [ops.rms_norm(residual, weight), *ops.rms_norm(draw(hidden), weight, 1e-5, residual)]
-        counts = [heads, kv_heads, kv_heads]
-        angles = torch.zeros(length, head_size // 2)
-        qkv = draw(sum(counts) * head_size)
-        if qk_norm:
-            norms = [torch.ones(head_size, requires_grad=True) for _ in range(2)]
-            q, k, v = ops.norm_rope_packed(qkv, angles, angles, counts, norms)
-        else:
-            q, k, v = ops.rope_packed(qkv, angles, angles, counts)
-        outputs += [q, k, v]
-        if capability >= 80:
-            starts = torch.zeros(1, length, dtype=torch.int32) if documents else None
-            outputs.append(ops.attention(q, k, v, starts))
-        if dtype.itemsize == 2:
-            intermediate += -intermediate % 8  # as the model pads it
-        # Which of the two a device takes is a matter of time.
-        outputs.append(ops.swiglu(*draw(2 * intermediate).chunk(2, -1)))
-        if dtype.itemsize == 2 and capability >= 80 and hidden in ops.SIZES:
-            shapes = (intermediate, hidden), (intermediate, hidden), (hidden, intermediate)
-            weights = (torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes)
-            outputs.append(ops.mlp(draw(hidden), *weights))
-        few = outputs[0][0, :16]  # because products are computed, on the CPU
-        outputs.append(ops.linear_cross_entropy(few, embedding, torch.zeros(16, dtype=torch.long)))
-        torch.autograd.backward([out.sum() for out in outputs])
+        for name in _launched(capability, dtype, whole):
+            samples = OPS[name].samples(few if name == "linear_cross_entropy" else draw)
+            for arguments in (samples[way] for way in ways.get(name, range(len(samples)))):
+                out = IMPLEMENTATIONS[name].function(*arguments)
+                outputs = out if isinstance(out, tuple) else (out,)
+                torch.autograd.backward([x.sum() for x in outputs])
     return found
+
+
+def _launched(capability: int, dtype: torch.dtype, sizes: Sizes) -> list[str]:
+    """Of `swiglu` and `mlp` both: which of them a device takes is a matter of time."""
+    names = ["rms_norm", "rope_packed", "swiglu", "linear_cross_entropy"]
+    if capability >= 80:
+        names.append("attention")
+        if dtype.itemsize == 2 and sizes.hidden in SIZES:
+            names.append("mlp")
+    return names
 
 
 class _CompileOnly(DriverBase):
