@@ -31,11 +31,84 @@ struct Operand {
     int64_t row, column;
 };
 
+#ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
+// BFMMLA multiplies two rows of A by two columns of B over two pairs of the depth: twice what BFDOT does. Tiles of two
+// by two lie in a vector one row behind the other; two tiles of the same rows are two vectors of C, halves exchanged.
+inline Vec exchange_low(Vec a, Vec b) { return (Vec)vzip1q_f64((float64x2_t)a, (float64x2_t)b); }
+inline Vec exchange_high(Vec a, Vec b) { return (Vec)vzip2q_f64((float64x2_t)a, (float64x2_t)b); }
+
+// Two pairs of each of R rows of A, from the pair k on, two rows a vector; behind the depth 0. kRowMajor: the pairs of a
+// row are neighbors, else the rows of a pair are.
+template <bool kRowMajor, bool kWhole, int R>
+inline void load_row_pairs(const float* a, int64_t row, int64_t column, int64_t k, Vec (&to)[R / 2]) {
+    if constexpr (kRowMajor) {
+        const auto two = [&](int i) {
+            return kWhole ? vld1_f32(a + i * row + k) : vset_lane_f32(a[i * row + k], vdup_n_f32(0), 0);
+        };
+        ANT5M_UNROLL for (int i = 0; i < R / 2; ++i) to[i] = (Vec)vcombine_f32(two(2 * i), two(2 * i + 1));
+    } else if constexpr (R == 2) {
+        const float32x2_t first = vld1_f32(a + k * column);
+        const float32x2_t second = kWhole ? vld1_f32(a + (k + 1) * column) : vdup_n_f32(0);
+        to[0] = (Vec)vcombine_f32(vzip1_f32(first, second), vzip2_f32(first, second));
+    } else {
+        ANT5M_UNROLL for (int i = 0; i < R / 4; ++i) {
+            const auto first = (float32x4_t)load(a + k * column + 4 * i);
+            const auto second = (float32x4_t)(kWhole ? load(a + (k + 1) * column + 4 * i) : Vec{});
+            to[2 * i] = (Vec)vzip1q_f32(first, second);
+            to[2 * i + 1] = (Vec)vzip2q_f32(first, second);
+        }
+    }
+}
+
+template <bool kRowMajor, int R, int V, bool kAdd, typename Epilogue>
+[[gnu::noinline]] void matrix_microkernel(int64_t depth, const float* a, int64_t row, int64_t column, const float* b,
+                                          int64_t ldb, float* c, int64_t ldc, const Epilogue& epilogue, int64_t first) {
+    Vec sum[R / 2][2 * V];
+    ANT5M_UNROLL for (int i = 0; i < R / 2; ++i)
+        ANT5M_UNROLL for (int j = 0; j < V; ++j) {
+            const Vec upper = kAdd ? load(c + 2 * i * ldc + j * kWidth) : Vec{};
+            const Vec lower = kAdd ? load(c + (2 * i + 1) * ldc + j * kWidth) : Vec{};
+            sum[i][2 * j] = exchange_low(upper, lower);
+            sum[i][2 * j + 1] = exchange_high(upper, lower);
+        }
+    const auto visit = [&](int64_t k, auto whole) {
+        Vec rows[R / 2], columns[2 * V];
+        load_row_pairs<kRowMajor, whole.value, R>(a, row, column, k, rows);
+        ANT5M_UNROLL for (int j = 0; j < V; ++j) {
+            const auto upper = (float32x4_t)load(b + k * ldb + j * kWidth);
+            const auto lower = (float32x4_t)(whole.value ? load(b + (k + 1) * ldb + j * kWidth) : Vec{});
+            columns[2 * j] = (Vec)vzip1q_f32(upper, lower);
+            columns[2 * j + 1] = (Vec)vzip2q_f32(upper, lower);
+        }
+        ANT5M_UNROLL for (int i = 0; i < R / 2; ++i)
+            ANT5M_UNROLL for (int j = 0; j < 2 * V; ++j)
+                sum[i][j] = (Vec)vbfmmlaq_f32((float32x4_t)sum[i][j], (bfloat16x8_t)rows[i], (bfloat16x8_t)columns[j]);
+    };
+    int64_t k = 0;
+    for (; k + 2 <= depth; k += 2) visit(k, std::true_type());
+    if (k < depth) visit(k, std::false_type());
+    Vec out[R][V];
+    ANT5M_UNROLL for (int i = 0; i < R; ++i)
+        ANT5M_UNROLL for (int j = 0; j < V; ++j) {
+            const Vec *tiles = &sum[i / 2][2 * j];
+            out[i][j] = epilogue(i % 2 ? exchange_high(tiles[0], tiles[1]) : exchange_low(tiles[0], tiles[1]), first + i, j);
+        }
+    ANT5M_UNROLL for (int i = 0; i < R; ++i)
+        ANT5M_UNROLL for (int j = 0; j < V; ++j) store(c + i * ldc + j * kWidth, out[i][j]);
+}
+#endif
+
 // Never inlined: inside a larger function the accumulators are the first to be spilled, and the product runs at half
 // its speed (measured with GCC 12 on AVX2).
 template <typename Format, int R, int V, bool kAdd, typename Epilogue>
 [[gnu::noinline]] void microkernel(int64_t depth, const float* a, int64_t row, int64_t column, const float* b,
                                      int64_t ldb, float* c, int64_t ldc, const Epilogue& epilogue, int64_t first) {
+#ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
+    if constexpr (Format::kVnni == 2 && R % 2 == 0) {
+        if (column == 1) return matrix_microkernel<true, R, V, kAdd>(depth, a, row, column, b, ldb, c, ldc, epilogue, first);
+        if (row == 1) return matrix_microkernel<false, R, V, kAdd>(depth, a, row, column, b, ldb, c, ldc, epilogue, first);
+    }
+#endif
     Vec sum[R][V];
     ANT5M_UNROLL for (int i = 0; i < R; ++i)
         ANT5M_UNROLL for (int j = 0; j < V; ++j) sum[i][j] = kAdd ? load(c + i * ldc + j * kWidth) : Vec{};
