@@ -1,6 +1,7 @@
 """What a training step asks of a device: products, other arithmetic, exponentials, bytes of memory.
 
-`ours` counts the fused ops from formulas. `traced` counts a step of plain PyTorch (transformers' Llama, or
+`ours` counts the fused ops: what the records of the ops say (`ant5m/kernels/ops.py`), and from formulas what
+the kernels do besides or otherwise. `traced` counts a step of plain PyTorch (transformers' Llama, or
 our `reference` backend) as it is: operation by operation, on tensors without memory.
 
 A multiply-add is 2 FLOPs; attention counts the scores that causality asks for. Bytes are those of every
@@ -22,6 +23,9 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.module_tracker import ModuleTracker
 
 from ant5m import kernels
+from ant5m.kernels.cuda import SIZES as CUDA_MLP_SIZES
+from ant5m.kernels.dispatch import Cost
+from ant5m.kernels.registry import OPS as OPS_OF_KERNELS
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
 from ant5m.model.costs import count_parameters
@@ -32,9 +36,6 @@ OPS = ("embedding", "rms_norm", "linears", "rope", "attention", "swiglu", "head"
 # Instructions of the compiled sm_75 attention kernels for each score, without products and exponentials:
 # scale, maximum, sum, conversion; backward in two kernels.
 _ATTENTION_OPS = {"forward": 5, "backward": 9}
-
-
-_CUDA_MLP_SIZES = (64, 128)  # ant5m.kernels.cuda.mlp
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,13 @@ def ours(step: Step, backend: str = "triton") -> list[Kernel]:
     ]
 
 
+def _cost(step: Step, name: str, *shapes: tuple[int, ...], rest: tuple = ()) -> tuple[Cost, Cost]:
+    """(forward, backward) of an op by its record, of activations and weights [tokens, ..] of such shapes."""
+    dtype = torch.bfloat16 if step.half else torch.float32
+    tensors = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+    return OPS_OF_KERNELS[name].cost(*tensors, *rest)
+
+
 def _embedding(step: Step) -> list[Kernel]:
     row = 4 * step.tokens * step.config.hidden_size
     table = 4 * step.config.vocab_size * step.config.hidden_size
@@ -135,19 +143,20 @@ def _embedding(step: Step) -> list[Kernel]:
 
 
 def _norm(step: Step) -> list[Kernel]:
-    n, c = step.tokens * step.config.hidden_size, step.itemsize
-    # In fp32 both gradients are one tensor.
-    twice = c if step.half else 0
+    shape = step.tokens, step.config.hidden_size
+    stream = torch.empty(shape, device="meta")
+    forward, backward = _cost(step, "rms_norm", shape, shape[1:], rest=(1e-5, stream))
+    n = stream.numel()
     return [
-        Kernel("rms_norm", "forward", ops=5 * n, bytes=n * (2 * c + 8)),
-        Kernel("rms_norm", "backward", ops=9 * n, bytes=n * (c + 12 + twice)),
+        Kernel("rms_norm", "forward", ops=5 * n, bytes=forward.bytes),
+        Kernel("rms_norm", "backward", ops=9 * n, bytes=backward.bytes),
     ]
 
 
 def _product(step: Step, inputs: int, outputs: int) -> list[Kernel]:
     """x W^T of x [N, inputs], W [outputs, inputs]; backward dy W and dy^T x."""
-    flops, c = 2 * step.tokens * inputs * outputs, step.itemsize
-    weight = inputs * outputs
+    c, weight = step.itemsize, inputs * outputs
+    flops = _cost(step, "linear", (step.tokens, inputs), (outputs, inputs))[0].flops
     x, y = step.tokens * inputs * c, step.tokens * outputs * c
     return [
         Kernel("linears", "forward", flops, bytes=x + y + weight * c),
@@ -157,12 +166,14 @@ def _product(step: Step, inputs: int, outputs: int) -> list[Kernel]:
 
 
 def _rope(step: Step) -> list[Kernel]:
-    n, c = step.tokens * (step.queries + step.keys), step.itemsize
-    joined = step.tokens * (step.queries + 2 * step.keys)
+    n = step.tokens * (step.queries + step.keys)
+    q, k, joined = ((step.tokens, size) for size in (step.queries, step.keys, step.queries + 2 * step.keys))
+    forward, _ = _cost(step, "rope", q, k, rest=(None, None))
+    # The gradients of q, k and v become one tensor, for one product.
+    _, backward = _cost(step, "rope_packed", joined, rest=(None, None, None, None, None))
     return [
-        Kernel("rope", "forward", ops=3 * n, bytes=2 * c * n),
-        # The gradients of q, k and v become one tensor, for one product.
-        Kernel("rope", "backward", ops=3 * n, bytes=2 * c * joined),
+        Kernel("rope", "forward", ops=3 * n, bytes=forward.bytes),
+        Kernel("rope", "backward", ops=3 * n, bytes=backward.bytes),
     ]
 
 
@@ -172,12 +183,17 @@ def _attention(step: Step, cpu: bool) -> list[Kernel]:
     q, k = step.tokens * step.queries * c, step.tokens * step.keys * c
     rows = 4 * step.tokens * step.config.num_attention_heads
     ops = {way: count * scores for way, count in _ATTENTION_OPS.items()}
-    forward = Kernel("attention", "forward", 2 * product, ops["forward"], scores, 2 * q + 2 * k + rows)
+    heads = step.batch_size, step.sequence_length
+    queries = *heads, step.config.num_attention_heads, step.config.head_size
+    keys = *heads, step.config.num_key_value_heads, step.config.head_size
+    costs = _cost(step, "attention", queries, keys, keys, rest=(None,))
+    # The logarithm of each row's sum is written and read.
+    forward, backward = (
+        Kernel("attention", way, cost.flops, ops["forward"], scores, cost.bytes + rows)
+        for way, cost in zip(("forward", "backward"), costs, strict=True)
+    )
     if cpu:
-        return [
-            forward,
-            Kernel("attention", "backward", 5 * product, ops["forward"], scores, 4 * q + 4 * k + rows),
-        ]
+        return [forward, backward]
     ops = ops["backward"] / 2
     return [
         forward,
@@ -187,10 +203,12 @@ def _attention(step: Step, cpu: bool) -> list[Kernel]:
 
 
 def _swiglu(step: Step) -> list[Kernel]:
-    n, c = step.tokens * step.config.intermediate_size, step.itemsize
+    shape = step.tokens, step.config.intermediate_size
+    n = math.prod(shape)
+    forward, backward = _cost(step, "swiglu", shape, shape)
     return [
-        Kernel("swiglu", "forward", ops=4 * n, exps=n, bytes=3 * c * n),
-        Kernel("swiglu", "backward", ops=9 * n, exps=n, bytes=5 * c * n),
+        Kernel("swiglu", "forward", ops=4 * n, exps=n, bytes=forward.bytes),
+        Kernel("swiglu", "backward", ops=9 * n, exps=n, bytes=backward.bytes),
     ]
 
 
@@ -198,7 +216,7 @@ def _mlp(step: Step, backend: str) -> list[Kernel]:
     width, wide = step.config.hidden_size, step.config.intermediate_size
     if backend == "cpu":
         return _cpu_mlp(step)
-    if backend == "cuda" and step.half and width in _CUDA_MLP_SIZES:
+    if backend == "cuda" and step.half and width in CUDA_MLP_SIZES:
         return _cuda_mlp(step)
     return [*_product(step, width, 2 * wide), *_swiglu(step), *_product(step, wide, width)]
 
@@ -220,11 +238,13 @@ def _cuda_mlp(step: Step) -> list[Kernel]:
 def _cpu_mlp(step: Step) -> list[Kernel]:
     """Keeps gate and up; what else lies between the three products stays in a cache."""
     width, wide = step.config.hidden_size, step.config.intermediate_size
-    flops, n = 6 * step.tokens * width * wide, step.tokens * wide
-    x, kept, weights = 4 * step.tokens * width, 8 * n, 12 * width * wide
+    n = step.tokens * wide
+    kept = 8 * n  # which the record of the op knows nothing of
+    whole = dataclasses.replace(step, half=False)
+    forward, backward = _cost(whole, "mlp", (step.tokens, width), (wide, width), (wide, width), (width, wide))
     return [
-        Kernel("linears", "forward", flops, 4 * n, n, 2 * x + kept + weights),
-        Kernel("linears", "backward", 2 * flops, 9 * n, n, 3 * x + kept + 2 * weights),
+        Kernel("linears", "forward", forward.flops, 4 * n, n, forward.bytes + kept),
+        Kernel("linears", "backward", backward.flops, 9 * n, n, backward.bytes + kept),
     ]
 
 
@@ -233,7 +253,9 @@ def _head(step: Step, backend: str) -> list[Kernel]:
     vocab, width, c = step.config.vocab_size, step.config.hidden_size, step.itemsize
     numbers = step.tokens * vocab
     logits = 0 if backend == "cpu" else c * numbers
-    flops, hidden, weight = 2 * numbers * width, step.tokens * width, vocab * width
+    hidden, weight = step.tokens * width, vocab * width
+    rest = (None, -100)
+    flops = _cost(step, "linear_cross_entropy", (step.tokens, width), (vocab, width), rest=rest)[0].flops
     # With 512 MiB of logits at once; each chunk's dW is added to the sum in fp32.
     chunks = max(1, math.ceil(logits / (512 << 20)))
     inputs = (hidden + weight) * c

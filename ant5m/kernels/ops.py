@@ -50,7 +50,7 @@ _LOGIT_ROWS = 256
         ),
     ],
     sizes=lambda x, *_: {"hidden": x.shape[-1]},
-    cost=lambda x, weight, eps, residual: _moved(2, 3, x) if residual is None else _moved(2, 2, x, residual),
+    cost=lambda x, weight, eps, residual: _normed(x, residual),
     core=True,
 )
 def rms_norm(
@@ -550,6 +550,15 @@ def _moved(forward: int, backward: int, *tensors: torch.Tensor) -> tuple[Cost, C
     """As many times the bytes of these tensors."""
     size = _bytes(*tensors)
     return Cost(0, forward * size), Cost(0, backward * size)
+
+
+def _normed(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[Cost, Cost]:
+    if residual is None:
+        return _moved(2, 3, x)
+    forward, backward = _moved(2, 2, x, residual)
+    # Of different dtypes, x and residual have a gradient each.
+    more = 0 if x.dtype == residual.dtype else _bytes(residual)
+    return forward, backward._replace(bytes=backward.bytes + more)
 
 
 def _multiplied(x: torch.Tensor, *weights: torch.Tensor, times: int = 1) -> tuple[Cost, Cost]:
