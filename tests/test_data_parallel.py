@@ -23,6 +23,7 @@ from ant5m.model.checkpoint import latest_checkpoint
 from ant5m.train import TrainConfig, pretrain
 from ant5m.train.metrics import read_metrics
 from ant5m.train.step import Step
+from ant5m.train.stop import EXIT_CODES
 
 HERE = Path(__file__).parent
 
@@ -119,6 +120,23 @@ def test_two_ranks_compute_the_bits_of_one_process(config, tmp_path, monkeypatch
     )
     assert len(one) == 20 and one == pytest.approx(two, abs=2e-6)
     assert "step" in stderr[0] and stderr[1] == ""  # rank 0 alone speaks
+
+
+def test_a_time_limit_ends_all_and_one_stopwatch_chooses_the_kernels(config, tmp_path):  # noqa: F811
+    """The time of one rank alone is over; only on rank 0 the MLP is found to be the faster."""
+    limited = dataclasses.replace(config, steps=12, checkpoint_every=50, out=tmp_path / "limited")
+    timed = dataclasses.replace(config, steps=2, checkpoint_every=50, out=tmp_path / "timed")
+    jobs = [
+        {"config": limited.to_dict(), "stop_at": 4, "limit": True},
+        {"config": timed.to_dict(), "clock": True},
+    ]
+    (first, second), stderr = together(jobs, tmp_path)
+    assert first == second
+    assert first[0] == [5, "time limit", None] and EXIT_CODES["time limit"] == 0
+    assert [path.name for path in limited.out.glob("checkpoints/*")] == ["step-00000005"]
+    assert stderr[1] == ""
+    choices = first[1][-1]
+    assert set(choices.values()) == {"faster"} and all("mlp" in name for name in choices)
 
 
 def test_a_run_moves_between_two_processes_and_one(config, tmp_path, interrupt):  # noqa: F811

@@ -183,8 +183,8 @@ def _pretrain(run: Run, device: torch.device, started: float, ranks: Ranks) -> R
     _resume(run, trainer, data.tokenizer)
     if run.minutes is not None:
         end = deadline or started + 60 * run.minutes - trainer.seconds
-        lines = read_metrics(run.folder / "metrics.jsonl")
-        trainer.pace = Pace(settings.steps, end, held_out, recorded_positions(lines))
+        recorded = ranks.first(lambda: list(_recorded(run).items()))  # other machines may not see the folder
+        trainer.pace = Pace(settings.steps, end, held_out, dict(recorded))
         deadline = None
     if ranks.is_first:
         _write_run(run, settings, data)
@@ -229,6 +229,10 @@ def _branch(run: Run, trainer: Trainer) -> None:
     except UserError:
         if trainer.ranks.is_first:
             stderr().print("other data, seed or sequence length: they are read from the beginning")
+
+
+def _recorded(run: Run) -> dict[int, int]:
+    return recorded_positions(read_metrics(run.folder / "metrics.jsonl"))
 
 
 def _measure_speed(net: Ant, config: TrainConfig, precision: str, ranks: Ranks) -> float:

@@ -9,6 +9,7 @@ read these. A parameter then costs 6 bytes of traffic a step. Autocast joins q, 
 each micro-batch: 8 + 6 bytes.
 """
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -150,19 +151,25 @@ class Step:
         self, weights: dict[str, torch.Tensor], input_ids: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
         """The mean loss over a micro-batch."""
-
-        def forward(ids: torch.Tensor, **head: Any) -> torch.Tensor:
-            if self.eos_token_id is not None:
-                head["starts"] = document_starts(ids, self.eos_token_id)
-            if self.z_loss and "targets" in head:
-                head["z_loss"] = self.z_loss
-            out: torch.Tensor = torch.func.functional_call(self.net, weights, (ids,), head)
-            return out
-
+        forward = functools.partial(self._forward, weights)
         with autocast(self.precision, self.net.device):
             if self.loop_loss is None:
                 return forward(input_ids, targets=targets)
             return self.loop_loss(forward, input_ids, targets)
+
+    def _forward(self, weights: dict[str, torch.Tensor], ids: torch.Tensor, **head: Any) -> torch.Tensor:
+        if self.eos_token_id is not None:
+            head["starts"] = document_starts(ids, self.eos_token_id)
+        if self.z_loss and "targets" in head:
+            head["z_loss"] = self.z_loss
+        out: torch.Tensor = torch.func.functional_call(self.net, weights, (ids,), head)
+        return out
+
+    def rehearse(self, length: int) -> None:
+        """Compute the loss of a micro-batch as a step does, and forget it: it decides who runs each op."""
+        ids = torch.zeros((self.micro_batch_size, length), dtype=torch.int64, device=self.net.device)
+        with autocast(self.precision, self.net.device):
+            self._forward(self._half_precision_weights(), ids, targets=ids)
 
     def update(self, result: torch.Tensor) -> StepStats:
         """Unscale and clip the gradients, take the optimizer's step, and forget them. `result`: of

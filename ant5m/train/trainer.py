@@ -239,7 +239,17 @@ class Trainer:
             self.loader.masked,
             self.settings.z_loss,
         )
+        self._agree_on_kernels(step)
         return make_step(step)
+
+    def _agree_on_kernels(self, step: Step) -> None:
+        """What is chosen by stopwatch, rank 0 chooses for all: another might find a near tie to be the other
+        way, and its part of the sums would have other bits."""
+        if self.ranks.alone:
+            return
+        if self.ranks.is_first:
+            step.rehearse(self.settings.sequence_length)
+        kernels.restore(self.ranks.share(kernels.choices()))
 
     def _between_steps(self) -> None:
         # With a loss scale the device decides whether a step counts: this is the most it can be.
