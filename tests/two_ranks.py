@@ -3,7 +3,7 @@
 A job is {"config": ..., "spoil": how, "stop_at": step}: "nan" makes the loss of rank 1 NaN at its third step,
 "overflow" makes its gradients overflow fp16 there; at `stop_at` rank 1 gets SIGTERM; "seconds": of a step, by
 each rank's clock, which moves in no other way; with "limit" it is no signal that comes at `stop_at`, but the
-time of rank 1 is over; with "clock" the stopwatch of rank 1, unlike that of rank 0, says that the MLP is too slow.
+time of rank 1 is over; with "clock" rank 1, unlike rank 0, finds the MLP to be too slow.
 Prints one JSON line for each job: the result, or the error.
 """
 
