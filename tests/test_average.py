@@ -88,10 +88,11 @@ def test_a_run_shows_both_and_exports_the_better(config, tmp_path, capsys):  # n
         config,
         steps=30,
         eval_every=10,
-        ema=0.9,
+        ema=0.8,
         schedule="wsd",
         decay=0.0,
         learning_rate=0.05,
+        muon_learning_rate=0.3,
         sample_every=0,
     )
     run = pretrain(noisy).run
@@ -108,7 +109,7 @@ def test_a_run_shows_both_and_exports_the_better(config, tmp_path, capsys):  # n
     assert "of the better, the averaged ones" in report and f"| {second['loss']:.4f} nats" in report.replace(
         "loss | ", "| "
     )
-    assert f"loss {second['loss']:.4f}" in card and "exponential moving average, decay 0.9" in card
+    assert f"loss {second['loss']:.4f}" in card and "exponential moving average, decay 0.8" in card
     assert call(["runs", str(run)]) == 0
     assert f"{second['loss']:.3f}" in capsys.readouterr().out
     worse = dataclasses.replace(config, steps=6, ema=0.999, out=tmp_path / "worse")

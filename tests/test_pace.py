@@ -176,6 +176,7 @@ def test_the_factor_comes_from_a_tensor_that_stays_where_it_is():
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_ranks_go_by_the_slowest_clock(config, tmp_path):  # noqa: F811
     """Each has its own; all take the same factor, or their weights would differ."""
     asked = dataclasses.replace(config, steps=None, max_minutes=1.0, batch_size=4, sample_every=0)
