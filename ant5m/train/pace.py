@@ -11,8 +11,8 @@ from typing import Any
 
 FINISH_SECONDS = 10.0
 """for samples, export, pictures and report, at least"""
-FINISH_TOKENS = 70_000
-"""or as long as so many training tokens take: what a slow processor needs for them"""
+FINISH_TOKENS = 20_000
+"""or as long as so many training tokens take: twice what a loaded processor core was seen to need"""
 EVALUATION = 0.5
 """time of a token that is evaluated, as a share of one that is trained on; a forward pass is a third of it"""
 LARGEST_RESERVE = 0.5
