@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import functools
 import json
@@ -85,6 +86,59 @@ def content(folder):
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != ".lock"
     }
+
+
+def test_of_a_small_text_more_is_held_out(tmp_path, tokenizer, monkeypatch):
+    """So many tokens as say something about the loss; where the share is said, that share."""
+    texts = make_texts(600)
+    corpus = Corpus.open([write_jsonl(tmp_path / "texts.jsonl", texts)])
+    meta = pack(corpus, tokenizer, tmp_path / "small")
+    total = sum(split["tokens"] for split in meta["splits"].values())
+    held_out = meta["splits"]["validation"]
+    assert 0.02 < held_out["tokens"] / total < 0.09 and held_out["documents"] > 10
+    assert meta["options"]["validation_fraction"] is None
+    said = pack(corpus, tokenizer, tmp_path / "said", validation_fraction=0.005)["splits"]["validation"]
+    assert said["documents"] < held_out["documents"] / 2
+    monkeypatch.setattr(packing, "HELD_OUT_TOKENS", said["tokens"])
+    enough = pack(corpus, tokenizer, tmp_path / "enough")["splits"]["validation"]
+    assert enough["shards"][0]["sha256"] == said["shards"][0]["sha256"]
+    two = Corpus.open([write_jsonl(tmp_path / "two.jsonl", texts[:2])])
+    assert [split["documents"] for split in pack(two, tokenizer, tmp_path / "two")["splits"].values()] == [
+        1,
+        1,
+    ]
+
+
+def test_limits_of_what_is_packed(tmp_path, tokenizer, monkeypatch):
+    """The first documents of each source; so many tokens and what is left of their batch. A stop changes
+    nothing."""
+    texts = make_texts(300)
+    names = [write_jsonl(tmp_path / f"{part}.jsonl", texts[part * 100 :][:100]) for part in range(3)]
+    few = dataclasses.replace(Corpus.open(names), max_documents=7)
+    expected = [*texts[:7], *texts[100:107], *texts[200:207]]
+    assert list(few.documents()) == expected
+    cursor = few.documents()
+    for number in range(1, 20):
+        next(cursor)
+        assert list(few.documents(cursor.position)) == expected[number:]
+    monkeypatch.setattr(packing, "BATCH_BYTES", 1 << 11)
+    monkeypatch.setattr(packing, "JOURNAL_BYTES", 1 << 12)
+    options = {"validation_fraction": 0.1, "max_tokens": 4_000}
+    meta = pack(Corpus.open(names), tokenizer, tmp_path / "out", **options)
+    assert 4_000 <= sum(split["tokens"] for split in meta["splits"].values()) < 4_000 + (1 << 11)
+    stop, written = packing.Journal.write, []
+
+    def write(self, out):
+        stop(self, out)
+        written.append(None)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(packing.Journal, "write", write)
+    with pytest.raises(KeyboardInterrupt):
+        pack(Corpus.open(names), tokenizer, tmp_path / "again", **options)
+    pack(Corpus.open(names), tokenizer, tmp_path / "again", **options)
+    assert content(tmp_path / "again") == content(tmp_path / "out")
 
 
 def test_ids_are_those_of_tokenizers(tmp_path, corpus, tokenizer):
@@ -243,7 +297,7 @@ def test_only_the_same_command_goes_on(tmp_path, corpus, tokenizer, unfinished):
     other = train_tokenizer(make_texts(300), vocab_size=300)
     more = write_jsonl(tmp_path / "more.jsonl", make_texts(5))
     for what, arguments in {
-        "seed": (corpus, tokenizer, unfinished, 0.005, 1),
+        "seed": (corpus, tokenizer, unfinished, None, 1),
         "validation_fraction": (corpus, tokenizer, unfinished, 0.1),
         "tokenizer": (corpus, other, unfinished),
         "inputs": (Corpus.open([tmp_path / "texts.jsonl", more]), tokenizer, unfinished),

@@ -1,5 +1,6 @@
 """`ant5m data pack`."""
 
+import dataclasses
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from rich.progress import (
 from rich.table import Table
 
 from ant5m.console import progress_bar
+from ant5m.errors import UserError
 
 if TYPE_CHECKING:
     from ant5m.data.corpus import Corpus
@@ -57,13 +59,18 @@ class DataPack:
     """tokenizer folder, or a tokenizer.json"""
     out: Path
     """folder for the shards: a new one, or one that the same command left unfinished"""
-    validation_fraction: float = 0.005
-    """share of the documents that is held out for validation"""
+    validation_fraction: float | None = None
+    """share of the documents that is held out for validation; default: 0.005, of a small text so much more
+    that it is about 100,000 tokens, at most 0.05"""
     text_column: str = "text"
     """name of the text field in rows"""
     chat: bool = False
     """the rows are conversations: their messages (in --text-column, by default "messages") are written with
     the tokenizer's chat template, and training learns only what the assistant says"""
+    max_documents: int | None = None
+    """read only so many documents of each file or hf: data set, its first ones"""
+    max_tokens: int | None = None
+    """stop when so many tokens are packed (and up to 4 MB of text more); the rest is not read"""
     shard_tokens: int = 1 << 26
     """tokens in one shard file"""
     seed: int = 0
@@ -94,8 +101,11 @@ class DataPack:
         from ant5m.ranks import join
 
         ranks = join()
+        for flag, limit in (("--max-documents", self.max_documents), ("--max-tokens", self.max_tokens)):
+            if limit is not None and limit < 1:
+                raise UserError(f"{flag} must be at least 1, not {limit}")
         tokenizer = Tokenizer.load(self.tokenizer)
-        corpus = self._open(tokenizer)
+        corpus = dataclasses.replace(self._open(tokenizer), max_documents=self.max_documents)
         with progress_bar(
             BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn(), TimeRemainingColumn()
         ) as progress:
@@ -106,6 +116,7 @@ class DataPack:
                 self.parts,
                 self.workers,
                 validation_fraction=self.validation_fraction,
+                max_tokens=self.max_tokens,
                 seed=self.seed,
                 shard_tokens=self.shard_tokens,
                 progress=progress,
@@ -141,7 +152,7 @@ class DataPack:
     def _warn_about_validation(self, splits: dict[str, Any]) -> None:
         held_out = splits["validation"]
         share = held_out["tokens"] / sum(split["tokens"] for split in splits.values())
-        if share > max(LARGE_SHARE, 2 * self.validation_fraction):
+        if share > max(LARGE_SHARE, 2 * (self.validation_fraction or 0.0)):
             warnings.warn(
                 f"{share:.0%} of the text is held out: whole documents are, and this text has few long ones. "
                 "Put <|endoftext|> between the parts of a .txt, or give more text",

@@ -202,7 +202,7 @@ class Conversations(Corpus):
         for source in found.sources:
             if source.name == "builtin" or ".txt" in Path(source.name).suffixes:
                 raise UserError(f"{source.name} holds no conversations: give .jsonl, .parquet or hf:")
-        return cls(found.sources, column, on_error, template.split, template)
+        return cls(found.sources, column, on_error, template.split, template=template)
 
 
 def end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -93,6 +93,8 @@ class Corpus:
     on_error: OnError = "stop"
     render: "Callable[[Any], str] | None" = None
     """what makes a text of the column's value, or raises `UserError`; None: it is text"""
+    max_documents: int | None = None
+    """of each source; None: all"""
 
     @classmethod
     def open(
@@ -168,7 +170,9 @@ class Cursor(Iterator[str]):
             blank = not skip
             column = Column(corpus.text_column, corpus.render)
             try:
-                for record, item in enumerate(_read(source, column, skip, report), skip + 1):
+                most = None if corpus.max_documents is None else max(0, corpus.max_documents - skip)
+                records = itertools.islice(_read(source, column, skip, report), most)
+                for record, item in enumerate(records, skip + 1):
                     self.position = Position(index, record)
                     if isinstance(item, UserError):
                         self._leave_out("rows", item)

@@ -60,13 +60,14 @@ def pack_jointly(
     out: str | Path,
     parts: int,
     workers: int | None = None,
-    validation_fraction: float = 0.005,
+    validation_fraction: float | None = None,
     seed: int = 0,
     shard_tokens: int = SHARD_TOKENS,
     progress: "Progress | None" = None,
     filters: Sequence[FilterName] = (),
     allow_loss: bool = False,
     exclude: ItemIndex | None = None,
+    max_tokens: int | None = None,
     ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """`ant5m.data.packing.pack` by `workers` processes at a time (default: one for each core), which the
@@ -85,7 +86,9 @@ def pack_jointly(
             raise UserError(f"at least one process must work, not {workers}")
         options = (validation_fraction, seed, shard_tokens, progress, filters, allow_loss, exclude)
         if parts == 1:
-            return ranks.first(lambda: pack(corpus, tokenizer, out, *options))
+            return ranks.first(lambda: pack(corpus, tokenizer, out, *options, max_tokens))
+        if max_tokens or corpus.max_documents:
+            raise UserError("--max-tokens and --max-documents count from the beginning: leave out --parts")
         workers = workers or max(1, _count_cores() // torchrun.local_size())
         task = Task.check(corpus, tokenizer, *options)
         task = dataclasses.replace(task, plan=task.plan | {"parts": parts})

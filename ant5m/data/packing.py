@@ -72,6 +72,9 @@ WIDE_SPACES = (
 )
 """white space outside ASCII: bytes in UTF-8, range of the first byte, all bytes as one number"""
 OPTIONS = ("text_column", "validation_fraction", "seed", "shard_tokens", "filters")
+HELD_OUT_SHARE, HELD_OUT_TOKENS, LARGEST_SHARE = 0.005, 100_000, 0.05
+"""held out for validation when nobody says how much: a share of the documents; tokens at least, unless they
+are a larger share of a small text"""
 HELD_OUT = "documents"
 """what is held out whole; in a text that is one document only, its pieces"""
 COUNTED = (*COUNTS, "lost_bytes")
@@ -86,24 +89,27 @@ def pack(
     corpus: Corpus,
     tokenizer: Tokenizer,
     out: str | Path,
-    validation_fraction: float = 0.005,
+    validation_fraction: float | None = None,
     seed: int = 0,
     shard_tokens: int = SHARD_TOKENS,
     progress: "Progress | None" = None,
     filters: Sequence[FilterName] = (),
     allow_loss: bool = False,
     exclude: ItemIndex | None = None,
+    max_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Write the folder that `Shards.open` reads, and return its `meta.json`.
 
     Every document is followed by the end-of-text id. A document is for validation when its seeded hash falls
-    into the lowest `validation_fraction`: its neighbors do not matter, and equal documents stay together. A
-    document that is too long for one (see `ant5m.data.corpus`) has the hash of its first piece, so that all
-    of it is in one split; only where the whole text is one document, each piece has its own. Where that
-    leaves validation empty, the document with the lowest hash goes there. Every shard file but the
-    last of its split holds `shard_tokens` tokens. `filters` (see `ant5m.data.filters`) change the documents
-    of both splits, but not which document is in which. Documents that share 13 words in a row with an item of
-    `exclude` are left out.
+    into the lowest `validation_fraction` (default: `HELD_OUT_SHARE`, and of a small text so much more that
+    about `HELD_OUT_TOKENS` are held out, at most `LARGEST_SHARE`): its neighbors do not matter, and equal
+    documents stay together. A document that is too long for one (see `ant5m.data.corpus`) has the hash of its
+    first piece, so that all of it is in one split; only where the whole text is one document, each piece has
+    its own. Where that leaves validation empty, the document with the lowest hash goes there. Every shard
+    file but the last of its split holds `shard_tokens` tokens. `filters` (see `ant5m.data.filters`) change
+    the documents of both splits, but not which document is in which. Documents that share 13 words in a row
+    with an item of `exclude` are left out. With `max_tokens` the rest of the text is left where so many are
+    packed, after the batch (`BATCH_BYTES`) that reaches them.
 
     Of `Conversations`, each is a document, and a shard's `mask` file says which of its tokens are learned: a
     bit for each, lowest bit first. The copy of the tokenizer has their template.
@@ -126,6 +132,7 @@ def pack(
     task = Task.check(
         corpus, tokenizer, validation_fraction, seed, shard_tokens, progress, filters, allow_loss, exclude
     )
+    task = dataclasses.replace(task, plan=task.plan | {"max_tokens": max_tokens})
     refuse_content(out)
     with full_disk_explained(out), lock(out):
         remove_asides(out)
@@ -153,7 +160,7 @@ class Task:
         cls,
         corpus: Corpus,
         tokenizer: Tokenizer,
-        validation_fraction: float,
+        validation_fraction: float | None,
         seed: int,
         shard_tokens: int,
         progress: "Progress | None",
@@ -232,12 +239,16 @@ class _Split:
 
 
 def _check(
-    tokenizer: Tokenizer, validation_fraction: float, seed: int, shard_tokens: int, filters: Sequence[str]
+    tokenizer: Tokenizer,
+    validation_fraction: float | None,
+    seed: int,
+    shard_tokens: int,
+    filters: Sequence[str],
 ) -> None:
     for name in filters:
         if name not in FILTERS:
             raise UserError(f"there is no filter '{name}' (there are {', '.join(FILTERS)})")
-    if not 0 < validation_fraction < 1:
+    if validation_fraction is not None and not 0 < validation_fraction < 1:
         raise UserError(f"the validation fraction must lie between 0 and 1, not {validation_fraction}")
     if abs(seed) >= 2**63:
         raise UserError(f"the seed must fit 64 bits, which {seed} does not")
@@ -271,7 +282,8 @@ def _plan(
 ) -> dict[str, Any]:
     inputs = [[source.name, source.size, _version(source.name, progress)] for source in corpus.sources]
     plan = {"format": FORMAT, "inputs": inputs, "tokenizer": tokenizer.fingerprint, **options}
-    return plan | {"held_out": HELD_OUT, "on_error": corpus.on_error}
+    limits = {"max_documents": corpus.max_documents} if corpus.max_documents else {}
+    return plan | {"held_out": HELD_OUT, "on_error": corpus.on_error, **limits}
 
 
 def _version(source: str, progress: "Progress | None") -> int | str | None:
@@ -299,7 +311,8 @@ def begin(out: Path, plan: dict[str, Any]) -> Journal:
 
 
 def new_journal(plan: dict[str, Any]) -> Journal:
-    return Journal(plan, limit=int(plan["validation_fraction"] * HASHES))
+    share = plan["validation_fraction"]
+    return Journal(plan, limit=int((HELD_OUT_SHARE if share is None else share) * HASHES))
 
 
 def _resume(out: Path, plan: dict[str, Any]) -> Journal:
@@ -382,13 +395,16 @@ def _pack(journal: Journal, task: Task, out: Path, progress: "Progress | None") 
                 unsaved = 0
             if progress and bar is not None:
                 progress.update(bar, completed=journal.bytes_read if corpus.size else journal.packed)
+            if 0 < (journal.plan.get("max_tokens") or 0) <= _tokens(journal):
+                break
         for writer in writers.values():
             writer.end_shard()
     return True
 
 
 def start_over(journal: Journal) -> Journal | None:
-    """What to begin again with, where all of a text was packed and nothing of it is held out; else None."""
+    """What to begin again with, where all of a text was packed and too little of it is held out; else
+    None."""
     if journal.lowest == journal.highest and journal.cut and not journal.by_piece:
         warnings.warn(
             "the text is one document: pieces of it are held out, which are easier to predict than another "
@@ -396,9 +412,28 @@ def start_over(journal: Journal) -> Journal | None:
             stacklevel=3,
         )
         return dataclasses.replace(new_journal(journal.plan), trusted=journal.trusted, by_piece=True)
-    if journal.splits["validation"]["documents"] or journal.lowest in (journal.limit, HASHES):
+    limit = journal.limit
+    if not journal.splits["validation"]["documents"] and journal.lowest != HASHES:
+        limit = max(limit, journal.lowest)
+    if journal.plan["validation_fraction"] is None:
+        limit = max(limit, _limit_of_small_text(journal))
+    if limit == journal.limit:
         return None
-    return Journal(journal.plan, journal.lowest, journal.trusted, by_piece=journal.by_piece)
+    return Journal(journal.plan, limit, journal.trusted, by_piece=journal.by_piece)
+
+
+def _limit_of_small_text(journal: Journal) -> int:
+    """With which about `HELD_OUT_TOKENS` are held out, where they are not; 0 where nothing is to be done."""
+    total = _tokens(journal)
+    wanted = min(HELD_OUT_TOKENS, LARGEST_SHARE * total)
+    if journal.splits["validation"]["tokens"] >= wanted:
+        return 0
+    limit = int(wanted / total * HASHES)
+    return limit if limit < journal.highest else 0  # something is left to train on
+
+
+def _tokens(journal: Journal) -> int:
+    return sum(split["tokens"] for split in journal.splits.values())
 
 
 def finish(journal: Journal, task: Task, out: Path) -> dict[str, Any]:
