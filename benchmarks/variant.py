@@ -3,7 +3,8 @@ setups can be interleaved, so that a ratio holds on a machine whose speed drifts
 
     python benchmarks/variant.py '{"name": "cpu", "preset": "ant-5m", "batch_size": 8, "sequence_length": 64}'
 
-reads a line, makes one step, answers with one line of JSON: {"seconds": .., "peak_bytes": .., "loss": ..}.
+reads a line, makes one step, answers with one line of JSON: {"seconds": .., "processor_seconds": ..,
+"peak_bytes": .., "loss": ..}.
 """
 
 import json
@@ -99,10 +100,16 @@ def _serve(settings: dict[str, Any]) -> None:
     for _ in sys.stdin:
         if take_step is None:
             take_step, rows = _fitting(name, config, device, precision, batch)
-        start = time.perf_counter()
+        start, worked = time.perf_counter(), time.process_time()
         loss = take_step(*batch).item()  # waits for the device
-        seconds = time.perf_counter() - start
-        answer = {"seconds": seconds, "peak_bytes": _peak(device), "loss": loss, "micro_batch_size": rows}
+        seconds, worked = time.perf_counter() - start, time.process_time() - worked
+        answer = {
+            "seconds": seconds,
+            "processor_seconds": worked,
+            "peak_bytes": _peak(device),
+            "loss": loss,
+            "micro_batch_size": rows,
+        }
         print(json.dumps(answer), flush=True)
 
 

@@ -14,9 +14,47 @@ namespace {
 
 constexpr int64_t kPositionsATask = 64;  // part of the result: the gradients of weights are summed by tasks
 
+// What is computed at once: a register, or half of one where that is half a head. Of heads of 16 in registers of 16,
+// parts of registers would take twice as long.
+template <int kHalf>
+struct Wide {
+    using Type = Vec;
+};
+#if defined(__AVX512F__)
+template <>
+struct Wide<8> {
+    typedef float Type __attribute__((vector_size(8 * sizeof(float))));
+};
+#endif
+
+template <int kHalf, typename Visit>
+void for_wide(int64_t n, const Visit& visit) {
+    using Part = typename Wide<kHalf>::Type;
+    if constexpr (sizeof(Part) == sizeof(Vec)) return for_vectors(n, visit);
+    const auto load = [](const float* p) {
+        Part part;
+        std::memcpy(&part, p, sizeof part);
+        return part;
+    };
+    const auto store = [](float* p, Part part) { std::memcpy(p, &part, sizeof part); };
+    for (int64_t i = 0; i < n; i += sizeof(Part) / sizeof(float)) visit(i, load, store);
+}
+
+// The sum of the elements, always in the same order.
+template <typename Part>
+float sum_of(Part part) {
+    constexpr int kCount = sizeof(Part) / sizeof(float);
+    float parts[kCount];
+    std::memcpy(parts, &part, sizeof part);
+    for (int half = kCount / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+    return parts[0];
+}
+
 // One head. kHalf, when not 0, is dim / 2 as a constant, so that the compiler makes whole vectors of it.
 template <int kHalf>
 struct Head {
+    using Part = typename Wide<kHalf>::Type;
     int64_t any_half;
     float eps;
     const float* weight;
@@ -26,20 +64,20 @@ struct Head {
     int64_t half() const { return kHalf ? kHalf : any_half; }
 
     float factor(const float* x) const {
-        Vec squares = {};
-        for_vectors(2 * half(), [&](int64_t i, auto load, auto) {
-            const Vec value = load(x + i);
+        Part squares = {};
+        for_wide<kHalf>(2 * half(), [&](int64_t i, auto load, auto) {
+            const auto value = load(x + i);
             squares += value * value;
         });
-        return 1.0f / sqrtf(sum(squares) / static_cast<float>(2 * half()) + eps);
+        return 1.0f / sqrtf(sum_of(squares) / static_cast<float>(2 * half()) + eps);
     }
 
     void rotate(const float* x, float* out) const {
         const float scale = factor(x);
-        for_vectors(half(), [&](int64_t i, auto load, auto store) {
+        for_wide<kHalf>(half(), [&](int64_t i, auto load, auto store) {
             const int64_t j = half() + i;
-            const Vec a = load(x + i) * scale * load(weight + i), b = load(x + j) * scale * load(weight + j);
-            const Vec c = load(cos + i), s = load(sin + i);
+            const auto a = load(x + i) * scale * load(weight + i), b = load(x + j) * scale * load(weight + j);
+            const auto c = load(cos + i), s = load(sin + i);
             store(out + i, a * c - b * s);
             store(out + j, b * c + a * s);
         });
@@ -48,23 +86,23 @@ struct Head {
     // grad_x, and to grad_weight is added, for the gradient `grad` of what `rotate` gives.
     void differentiate(const float* x, const float* grad, float* grad_x, float* grad_weight) const {
         const float scale = factor(x);
-        Vec along = {};
-        const auto step = [&](Vec grad_out, Vec unit, Vec weight, Vec sum) {
+        Part along = {};
+        const auto step = [&](Part grad_out, Part unit, Part weight, Part sum) {
             along += grad_out * weight * unit;
             return sum + grad_out * unit;
         };
-        for_vectors(half(), [&](int64_t i, auto load, auto store) {
+        for_wide<kHalf>(half(), [&](int64_t i, auto load, auto store) {
             const int64_t j = half() + i;
-            const Vec a = load(grad + i), b = load(grad + j), c = load(cos + i), s = load(sin + i);
-            const Vec first = a * c + b * s, second = b * c - a * s;
+            const auto a = load(grad + i), b = load(grad + j), c = load(cos + i), s = load(sin + i);
+            const auto first = a * c + b * s, second = b * c - a * s;
             store(grad_weight + i, step(first, load(x + i) * scale, load(weight + i), load(grad_weight + i)));
             store(grad_weight + j, step(second, load(x + j) * scale, load(weight + j), load(grad_weight + j)));
         });
-        const float mean = sum(along) / static_cast<float>(2 * half());
-        for_vectors(half(), [&](int64_t i, auto load, auto store) {
+        const float mean = sum_of(along) / static_cast<float>(2 * half());
+        for_wide<kHalf>(half(), [&](int64_t i, auto load, auto store) {
             const int64_t j = half() + i;
-            const Vec a = load(grad + i), b = load(grad + j), c = load(cos + i), s = load(sin + i);
-            const Vec first = a * c + b * s, second = b * c - a * s;
+            const auto a = load(grad + i), b = load(grad + j), c = load(cos + i), s = load(sin + i);
+            const auto first = a * c + b * s, second = b * c - a * s;
             store(grad_x + i, (first * load(weight + i) - load(x + i) * scale * mean) * scale);
             store(grad_x + j, (second * load(weight + j) - load(x + j) * scale * mean) * scale);
         });
