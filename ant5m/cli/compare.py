@@ -94,7 +94,7 @@ def _table(study: _Study) -> Table:
     table = Table(title=f"{study.study}: {study.controlled}", title_justify="left", box=box.SIMPLE)
     table.add_column(study.factor)
     difference = f"minus {study.baseline}"
-    for heading in ("parameters", "MFLOP/token", "bits per byte", difference, "loops", "tokens/s"):
+    for heading in ("parameters", "MFLOP per token", "bits per byte", difference, "loops", "tokens/s"):
         table.add_column(heading, justify="right")
     for row in study.rows:
         table.add_row(

@@ -231,7 +231,7 @@ def evaluate_as_lm_eval(
         words += sum(len(re.split(r"\s+", text)) for text in texts)
         size += sum(len(text.encode()) for text in texts)
         if progress and bar is not None:
-            progress.update(bar, completed=tokens)
+            progress.advance(bar, sum(len(ids) + 1 for ids in batch))  # with their end-of-text tokens
     return LmEvalPerplexity(nats, tokens, words, size)
 
 
