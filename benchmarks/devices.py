@@ -69,6 +69,32 @@ DEVICES = {
 }
 
 
+@dataclass(frozen=True)
+class Link:
+    """What joins the devices of a machine."""
+
+    devices: int
+    bytes: tuple[float, float]
+    """a second, of a ring all-reduce: the least and the most that is expected"""
+    latency: float
+    """seconds of the smallest all-reduce"""
+    source: str
+
+    def all_reduce(self, size: int) -> tuple[float, float]:
+        """Seconds for so many bytes, at the least and at the most: each device sends and gets
+        2 (n - 1) / n of them."""
+        moved = 2 * (self.devices - 1) / self.devices * size
+        slowest, fastest = (moved / rate + self.latency for rate in self.bytes)
+        return fastest, slowest
+
+
+# Nobody here has measured them.
+LINKS = {
+    "T4": Link(2, (5e9, 10e9), 50e-6, "PCIe 3.0 x16 through the host's memory: 5 to 10 of 16 GB/s assumed"),
+    "H100": Link(8, (100e9, 400e9), 50e-6, "NVLink 4: 100 to 400 of 450 GB/s assumed, messages are small"),
+}
+
+
 def measure(device: torch.device | str = "cpu") -> Rates:
     """The rates of this machine, now: the best of some tries each."""
     device = torch.device(device)

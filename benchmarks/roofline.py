@@ -2,6 +2,7 @@
 
     python benchmarks/roofline.py                        # ant-5m, 64 x 1,024 tokens, T4 to H100
     python benchmarks/roofline.py ant-5m-fit --device T4 --batch-size 32
+    python benchmarks/roofline.py --scaling              # several of a device, beside one
 
 For each kernel of a step: FLOPs, other arithmetic, exponentials and bytes (`work`), each divided by what the
 device does of it in a second (`devices`); the longest of these is the kernel's time, and the step's time is
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from devices import DEVICES, Rates
+from devices import DEVICES, LINKS, Rates
 from matplotlib.figure import Figure
 from provenance import RESULTS, provenance
 from rich.console import Console
@@ -28,7 +29,7 @@ from work import OPS, Kernel, Step, ours, traced
 
 from ant5m.files import write_json
 from ant5m.model.config_file import load_config
-from ant5m.model.costs import count_flops
+from ant5m.model.costs import count_flops, count_parameters
 
 RUN_TOKENS = 655_360_000  # the published run
 VARIANTS = {"transformers": "transformers, eager", "ours": "ant5m"}
@@ -151,7 +152,11 @@ def main() -> None:
     parser.add_argument("--device", choices=DEVICES, help="default: all")
     parser.add_argument("--batch-size", type=int, default=64, help="sequences a step")
     parser.add_argument("--sequence-length", type=int, help="default: the model's context")
+    parser.add_argument("--scaling", action="store_true", help="data parallelism: what several GPUs reach")
     arguments = parser.parse_args()
+    if arguments.scaling:
+        Console(width=100).print(_scaling_table(arguments.model))
+        return
     config = load_config(arguments.model)
     length = arguments.sequence_length or config.max_position_embeddings
     step = Step(config, arguments.batch_size, length, half=True, optimizer="muon")
@@ -176,6 +181,43 @@ def main() -> None:
     if arguments.model == "ant-5m" and not arguments.device and (step.batch_size, length) == (64, 1_024):
         draw(predictions).savefig(PICTURE, dpi=130)
         write_json(RESULTS / "roofline.json", _to_dict(step, predictions, checked))
+
+
+def scaling(name: str, device: str, tokens: int) -> tuple[float, float, float, float]:
+    """Of a step of `tokens` over all devices: milliseconds of one device's share, of the all-reduce at the
+    least and at the most, and how much of n times one device is reached at the least."""
+    config, rates, link = load_config(name), DEVICES[device], LINKS[device]
+    length = config.max_position_embeddings
+
+    def seconds(tokens: int) -> float:
+        return predict(
+            "ours", Step(config, tokens // length, length, half=True, optimizer="muon"), rates
+        ).total
+
+    share = seconds(tokens // link.devices)
+    fastest, slowest = link.all_reduce(4 * (sum(count_parameters(config).values()) + 1))
+    efficiency = seconds(tokens) / link.devices / (share + slowest)
+    return share * 1e3, fastest * 1e3, slowest * 1e3, efficiency
+
+
+def _scaling_table(name: str) -> Table:
+    table = Table(
+        "devices", "tokens a step", "share of a step", "all-reduce", "of n times one",
+        title=f"PREDICTED for {name}, not measured",
+    )  # fmt: skip
+    for device, link in LINKS.items():
+        for tokens in (8_192, 65_536, 524_288):
+            share, fastest, slowest, least = scaling(name, device, tokens)
+            most = least * (share + slowest) / (share + fastest)
+            table.add_row(
+                f"{link.devices} x {device}",
+                f"{tokens:,}",
+                f"{share:,.1f} ms",
+                f"{fastest:.2f} to {slowest:.2f} ms",
+                f"{least:.0%} to {most:.0%}",
+            )
+    table.caption = "; ".join(f"{device}: {link.source}" for device, link in LINKS.items())
+    return _right(table)
 
 
 def _work_table(step: Step, *counted: list[Kernel]) -> Table:

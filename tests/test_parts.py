@@ -20,7 +20,11 @@ TEXTS = [f"{n} naïve — 中文 " + "one or\nmore words " * chance.randint(1, 3
 
 def write(path, texts=TEXTS):
     rows = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-    if path.suffix == ".xz":
+    if path.suffix == ".csv":
+        path.write_text("text\n" + "\n".join(f'"{text}"' for text in texts), encoding="utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps([{"text": text} for text in texts]))
+    elif path.suffix == ".xz":
         path.write_bytes(lzma.compress(rows.encode()))
     elif path.suffix == ".jsonl":
         path.write_bytes(b"\xef\xbb\xbf" + rows.encode())
@@ -97,7 +101,9 @@ def test_sources_of_unknown_size_are_shared_out_by_number():
     ]
 
 
-@pytest.mark.parametrize("name, count", [("a.jsonl.xz", 2), ("one.txt", 2), ("a.jsonl", 500)])
+@pytest.mark.parametrize(
+    "name, count", [("a.jsonl.xz", 2), ("one.txt", 2), ("a.jsonl", 500), ("a.csv", 2), ("a.json", 2)]
+)
 def test_more_parts_than_places_to_cut_are_refused(tmp_path, name, count):
     texts = ["One line\n" * 200] if name == "one.txt" else TEXTS
     whole = Corpus.open([write(tmp_path / name, texts)])

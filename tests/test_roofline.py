@@ -17,7 +17,7 @@ from ant5m.model.costs import count_flops
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import roofline
-from devices import DEVICES, Rates, measure
+from devices import DEVICES, LINKS, Link, Rates, measure
 from work import Kernel, Step, ours, traced, update
 
 TINY = ModelConfig(
@@ -187,3 +187,20 @@ def test_rates_of_this_machine(monkeypatch):
     assert 1e8 < rates.flops < 1e14 and rates.ops == rates.flops / 2
     assert 1e6 < rates.exps < 1e12 and 1e7 < rates.bytes < 1e13
     assert 1e-8 < rates.launch < 1 and not rates.units
+
+
+def test_several_devices_wait_for_the_all_reduce():
+    link = Link(4, (1e9, 2e9), 1e-3, "")
+    assert link.all_reduce(2_000_000) == pytest.approx((2.5e-3, 4e-3))  # 3 MB to be moved
+    for device in LINKS:
+        small, large = (roofline.scaling("ant-5m", device, tokens) for tokens in (8_192, 524_288))
+        assert 0 < small[-1] < large[-1] < 1
+        share, fastest, slowest, _ = large
+        assert share > slowest > fastest > 0
+
+
+def test_the_page_shows_what_the_program_prints():
+    page = (Path(__file__).parents[1] / "docs" / "how-to" / "several-gpus.md").read_text()
+    table = roofline._scaling_table("ant-5m")
+    for cells in zip(*(column._cells for column in table.columns), strict=True):
+        assert f"| {' | '.join(cells)} |" in page

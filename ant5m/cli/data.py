@@ -44,6 +44,7 @@ class DataPack:
         ant5m data pack hf:roneneldan/TinyStories --tokenizer tok --out data/stories
         ant5m data pack web.jsonl --tokenizer tok --out web --filters repeats
         ant5m data pack web.jsonl --tokenizer tok --out web --exclude-items items/
+        ant5m data pack web/ --tokenizer my-tokenizer --out data/web --parts 64
         ant5m data pack builtin --tokenizer tok --out std --validation-fraction 0.02
         ant5m data pack chats.jsonl --tokenizer base/tokenizer --out chat --chat
     """
@@ -88,7 +89,8 @@ class DataPack:
     row with one of them"""
 
     parts: int = 1
-    """pack in so many parts at the same time; the result depends on their number, not on who packs them"""
+    """cut the text into so many parts, which processes pack at the same time, also those of torchrun; the
+    shard files depend on their number, not on who packs them"""
     workers: int | None = None
     """processes at a time, with --parts (default: one for each core)"""
 

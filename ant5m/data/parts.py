@@ -1,9 +1,9 @@
 """A corpus cut into parts of about the same size, one behind the other, that are read independently.
 
 A part is some whole sources, one after the other, where that is about even. A source larger than half a part
-is cut itself, where its kind allows it without reading all of it: a .jsonl behind a line, a .txt behind
-`<|endoftext|>`, a .parquet between row groups. Compressed text, a .txt without that mark, and data sets of
-the hub stay whole.
+is cut itself, where its kind allows it without reading all of it: a .jsonl behind a line, a .txt or .md
+behind `<|endoftext|>`, a .parquet between row groups. All others stay whole: compressed text, a .txt without
+that mark, .csv, .json, .tar, and data sets of the hub.
 """
 
 import bisect
@@ -17,7 +17,7 @@ from ant5m.data import compression
 from ant5m.data.corpus import LINE, SEPARATOR, Corpus, Source, file_format
 from ant5m.errors import UserError
 
-_ENDS = {".jsonl": b"\n", ".txt": SEPARATOR.encode()}
+_ENDS = {".jsonl": b"\n", ".txt": SEPARATOR.encode(), ".md": SEPARATOR.encode()}
 """of a document, by the kind of file"""
 _Mark = tuple[int, int]
 """a place in a source: the bytes before it, and itself in the unit of `Source.span`"""
@@ -88,7 +88,7 @@ def _marks(source: Source, offsets: Sequence[int]) -> list[_Mark]:
     try:
         if kind == ".parquet":
             return _between_row_groups(source, offsets)
-        if path.suffix.lower() == kind:
+        if kind in _ENDS and path.suffix.lower() == kind:
             return _behind(_ENDS[kind], source, offsets)
     except OSError:  # whoever reads it says what is wrong
         pass
