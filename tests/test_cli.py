@@ -29,8 +29,8 @@ SURFACE = {
     "tokenizer train": "out vocab-size sample-mb max-documents text-column on-error",
     "tokenizer health": "tokenizer preset compare sample-mb max-documents text-column on-error picture json",
     "data contamination": "TEXT_OR_SHARDS against json text-column",
-    "data pack": "allow-loss chat exclude-items filters max-documents max-tokens on-error out seed "
-    "parts shard-tokens text-column tokenizer validation-fraction workers",
+    "data pack": "allow-loss chat exclude-items filters group-column max-documents max-tokens on-error out "
+    "parts seed shard-tokens text-column tokenizer validation-fraction workers",
     "train": "model data tokenizer out resume steps tokens max-minutes batch-size micro-batch-size "
     "sequence-length document-mask optimizer learning-rate muon-learning-rate betas eps weight-decay "
     "grad-clip schedule warmup decay final-rate z-loss loop-loss loop-loss-weight loop-loss-share seed "

@@ -1,3 +1,4 @@
+import csv
 import dataclasses
 import errno
 import functools
@@ -7,6 +8,8 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
@@ -139,6 +142,37 @@ def test_limits_of_what_is_packed(tmp_path, tokenizer, monkeypatch):
         pack(Corpus.open(names), tokenizer, tmp_path / "again", **options)
     pack(Corpus.open(names), tokenizer, tmp_path / "again", **options)
     assert content(tmp_path / "again") == content(tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_rows_of_a_group_are_held_out_together(tmp_path, tokenizer, kind):
+    texts = make_texts(120)
+    rows = [{"text": text, "book": f"book {number % 12}"} for number, text in enumerate(texts)]
+    file = tmp_path / f"texts.{kind}"
+    if kind == "jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "json":
+        file.write_text(json.dumps(rows))
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    else:
+        with file.open("w", newline="") as out:
+            writer = csv.DictWriter(out, ["text", "book"])
+            writer.writeheader()
+            writer.writerows(rows)
+    corpus = dataclasses.replace(Corpus.open([file]), group_column="book")
+    assert list(corpus.documents()) == texts
+    pack(corpus, tokenizer, tmp_path / "out", validation_fraction=0.3)
+    sides: dict[str, set[str]] = {}
+    book_of = {row["text"]: row["book"] for row in rows}
+    for split in ("train", "validation"):
+        for ids in documents_of(tmp_path / "out", split):
+            sides.setdefault(book_of[tokenizer.decode(ids)], set()).add(split)
+    assert len(sides) == 12 and all(len(side) == 1 for side in sides.values())
+    assert {"train", "validation"} == set().union(*sides.values())
+    wrong = dataclasses.replace(Corpus.open([file]), group_column="author")
+    with pytest.raises(UserError, match=r"no column 'author'.*--group-column"):
+        list(wrong.documents())
 
 
 def test_ids_are_those_of_tokenizers(tmp_path, corpus, tokenizer):

@@ -65,6 +65,8 @@ class DataPack:
     that it is about 100,000 tokens, at most 0.05"""
     text_column: str = "text"
     """name of the text field in rows"""
+    group_column: str | None = None
+    """field of what rows belong to, as chapters to a book: all rows of it are held out, or none"""
     chat: bool = False
     """the rows are conversations: their messages (in --text-column, by default "messages") are written with
     the tokenizer's chat template, and training learns only what the assistant says"""
@@ -107,7 +109,9 @@ class DataPack:
             if limit is not None and limit < 1:
                 raise UserError(f"{flag} must be at least 1, not {limit}")
         tokenizer = Tokenizer.load(self.tokenizer)
-        corpus = dataclasses.replace(self._open(tokenizer), max_documents=self.max_documents)
+        corpus = dataclasses.replace(
+            self._open(tokenizer), max_documents=self.max_documents, group_column=self.group_column
+        )
         with progress_bar(
             BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn(), TimeRemainingColumn()
         ) as progress:

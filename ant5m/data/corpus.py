@@ -70,6 +70,8 @@ class Column:
     name: str
     render: "Callable[[Any], str] | None" = None
     """as in `Corpus`"""
+    group: str | None = None
+    """the field of what belongs together; as in `Corpus`"""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class Corpus:
     """what makes a text of the column's value, or raises `UserError`; None: it is text"""
     max_documents: int | None = None
     """of each source; None: all"""
+    group_column: str | None = None
+    """rows with the same value there are parts of one thing, as the chapters of a book"""
 
     @classmethod
     def open(
@@ -128,11 +132,11 @@ class Corpus:
 
 
 class Piece(NamedTuple):
-    """A part, not the first, of a document that was too long for one."""
+    """A part, not the first, of a document that was too long for one; or a row that belongs to a group."""
 
     text: str
     head: str
-    """the first piece of that document"""
+    """the first piece of that document; the group"""
 
 
 Record = str | Piece | UserError
@@ -148,7 +152,8 @@ class Cursor(Iterator[str]):
         self.bytes_read = 0
         """of `Corpus.size`"""
         self.head = ""
-        """the first piece of the document that the last text belongs to; the text itself if it is whole"""
+        """the first piece of the document that the last text belongs to, or its group; the text itself if it
+        is whole"""
         self.left_out: Counter[str] = Counter()
         """`rows` and `files` that could not be read, since the start of this cursor"""
         self._on_error = corpus.on_error
@@ -168,7 +173,7 @@ class Cursor(Iterator[str]):
                 self.bytes_read = before + offset
 
             blank = not skip
-            column = Column(corpus.text_column, corpus.render)
+            column = Column(corpus.text_column, corpus.render, corpus.group_column)
             try:
                 most = None if corpus.max_documents is None else max(0, corpus.max_documents - skip)
                 records = itertools.islice(_read(source, column, skip, report), most)
@@ -343,6 +348,10 @@ def _read_stream(
         records = _read_json(content, column)
     elif kind == ".csv":
         records = _read_csv(content, column)
+    elif column.group:
+        raise UserError(
+            f"{content.name} has no rows with a column '{column.group}': leave out --group-column"
+        )
     else:
         records = cut_documents(_decoded_blocks(content), part)
     yield from itertools.islice(records, skip, None)
@@ -469,7 +478,7 @@ def _read_jsonl(content: _Content, column: Column, skip: int) -> Iterator[Record
             continue
         if number == 1 and line and not start:
             line = line.removeprefix(codecs.BOM_UTF8)
-        if column.render:
+        if column.render or column.group:
             yield _text_of_row(line, f"{where}, line {number}", column)
             continue
         try:
@@ -500,7 +509,7 @@ def _lines(blocks: Iterable[bytes]) -> Iterator[bytes | None]:
     yield line()
 
 
-def _text_of_row(line: bytes | None, where: str, column: Column) -> str | UserError:
+def _text_of_row(line: bytes | None, where: str, column: Column) -> Record:
     """The text of a row that is blank, wrong in some way, or has what only Python's parser takes."""
     if line is None:
         return UserError(
@@ -519,13 +528,23 @@ def _text_of_row(line: bytes | None, where: str, column: Column) -> str | UserEr
     return _text_of_object(row, where, column)
 
 
-def _text_of_object(row: Any, where: str, column: Column) -> str | UserError:
+def _text_of_object(row: Any, where: str, column: Column) -> Record:
     if not isinstance(row, dict):
         return UserError(f"{where}: not a JSON object")
     if column.name not in row:
         return UserError(f"{where}: {_no_column(column, row)}")
+    if column.group and column.group not in row:
+        return UserError(f"{where}: no column '{column.group}': name it with --group-column")
     text = _text(row[column.name], where, column)
-    return text if isinstance(text, UserError) or column.render else _without_surrogates(text)
+    text = text if isinstance(text, UserError) or column.render else _without_surrogates(text)
+    return _grouped(text, row[column.group]) if column.group else text
+
+
+def _grouped(text: str | UserError, group: Any) -> Record:
+    """What has no group (null, empty) is by itself."""
+    if isinstance(text, UserError) or group is None or group == "":
+        return text
+    return Piece(text, _without_surrogates(str(group)))
 
 
 def _parse_int(digits: str) -> int:
@@ -549,6 +568,9 @@ def _read_parquet(source: Source, column: Column, skip: int, report: Report) -> 
             schema = file.schema_arrow
             if column.name not in schema.names:
                 raise UserError(f"{name}: {_no_column(column, schema.names)}")
+            if column.group and column.group not in schema.names:
+                raise UserError(f"{name}: no column '{column.group}': name it with --group-column")
+            columns = [column.name, *([column.group] if column.group else [])]
             groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             first, last = source.span or (0, len(groups))
             row = before = sum(groups[:first])
@@ -557,17 +579,21 @@ def _read_parquet(source: Source, column: Column, skip: int, report: Report) -> 
                 skip -= groups[first]
                 row += groups[first]
                 first += 1
-            for batch in file.iter_batches(1024, row_groups=range(first, last), columns=[column.name]):
+            for batch in file.iter_batches(1024, row_groups=range(first, last), columns=columns):
                 report(source.size * (row + len(batch) - before) // rows)
                 if skip < len(batch):
-                    yield from _texts(batch.column(0)[skip:], name, row + skip, column)
+                    texts = _texts(batch.column(column.name)[skip:], name, row + skip, column)
+                    if column.group:
+                        groups = batch.column(column.group)[skip:].to_pylist()
+                        texts = map(_grouped, texts, groups)
+                    yield from texts
                 row, skip = row + len(batch), max(0, skip - len(batch))
     except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError) as error:
         # ValueError: pyarrow takes any bytes for names too. ArithmeticError: counts that cannot be.
         raise UserError(f"{name} is not a readable parquet file ({first_line(error)})") from None
 
 
-def _texts(values: Any, name: str, row: int, column: Column) -> Iterator[Record]:
+def _texts(values: Any, name: str, row: int, column: Column) -> Iterator[Any]:
     """Of a column of pyarrow, whose first value stands behind `row` others."""
     try:
         found = values.to_pylist()
@@ -598,8 +624,10 @@ def _read_hub(name: str, column: Column, skip: int) -> Iterator[Record]:
         for batch in batches:
             if column.name not in batch:
                 raise UserError(f"{name}: {_no_column(column, batch)}")
-            for value in batch[column.name]:
-                yield _text(value, name, column)
+            if column.group and column.group not in batch:
+                raise UserError(f"{name}: no column '{column.group}': name it with --group-column")
+            texts = (_text(value, name, column) for value in batch[column.name])
+            yield from map(_grouped, texts, batch[column.group]) if column.group else texts
     except UserError:
         raise
     except Exception as error:  # of the network or of any file format

@@ -282,8 +282,9 @@ def _plan(
 ) -> dict[str, Any]:
     inputs = [[source.name, source.size, _version(source.name, progress)] for source in corpus.sources]
     plan = {"format": FORMAT, "inputs": inputs, "tokenizer": tokenizer.fingerprint, **options}
-    limits = {"max_documents": corpus.max_documents} if corpus.max_documents else {}
-    return plan | {"held_out": HELD_OUT, "on_error": corpus.on_error, **limits}
+    chosen = {"max_documents": corpus.max_documents, "group_column": corpus.group_column}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    return plan | {"held_out": HELD_OUT, "on_error": corpus.on_error, **chosen}
 
 
 def _version(source: str, progress: "Progress | None") -> int | str | None:
