@@ -12,6 +12,7 @@ namespace {
 // Rows of a tile are this far apart, so that they do not all fall into the same sets of L1.
 constexpr int64_t kStride = kTokens + kWidth;
 constexpr int64_t kPartialFloats = 8 << 20;  // 32 MiB for the chunks' gradients of the weights, if that is 4 chunks
+constexpr int64_t kMostChunks = 16;
 
 // x [tokens, dim] of a block to [panels * kLanes, padded], zero behind dim and the last token; packed along the tokens.
 template <typename Format>
@@ -94,8 +95,8 @@ struct Cut {
     // For weights whose gradients take `size` floats.
     Cut(const MlpShape& shape, int64_t size)
         : blocks(divide_up(shape.tokens, kTokens)),
-          chunks(smaller(divide_up(blocks, 2), larger(4, smaller(16, kPartialFloats / size)))),
-          tiles(shape.width, divide_up(kTasks, larger(1, chunks))),
+          chunks(smaller(divide_up(blocks, 2), larger(4, smaller(kMostChunks, kPartialFloats / size)))),
+          tiles(shape.width, kTasks / kMostChunks),  // no more where tokens are few, because small tiles are slow
           parts(smaller(tiles.count, divide_up(kTasks, larger(1, chunks)))) {}
     int64_t first_block(int64_t chunk) const { return chunk * blocks / chunks; }
     int64_t first_tile(int64_t part) const { return part * tiles.count / parts; }
