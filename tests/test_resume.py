@@ -20,7 +20,7 @@ from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import latest_checkpoint
 from ant5m.train import TrainConfig, preparation, pretrain, samples, trainer
 from ant5m.train.loss_scaler import LossScaler
-from ant5m.train.metrics import read_metrics
+from ant5m.train.metrics import read_metrics, split_metrics, to_line
 from ant5m.train.trainer import Trainer
 
 STOP_AT = 5
@@ -385,3 +385,32 @@ def test_the_first_ctrl_c_says_at_once_what_happens(config, interrupt, capfd):  
     interrupt(signal.SIGINT, STOP_AT)
     assert pretrain(dataclasses.replace(config, steps=8)).stopped == "interrupted"
     assert "saving; Ctrl-C again stops without saving" in capfd.readouterr().err
+
+
+def test_a_flipped_bit_of_metrics_is_noticed(tmp_path):
+    """Every bit of every line: what is read is what was written, the rest is damaged."""
+    values = [
+        {"kind": "train", "step": 1, "loss": 5.25, "tokens": 64, "seconds": 0.5},
+        {"kind": "validation", "step": 1, "loss": 5.5, "tokens": 640},
+        {"kind": "sample", "step": 1, "samples": [{"prompt": "é", "text": "x\u2028y"}]},
+    ]
+    path, raw = tmp_path / "metrics.jsonl", "".join(map(to_line, values)).encode()
+    path.write_bytes(raw)
+    assert split_metrics(path) == (values, [])
+    for place in range(len(raw)):
+        for bit in range(8):
+            path.write_bytes(raw[:place] + bytes([raw[place] ^ 1 << bit]) + raw[place + 1 :])
+            lines, damaged = split_metrics(path)
+            assert damaged or raw[place] == 10 or len(lines) == 3, (place, bit)
+            for line in lines:  # the checksum's name may be the one that was damaged
+                assert any(line | known == line for known in values), (place, bit, line)
+
+
+def test_lines_of_earlier_versions_have_no_checksum(tmp_path):
+    values = [{"kind": "validation", "step": step, "loss": 5.5, "tokens": 640} for step in range(4)]
+    old, new = json.dumps(values[0]) + "\n", "".join(map(to_line, values[1:]))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(old + new)
+    assert split_metrics(path) == (values, [])
+    path.write_text(old + new + old)
+    assert split_metrics(path) == (values, [old.strip().encode()])

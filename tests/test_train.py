@@ -142,6 +142,12 @@ def test_the_report_holds_the_numbers(config):
     assert "(loss.png)" in text and "{" not in text
 
 
+def test_the_report_says_when_pieces_of_one_document_are_held_out(config, monkeypatch):
+    monkeypatch.setattr(Shards, "holds_out_documents", False)
+    text = (pretrain(dataclasses.replace(config, steps=2)).run / "report.md").read_text()
+    assert "On the validation split, pieces of the one document" in text and "never saw" not in text
+
+
 def test_accumulation_is_one_batch(config, tmp_path):
     nets = []
     for size in (1, 4):

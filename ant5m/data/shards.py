@@ -281,7 +281,9 @@ class Shards:
         splits = [part.meta["splits"][part.split] for part in parts]
         counts = {name: sum(split.get(name, 0) for split in splits) for name in (*COUNTS, "lost_bytes")}
         shards = [shard for split in splits for shard in split["shards"]]
-        meta = {**first.meta, "splits": {first.split: {**counts, "shards": shards}}}
+        held_out = "documents" if all(part.holds_out_documents for part in parts) else "pieces"
+        splits_of_all = {first.split: {**counts, "shards": shards}}
+        meta = {**first.meta, "held_out": held_out, "splits": splits_of_all}
         folder = Path(" + ".join(str(part.folder) for part in parts))
         return cls(folder, first.split, meta, Tokens.join([part.tokens for part in parts]))
 

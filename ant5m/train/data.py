@@ -121,6 +121,7 @@ class TrainingData:
             "fingerprint": self.train.fingerprint,
             **counts,
             **({"sources": sources} if sources else {}),
+            "held_out": "documents" if self.validation.holds_out_documents else "pieces",
         }
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
     from ant5m.train.trainer import Trainer
 
 
+CHECKSUM = "crc32"
 DAMAGED = "metrics-damaged.jsonl"
 """beside metrics.jsonl: lines that could not be read when the run was resumed"""
 
 
 class MetricsFile(Callback):
-    """`metrics.jsonl` in the run folder: one JSON object a line, each with its "kind" and "step".
+    """`metrics.jsonl` in the run folder: one JSON object a line, each with its "kind" and "step", and at its
+    end "crc32" of what stands before, so that a changed digit is noticed.
 
     Kinds: "train" (loss in nats, gradient norm, learning rate of AdamW, tokens so far, tokens/s, seconds so
     far), "validation", "tasks" (the accuracy in each) and "sample". Lines of steps behind the one that a run
@@ -40,13 +43,12 @@ class MetricsFile(Callback):
         if damaged:
             _keep_aside(damaged, path.with_name(DAMAGED))
         kept = [line for line in lines if line["step"] <= trainer.step]
-        write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
+        write_file(path, "".join(map(to_line, kept)))
+        self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
 
     def on_log(self, trainer: "Trainer", kind: str, values: dict[str, Any]) -> None:
         assert self._file is not None
-        line = {"kind": kind, "step": trainer.step, **values}
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.write(to_line({"kind": kind, "step": trainer.step, **values}))
         self._file.flush()
 
     def close(self) -> None:
@@ -120,6 +122,12 @@ class _Sample(_Line, tag_field="kind", tag="sample"):
     samples: list[_Text]
 
 
+def to_line(values: dict[str, Any]) -> str:
+    """A line of a metrics.jsonl."""
+    text = json.dumps(values, ensure_ascii=False)[:-1]
+    return f'{text}, "{CHECKSUM}": "{_crc32(text.encode("utf-8", "backslashreplace"))}"}}\n'
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl that are whole, in order."""
     return split_metrics(path)[0]
@@ -127,18 +135,30 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def split_metrics(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
     """The lines of a metrics.jsonl, and those that are damaged; a last one that a crash cut short is in
-    neither."""
+    neither. Lines without a checksum are of an earlier version, and so all of them stand at the beginning."""
     if not path.exists():
         return [], []
-    lines, damaged = [], []
+    lines: list[dict[str, Any]] = []
+    damaged: list[bytes] = []
+    checked = False
     for raw in path.read_bytes().split(b"\n")[:-1]:
         try:
             line = parse_json(raw, str(path), dict[str, Any])
             check_json(line, str(path), _Train | _Validation | _Tasks | _Sample)
-            lines.append(line)
         except UserError:
             damaged.append(raw)
+            continue
+        sum_of_line = line.pop(CHECKSUM, None)
+        if sum_of_line != _crc32(raw.rpartition(b', "')[0]) and (checked or sum_of_line is not None):
+            damaged.append(raw)
+            continue
+        checked = checked or sum_of_line is not None
+        lines.append(line)
     return lines, damaged
+
+
+def _crc32(text: bytes) -> str:
+    return f"{zlib.crc32(text):08x}"
 
 
 def _keep_aside(damaged: list[bytes], path: Path) -> None:

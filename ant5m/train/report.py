@@ -28,6 +28,10 @@ from ant5m.train.validation import validate
 
 AVERAGED = " averaged"
 """behind a checkpoint's name in eval.json: of the average of its weights"""
+HELD_OUT = "documents that training never saw"
+HELD_OUT_PIECES = (
+    "pieces of the one document of which training saw the others: easier to predict than another document"
+)
 
 
 def finish(run: Run, trainer: Trainer, data: TrainingData) -> Evaluation:
@@ -202,6 +206,7 @@ def report(
         tasks=sources + tasks,
         samples="\n\n".join(_quoted(sample) for sample in samples),
         loops=_remark(samples),
+        held_out=HELD_OUT if run.data["held_out"] == "documents" else HELD_OUT_PIECES,
         folder=run.folder,
         scores="\n\n![scores in tasks](tasks.png)" if (run.folder / "tasks.png").exists() else "",
     )
@@ -325,7 +330,7 @@ _REPORT = """\
 ![loss](loss.png){scores}
 
 ## Result
-On the validation split, documents that training never saw:
+On the validation split, {held_out}:
 
 | measure | value | over |
 | --- | --- | --- |
