@@ -37,6 +37,11 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def real_path(path: str | Path) -> Path:
+    """Where links lead, absolute. One in a circle, for which `Path.resolve` raises, leads to itself."""
+    return Path(os.path.realpath(path))
+
+
 def write_file(path: Path, data: str | bytes) -> None:
     """Replace `path` by `data` in one step: a reader sees the old file or the new one, never half of one.
     What UTF-8 cannot spell of a text, as in a file name of another encoding, is escaped."""

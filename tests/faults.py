@@ -6,6 +6,7 @@ kills the process (SIGKILL, as a power cut or the OOM killer would) before a cho
 """
 
 import contextlib
+import errno
 import fcntl
 import importlib
 import json
@@ -83,7 +84,8 @@ class Server:
 
     def run_all(self, commands, folder=None, **faults) -> list[Outcome]:
         """Run them at the same time. `faults`: `kill_at`, the file operation before which the process dies;
-        `file_size`, the most bytes that a file may have; `memory`, the most bytes of more memory."""
+        `file_size`, the most bytes that a file may have; `refused`, a place where writing is the OSError
+        `error`; `memory`, the most bytes of more memory."""
         request = {
             "commands": [list(map(str, words)) for words in commands],
             "folder": str(folder or "/"),
@@ -157,9 +159,15 @@ def _arrange(request, seen) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         seen[:8] = struct.pack("q", number + 1)
 
+    refused = os.path.join(folder, request["refused"]) if "refused" in request else None
+
     def hook(event, arguments) -> None:
         if (event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING) or event in EVENTS:
             count(arguments[0])
+            for path in arguments[: 2 if event == "os.rename" else 1]:
+                if refused is not None and _is_about(path, refused):
+                    code = getattr(errno, request["error"])
+                    raise OSError(code, os.strerror(code), path)
 
     def fsync(descriptor) -> None:
         # Counted and left out: what a process has written outlives it in the page cache.
@@ -167,6 +175,14 @@ def _arrange(request, seen) -> None:
 
     os.fsync = fsync
     sys.addaudithook(hook)
+
+
+def _is_about(path, place) -> bool:
+    """Whether it is `place`, inside it, or what is written aside in its stead."""
+    if not isinstance(path, str | os.PathLike):
+        return False
+    path, (parent, name) = os.path.abspath(path), os.path.split(place)
+    return path == place or path.startswith((place + "/", f"{parent}/.{name}."))
 
 
 def _finish(child, seen, streams):

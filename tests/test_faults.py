@@ -360,3 +360,52 @@ def test_bad_input_is_one_line(server, stock, tmp_path, long):
     assert not wrong, f"{len(wrong)} of {len(chosen)}: {wrong[:8]}"
     made = {path.name for path in folder.iterdir()} - before
     assert made <= {"bad"} and (not made or {p.name for p in (folder / "bad").iterdir()} <= {".lock"})
+
+
+@pytest.mark.parametrize("error", ["EROFS", "EACCES", "EDQUOT", "EIO"])
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("export", "new-hf"),
+        ("train", "new-run/hf"),
+        ("train", "new-run/report.md"),
+        ("train", "new-run/loss.png"),
+        ("train", "new-run/tensorboard"),
+        ("train", "new-run/checkpoints"),
+        ("pack", "new-shards"),
+        ("tokenizer", "new-tok"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_one_line_and_no_loss(
+    server, stock, whole, tmp_path, name, place, error
+):
+    folder = copied(stock, tmp_path)
+    outcome = server.run(COMMANDS[name].split(), folder, refused=place, error=error)
+    assert outcome.is_clean, outcome
+    assert outcome.code == (0 if "tensorboard" in place else 2), outcome
+    after = go_on(server, name, folder)
+    assert after.code == 0, after
+    check(whole, name, folder)
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "absent"])
+def test_hf_may_be_a_link_to_another_place(server, stock, whole, tmp_path, target):
+    """The export goes there, also when the run is finished once more; what is there and is none stays."""
+    folder = copied(stock, tmp_path)
+    (folder / "run" / "hf").rename(folder / "elsewhere")
+    (folder / "run" / "hf").symlink_to(folder / target)
+    outcome = server.run(["train", "--resume", "run"], folder)
+    assert outcome.code == 0, outcome
+    assert (folder / "run" / "hf").is_symlink()
+    model = whole["train"][0]["new-run/hf/model.safetensors"]
+    assert (folder / target / "model.safetensors").read_bytes() == model
+
+
+def test_hf_that_is_a_file_or_a_link_in_a_circle_is_one_line(server, stock, tmp_path):
+    folder = copied(stock, tmp_path)
+    shutil.rmtree(folder / "run" / "hf")
+    for make in (lambda hf: hf.write_text("mine"), lambda hf: hf.symlink_to(hf)):
+        make(folder / "run" / "hf")
+        outcome = server.run(["train", "--resume", "run"], folder)
+        assert outcome.code == 2 and outcome.is_clean, outcome
+        (folder / "run" / "hf").unlink()

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ant5m.console import progress_bar
 from ant5m.errors import UserError
+from ant5m.files import real_path
 
 if TYPE_CHECKING:
     from ant5m.data.shards import Shards
@@ -82,7 +83,7 @@ class AutopsyCommand:
                 tokenizer,
                 shards,
                 _counts(shards, net.config.vocab_size),
-                name=_name(self.model.resolve()),
+                name=_name(real_path(self.model)),
                 text=text,
                 tokens=self.tokens,
                 prompts=prompts,

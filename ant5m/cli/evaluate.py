@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ant5m.console import progress_bar
 from ant5m.errors import UserError
-from ant5m.files import write_json
+from ant5m.files import real_path, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -167,7 +167,7 @@ class Evaluate:
                 net.to(device), tokenizer, names, self.data_dir, self.limit, known, keep, progress
             )
         parameters = sum(weight.numel() for weight in net.parameters())
-        repository = self.repository or (run or folder).resolve().name
+        repository = self.repository or real_path(run or folder).name
         scores = boards.board_scores(self.tasks, found, parameters, repository)
         for one in scores:
             if kept and one.row:

@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 
 from ant5m.errors import UserError
+from ant5m.files import real_path
 
 TYPES = {"hf": ("f32",), "gguf": ("f16", "f32", "q8_0"), "html": ("int8", "f16", "f32")}
 """of the numbers, by format; the first is the default"""
@@ -55,7 +56,7 @@ class Export:
         if self.type not in (None, *types):
             raise UserError(f"--type {self.type} is not for --format {self.format}: use {', '.join(types)}")
         run, folder = find_run(self.model), resolve(self.model)
-        name = self.name or (run or self.model).resolve().name
+        name = self.name or real_path(run or self.model).name
         ending = ".html" if self.format == "html" else f"-{self.format}"
         out = self.out or Path(f"{file_name(name)}{ending}")
         if out.exists():

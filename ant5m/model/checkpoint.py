@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 
 from ant5m.errors import UserError
-from ant5m.files import check_json, read_json
+from ant5m.files import check_json, read_json, real_path
 from ant5m.manifest import MANIFEST, check_file, read_manifest
 from ant5m.model.config import ModelConfig
 from ant5m.model.config_file import load_config
@@ -51,7 +51,7 @@ def load(path: str | Path) -> "tuple[Ant, Tokenizer | None]":
         raise UserError(f"{path} is a file: give the folder it lies in")
     path = resolve(path)
     if (path / STATE).exists():
-        return _load_checkpoint(path, path.resolve().parent.parent / TOKENIZER)
+        return _load_checkpoint(path, real_path(path).parent.parent / TOKENIZER)
     if (path / WEIGHTS).exists() or (path / "config.json").exists():
         return _load_huggingface(path)
     raise UserError(
@@ -80,7 +80,7 @@ def resolve(path: str | Path) -> Path:
 
 def find_run(path: str | Path) -> Path | None:
     """The run folder that a model path belongs to (itself, or around a checkpoint), or None."""
-    path = Path(path).resolve()
+    path = real_path(path)
     if (path / CHECKPOINTS).is_dir():
         return path
     return path.parent.parent if path.parent.name == CHECKPOINTS and (path / STATE).exists() else None

@@ -27,7 +27,7 @@ from ant5m.data.tokenizer import check_vocab_size
 from ant5m.device import choose_device, choose_precision
 from ant5m.errors import UserError
 from ant5m.eval.loops import PROMPTS, LoopStatistics, measure_loops
-from ant5m.files import is_unused, lock, read_json, read_object, remove_asides, write_json
+from ant5m.files import is_unused, lock, read_json, read_object, real_path, remove_asides, write_json
 from ant5m.model.checkpoint import load_with_tokenizer
 from ant5m.ranks import Ranks, join
 from ant5m.study.bigram import bigram_bits_per_byte
@@ -94,7 +94,7 @@ def _compare_alone(config: CompareConfig) -> str | None:
     check(config, variants)
     _refuse_content(config)
     with contextlib.ExitStack() as locks:
-        for folder in {config.folder.resolve(), materials.folder.resolve()}:
+        for folder in {real_path(config.folder), real_path(materials.folder)}:
             locks.enter_context(lock(folder))
             remove_asides(folder)
         return _compare(config, variants, materials)
@@ -136,7 +136,7 @@ def _compare_together(config: CompareConfig, ranks: Ranks) -> str | None:
         def prepare() -> tuple[list[str], dict[str, float]]:
             check(config, variants)
             _refuse_content(config)
-            for folder in {config.folder.resolve(), materials.folder.resolve()}:
+            for folder in {real_path(config.folder), real_path(materials.folder)}:
                 locks.enter_context(lock(folder))
             _, waiting, _, bigrams = _prepare(config, variants, materials)
             return [job.result.parent.name for job in waiting], bigrams

@@ -16,7 +16,7 @@ from ant5m.eval.perplexity import Evaluation, put_together, record_evaluation
 from ant5m.eval.results import section_of
 from ant5m.export.card import HELD_OUT_TEXT, card_of_run
 from ant5m.export.huggingface import export
-from ant5m.files import write_file
+from ant5m.files import real_path, write_file
 from ant5m.model.ant import Ant
 from ant5m.train.average import AverageWeights
 from ant5m.train.data import TrainingData
@@ -281,7 +281,7 @@ def _export(
 ) -> None:
     folder = run.folder / "hf"
     if folder.is_symlink():  # somebody moved it to another disk: the export goes there
-        folder = folder.resolve()
+        folder = real_path(folder)
     if folder.exists():
         shutil.rmtree(folder)  # of this same run, finished before
     card = card_of_run(run.folder.name, run.folder, checkpoint)
