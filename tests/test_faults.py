@@ -409,3 +409,63 @@ def test_hf_that_is_a_file_or_a_link_in_a_circle_is_one_line(server, stock, tmp_
         outcome = server.run(["train", "--resume", "run"], folder)
         assert outcome.code == 2 and outcome.is_clean, outcome
         (folder / "run" / "hf").unlink()
+
+
+ABSURD = [
+    {"num_hidden_layers": 10**8},
+    {"num_hidden_layers": 1_001},
+    {"vocab_size": 10**12},
+    {"vocab_size": 10**7},
+    {"hidden_size": 10**7},
+    {"intermediate_size": 10**7},
+    {"num_attention_heads": 10**7, "hidden_size": 10**7},
+    {"head_dim": 10**9},
+    {"head_dim": 10**6},
+    {"max_position_embeddings": 10**12},
+    {"hidden_size": 10**4, "head_dim": 10**4, "max_position_embeddings": 10**7},
+    {"num_hidden_layers": 10**30},
+    {"num_hidden_layers": 1e8},
+]
+
+
+@pytest.mark.parametrize("size", ABSURD, ids=str)
+def test_an_absurd_size_is_refused_by_what_it_would_need(server, stock, tmp_path, size):
+    """Also in the config.json of a model whose file is small; in 600 MB of memory."""
+    (tmp_path / "absurd.json").write_text(json.dumps(TINY | size))
+    shutil.copytree(stock / "run" / "hf", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | size))
+    for words in (
+        f"train --model absurd.json --data {stock / 'shards'} --out new --steps 1 --batch-size 10000000000",
+        "generate hf --prompt the --max-new-tokens 2",
+        "export hf out",
+        f"eval hf --data {stock / 'text.jsonl'}",
+    ):
+        outcome = server.run(words.split(), tmp_path, memory=600 << 20)
+        assert outcome.is_clean and outcome.code == 2 and "not enough memory" not in outcome.err, outcome
+    outcome = server.run(["doctor", "absurd.json"], tmp_path, memory=600 << 20)
+    assert outcome.is_clean, outcome
+    assert {path.name for path in tmp_path.iterdir()} == {"absurd.json", "hf"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train --model tiny.json --data shards --out new --steps 1000000000",
+        "train --model tiny.json --data shards --out new --tokens 1000000000000000000",
+        "train --model tiny.json --data shards --out new --steps 1 --batch-size 1000000000000",
+        "train --model tiny.json --data shards --out new --steps 1 --seed 18446744073709551616",
+        "train --model tiny.json --data shards --out new --steps 1 --sequence-length 1000000000000",
+        "train --model tiny.json --data shards --out new --steps 1 --processes 1000000000",
+        "generate run --seed 18446744073709551616",
+        "data pack text.jsonl --tokenizer tok --out new --seed 18446744073709551616",
+        "tokenizer train text.jsonl --out new --vocab-size 1000000000000",
+        "compare tiny.json other.json --data text.jsonl --out new --tokens 1000000000000000000 --seeds 1",
+        "compare tiny.json other.json --data text.jsonl --out new --tokens 256 --seeds 1000000000000",
+    ],
+)
+def test_an_absurd_number_is_refused_by_what_it_would_need(server, stock, tmp_path, words):
+    folder = copied(stock, tmp_path)
+    outcome = server.run(words.split(), folder, memory=600 << 20)
+    assert outcome.is_clean and outcome.code == 2 and "not enough memory" not in outcome.err, outcome
+    assert not (folder / "new").exists() or [path.name for path in (folder / "new").iterdir()] == [".lock"]

@@ -378,7 +378,7 @@ def test_impossible_settings(changes, message):
     ("changes", "model", "words"),
     [
         ({"batch_size": 10**12}, {}, "for a batch"),
-        ({}, {"max_position_embeddings": 10**7, "hidden_size": 10**5, "num_hidden_layers": 10**6}, "GB"),
+        ({}, {"max_position_embeddings": 10**7, "hidden_size": 10**5, "num_hidden_layers": 1_000}, "GB"),
     ],
 )
 def test_what_no_memory_could_hold_is_refused_at_once(config, tmp_path, changes, model, words):

@@ -78,6 +78,7 @@ COMMANDS = {
 }
 
 OK, PEER_LOST, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141  # 128 + SIGINT, 128 + SIGPIPE
+NO_MEMORY = "not enough memory: use less text, a smaller model or smaller batches"
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -123,7 +124,11 @@ def guarded(action: Callable[[], object]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left has somewhere to go
         return BROKEN_PIPE
     except MemoryError:
-        return _fail("not enough memory: use less text, a smaller model or smaller batches")
+        return _fail(NO_MEMORY)
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # how torch says it
+            raise
+        return _fail(NO_MEMORY)
     except OSError as error:
         if error.errno in DISK_FULL:
             what = error.filename or "a file"

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ant5m.model.config import ModelConfig
     from ant5m.model.doctor import Diagnosis
 
+MEASURED_FLOPS = 3e12
+"""of a step on a CPU; a larger one (of about 250M parameters) takes half a minute or more"""
 RUNS = (10_000_000, 100_000_000, 1_000_000_000)
 """training tokens for which the time is told"""
 TOKENS_PER_PARAMETER = 20
@@ -73,15 +75,18 @@ def _time_training(config: "ModelConfig") -> dict[str, Any] | None:
     """Device, tokens a second, and for some numbers of tokens the batch, micro-batch and seconds of
     `ant5m train`; None where the model is too large for a step here."""
     from ant5m.device import choose_device
-    from ant5m.model.costs import count_parameters
+    from ant5m.model.costs import count_flops, count_parameters
     from ant5m.train.config import TrainConfig
     from ant5m.train.forecast import Forecast
-    from ant5m.train.plan import batch_for_tokens, check_memory, micro_batch
+    from ant5m.train.plan import LEAST_BATCH_TOKENS, batch_for_tokens, check_memory, micro_batch
 
     device, length = choose_device("auto"), config.max_position_embeddings
     try:
         check_memory(config, 1, device)
     except UserError:
+        return None
+    step = 3 * sum(count_flops(config).values()) * max(length, LEAST_BATCH_TOKENS)
+    if device.type == "cpu" and step > MEASURED_FLOPS:
         return None
     forecast = Forecast.measure(config, device, TrainConfig())
     optimal = TOKENS_PER_PARAMETER * sum(count_parameters(config).values())

@@ -7,10 +7,12 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from ant5m.errors import UserError
-from ant5m.schema import Count, Positive, check, check_names
+from ant5m.schema import Positive, check, check_names
 
 Size = Annotated[int, Meta(ge=1, le=10_000_000)]
 """beyond, building the model fails only after minutes"""
+Layers = Annotated[int, Meta(ge=1, le=1_000)]
+"""each costs milliseconds to build, whatever its size"""
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,12 @@ class ModelConfig:
     """width of the residual stream"""
     intermediate_size: Size = 516
     """width of the SwiGLU"""
-    num_hidden_layers: Size = 11
+    num_hidden_layers: Layers = 11
     num_attention_heads: Size = 8
     """query heads"""
     num_key_value_heads: Size = 2
     """key/value heads; each serves num_attention_heads / num_key_value_heads query heads"""
-    head_dim: Count | None = None
+    head_dim: Size | None = None
     """hidden_size / num_attention_heads unless given"""
     max_position_embeddings: Size = 1_024
     """context length in tokens"""

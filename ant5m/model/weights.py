@@ -10,10 +10,12 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ant5m.device import installed_memory
 from ant5m.errors import UserError
 from ant5m.files import read_json
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
+from ant5m.model.costs import count_parameters
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -34,6 +36,7 @@ def load_model(config: ModelConfig, folder: Path) -> Ant:
     weights = _read_weights(folder)
     if config.tie_word_embeddings:
         weights = _tied(weights, folder)
+    _check_size(config, weights, folder)
     with _NoInitialization():
         net = Ant(config)
     expected = {name: tensor.shape for name, tensor in net.state_dict().items()}
@@ -55,6 +58,22 @@ def load_model(config: ModelConfig, folder: Path) -> Ant:
     # Copies: what was read may be the mapped file itself.
     net.load_state_dict({name: weights[name].to(torch.float32, copy=True) for name in expected}, assign=True)
     return net
+
+
+def _check_size(config: ModelConfig, weights: dict[str, Tensor], folder: Path) -> None:
+    """Refuse, before it is built, a model that is far larger than its file, or than this machine."""
+    asked, there = sum(count_parameters(config).values()), sum(map(torch.Tensor.numel, weights.values()))
+    if asked > 2 * there:
+        raise UserError(
+            f"{folder} holds {there:,} weights, its config says {asked:,}: "
+            "weights and config.json do not belong together"
+        )
+    table, memory = 8 * config.max_position_embeddings * config.head_size, installed_memory()
+    if table > memory:
+        raise UserError(
+            f"{folder}: a context of {config.max_position_embeddings:,} needs {table / 1e9:,.0f} GB for RoPE "
+            f"alone, this machine has {memory / 1e9:,.1f}: set max_position_embeddings in its config.json"
+        )
 
 
 class _NoInitialization(TorchFunctionMode):

@@ -36,7 +36,7 @@ from ant5m.study.materials import Materials
 from ant5m.study.report import RunResult, write_report
 from ant5m.study.statistics import RULE
 from ant5m.study.studies import STUDIES, Variant
-from ant5m.train.config import TrainConfig
+from ant5m.train.config import TrainConfig, check_steps
 from ant5m.train.forecast import Forecast, describe_duration
 from ant5m.train.metrics import read_metrics
 from ant5m.train.plan import batch_for_tokens, check_memory
@@ -178,6 +178,10 @@ def check(config: CompareConfig, variants: list[Variant]) -> None:
         settings = {key: getattr(config, key) for key in TRAINING} | variant.train
         rates = {key: getattr(config, key) for key in ("learning_rate", "muon_learning_rate")}
         TrainConfig(batch_size=config.batch_size, **{**rates, **settings})
+    # Of the others it depends on the tokenizer.
+    length = next(one for one in variants if one.name == config.baseline).model.max_position_embeddings
+    batch = config.batch_size or batch_for_tokens(config.tokens, length)
+    check_steps(config.tokens // (batch * length))
 
 
 class StudyProgress:

@@ -18,11 +18,14 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ant5m import torchrun
+from ant5m.device import installed_memory
 from ant5m.errors import UserError
 from ant5m.train.config import DEFAULT_MODEL, TrainConfig
 from ant5m.train.run import next_folder
 
 MAX_RESTARTS = 3
+PROCESS_BYTES = 300_000_000
+"""of a process that has imported torch"""
 STOPPED = "ANT5M_STOPPED"
 """environment variable that keeps a process from starting again when the launcher was stopped: its exit
 code"""
@@ -38,7 +41,13 @@ def count_processes(config: TrainConfig) -> int:
         return 1
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if config.device not in ("auto", "cuda") or gpus == 0:
-        return config.processes or 1
+        count = config.processes or 1
+        if count * PROCESS_BYTES > installed_memory():
+            needed, there = count * PROCESS_BYTES / 1e9, installed_memory() / 1e9
+            raise UserError(
+                f"--processes {count:,} need {needed:,.1f} GB without a model, this machine has {there:,.1f}"
+            )
+        return count
     count = config.processes or gpus
     if count > gpus:
         raise UserError(f"--processes {count} needs as many GPUs, and this machine has {gpus}")
