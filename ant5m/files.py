@@ -21,6 +21,8 @@ LOCK = ".lock"
 ASIDE = ".aside"
 """ends the hidden name of what is being written; a kill leaves such a file or folder behind"""
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+"""how the placeholder begins that git leaves of a large file when git-lfs is not installed"""
 _READ_BYTES = 1 << 20
 _UMASK = os.umask(0)  # it cannot be read without being set
 os.umask(_UMASK)
@@ -83,6 +85,8 @@ def read_json(path: Path, type: Any = Any) -> Any:
     `UserError` that names the file and the place in it.
     """
     try:
+        if is_lfs_pointer(path):
+            raise lfs_explained(path)
         return parse_json(path.read_bytes(), str(path), type)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
@@ -132,6 +136,19 @@ def what_and_where(error: msgspec.ValidationError) -> str:
     what = what[:1].lower() + what[1:]
     place = where.removeprefix("key in ").removeprefix("$").removeprefix(".")
     return f"{place}: {what}" if place else what
+
+
+def is_lfs_pointer(path: str | Path) -> bool:
+    """Whether a file is only git-lfs's placeholder. Source: the specification of git-lfs, docs/spec.md."""
+    if os.path.getsize(path) >= 1024:
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
+
+
+def lfs_explained(path: str | Path) -> UserError:
+    """What to say of a placeholder."""
+    return UserError(f"{path} is only a git-lfs pointer, not the file: get it with git lfs pull")
 
 
 def file_sha256(path: Path) -> str:

@@ -249,6 +249,31 @@ def test_old_rope_buffers_are_ignored(tmp_path):
     load(write_folder(tmp_path, changed(**{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})))
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_git_lfs_pointer_in_place_of_a_file_is_named(tokenizer, tmp_path, name):
+    export(small_net(), tokenizer, tmp_path / "hf", ModelCard("test"))
+    (tmp_path / "hf" / name).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 12\n"
+    )
+    with pytest.raises(UserError, match=f"{name} is only a git-lfs pointer.*git lfs pull"):
+        load(tmp_path / "hf")
+
+
+def test_a_weight_that_two_files_hold_is_refused(tokenizer, tmp_path):
+    folder = tmp_path / "hf"
+    export(small_net(), tokenizer, folder, ModelCard("test"))
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    (first, tensor), *_ = weights.items()
+    files = {"a.safetensors": weights, "b.safetensors": {first: tensor + 1}}
+    for name, held in files.items():
+        save_file(held, folder / name)
+    index = {"weight_map": dict.fromkeys(weights, "a.safetensors") | {first: "b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=rf"b\.safetensors holds {first}, which another file"):
+        load(folder)
+
+
 def test_damaged_and_missing_weights(tmp_path):
     write_folder(tmp_path, small_net().state_dict())
     file = tmp_path / "model.safetensors"

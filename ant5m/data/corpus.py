@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, cast
 import msgspec
 
 from ant5m.data import compression
-from ant5m.data.folders import Found, find_files, is_lfs_pointer
+from ant5m.data.folders import Found, find_files
 from ant5m.data.rows import csv_rows, json_values
 from ant5m.data.tar import Member, members
 from ant5m.errors import UserError, first_line
+from ant5m.files import is_lfs_pointer
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
-"""how the placeholder begins that git leaves of a large file when git-lfs is not installed"""
+from ant5m.files import is_lfs_pointer
+
 NAMED = 3
 """examples in a message, of each kind of thing that was left out"""
 KINDS = {
@@ -104,14 +104,6 @@ def find_files(folder: str | Path, wanted: Callable[[Path], bool]) -> Found:
             found.files.append(path)
     found.left_out = {kind: sorted(found.left_out[kind]) for kind in KINDS if kind in found.left_out}
     return found
-
-
-def is_lfs_pointer(path: str | Path) -> bool:
-    """Whether a file is only git-lfs's placeholder. Source: the specification of git-lfs, docs/spec.md."""
-    if os.path.getsize(path) >= 1024:
-        return False
-    with open(path, "rb") as file:
-        return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

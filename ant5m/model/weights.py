@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from ant5m.device import installed_memory
 from ant5m.errors import UserError
-from ant5m.files import read_json
+from ant5m.files import is_lfs_pointer, lfs_explained, read_json
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
 from ant5m.model.costs import count_parameters
@@ -96,8 +96,13 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name in _weight_files(folder):
         try:
+            if is_lfs_pointer(folder / name):
+                raise lfs_explained(folder / name)
             with safe_open(folder / name, framework="pt") as file:
-                weights.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+                found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            if twice := sorted(found.keys() & weights.keys()):
+                raise UserError(f"{folder / name} holds {twice[0]}, which another file of {folder} holds too")
+            weights.update(found)
         except FileNotFoundError:
             raise UserError(f"{folder / name} is missing though {INDEX} names it") from None
         except SafetensorError as error:
