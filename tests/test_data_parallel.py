@@ -66,7 +66,7 @@ VARIANTS = {
 
 def chat_shards(config, tmp_path):  # noqa: F811
     """Shards in which the two ranks' sequences have unlike numbers of tokens that count."""
-    tokenizer = Tokenizer.load(config.data / "tokenizer")
+    tokenizer = Tokenizer.load(Path(config.data[0]) / "tokenizer")
     said = [{"role": "user", "content": "the ant"}, {"role": "assistant", "content": "a leaf"}]
     rows = [
         {"messages": [*said * (1 + i % 5), {"role": "user", "content": "the " * (i % 40)}]} for i in range(60)
@@ -86,9 +86,15 @@ def test_two_ranks_compute_the_bits_of_one_process(config, tmp_path, monkeypatch
         )
         for name, changes in VARIANTS.items()
     }
-    whole["masked"] = dataclasses.replace(
-        whole["muon"], data=chat_shards(config, tmp_path), out=tmp_path / "masked"
+    chats = chat_shards(config, tmp_path)
+    whole["masked"] = dataclasses.replace(whole["muon"], data=chats, out=tmp_path / "masked")
+    mixture = tmp_path / "mixture.toml"
+    mixture.write_text(
+        f'[sources.text]\ndata = "{config.data[0]}"\nweight = 2\n'
+        f'[sources.chats]\ndata = "{chats}"\nweight = 1\n'
+        "[[phases]]\nfrom = 0.5\nweights = {text = 1, chats = 2}\n"
     )
+    whole["mixture"] = dataclasses.replace(whole["muon"], data=mixture, out=tmp_path / "mixture")
     jobs = []
     for name, one in whole.items():
         two = dataclasses.replace(one, out=tmp_path / f"{name}-2")

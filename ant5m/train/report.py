@@ -107,8 +107,8 @@ def plot_loss(lines: list[dict[str, Any]], path: Path) -> None:
         axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
         axes.plot(steps, running_mean(losses, len(losses) // 50 + 1), color="tab:blue", label="training")
     validation = _by_text(lines)
-    for name, points in _by_source(lines).items():
-        axes.plot(*zip(*points, strict=True), "--", linewidth=1, label=f"validation of {name}")
+    for number, (name, points) in enumerate(_by_source(lines).items(), 3):  # C1, C2: of all together
+        axes.plot(*zip(*points, strict=True), "--", color=f"C{number}", label=f"validation of {name}")
     for number, (tokens, points) in enumerate(validation.items(), 1):
         label = "validation" + (f", {tokens:,} tokens" if len(validation) > 1 else "")
         axes.plot(*zip(*points, strict=True), "o-", color=f"C{number}", markersize=4, label=label)
