@@ -68,22 +68,22 @@ class TensorBoard(Callback):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return
-        with self._given_up_on_errors():
+        with self._dropped_on_errors():
             self._board = SummaryWriter(str(self._run.folder / "tensorboard"), purge_step=trainer.step + 1)
 
     def on_log(self, trainer: "Trainer", kind: str, values: dict[str, Any]) -> None:
-        with self._given_up_on_errors():
+        with self._dropped_on_errors():
             for name, value in values.items():
                 if self._board is not None and isinstance(value, int | float):
                     self._board.add_scalar(f"{kind}/{name}", value, trainer.step)
 
     def close(self) -> None:
-        with self._given_up_on_errors():
+        with self._dropped_on_errors():
             if self._board is not None:
                 self._board.close()
 
     @contextlib.contextmanager
-    def _given_up_on_errors(self) -> Iterator[None]:
+    def _dropped_on_errors(self) -> Iterator[None]:
         """A full disk ends these files, which repeat what metrics.jsonl has, but not the training."""
         try:
             yield
