@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
@@ -11,6 +11,9 @@ from rich.markup import escape
 
 from ant5m.cli.stream import Stream, write
 from ant5m.errors import UserError
+
+if TYPE_CHECKING:
+    from ant5m.data.tokenizer import Tokenizer
 
 
 @dataclass
@@ -58,11 +61,7 @@ class Generate:
         device = choose_device(self.device)
         net, tokenizer = load_with_tokenizer(self.model)
         written = [0] * len(self.prompt)
-        stream = (
-            Stream(tokenizer, tokenizer.encode(self.prompt[0]), self.prompt[0])
-            if len(self.prompt) == 1 and not self.json
-            else None
-        )
+        stream = _Stream(self.prompt[0], tokenizer) if len(self.prompt) == 1 and not self.json else None
 
         def on_token(row: int, token: int) -> None:
             written[row] += 1
@@ -112,3 +111,10 @@ def _row(prompt: str, text: str, tokens: int, report) -> dict:
 
 def _warn(text: str) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"[yellow]warning:[/yellow] {escape(text)}")
+
+
+class _Stream(Stream):
+    """A prompt and what continues it, as it comes."""
+
+    def __init__(self, prompt: str, tokenizer: "Tokenizer") -> None:
+        super().__init__(tokenizer, tokenizer.encode(prompt), prompt)
