@@ -227,9 +227,10 @@ def heads_first(x):
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def check_op(name, backend, draw, layout=lambda x: x, tolerance=None):
+def check_op(name, backend, draw, layout=lambda x: x, tolerance=None, samples=None):
     """The op `name` of a backend, called as a training step calls it, beside its composition in float64:
-    outputs and every gradient; where its backend cannot run it, its own parts do."""
+    outputs and every gradient; where its backend cannot run it, its own parts do. `samples`: instead of all
+    that the op's record has."""
     op = OPS[name]
     tolerance = tolerance or {fp32: 1e-5, fp16: 6e-3, bf16: 3e-2}[draw.dtype]
 
@@ -239,7 +240,7 @@ def check_op(name, backend, draw, layout=lambda x: x, tolerance=None):
     def truth(*arguments):
         return op.composition(*arguments, backend="reference")
 
-    for arguments in op.samples(draw):
+    for arguments in op.samples(draw) if samples is None else samples:
         tensors = tensors_of(arguments)
         given = with_tensors(arguments, [layout(x) for x in tensors])
         wide = with_tensors(arguments, [x.double() if x.is_floating_point() else x for x in tensors])

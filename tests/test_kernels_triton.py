@@ -628,6 +628,7 @@ def test_op_registrations():
             fp32,
             True,
             True,
+            0.0,
         ),
     }
     torch.use_deterministic_algorithms(False)  # it compares empty outputs too

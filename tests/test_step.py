@@ -18,7 +18,7 @@ from ant5m.kernels import dispatch
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
 from ant5m.ranks import Ranks
-from ant5m.train import pretrain, pretraining, trainer
+from ant5m.train import data, pretrain, trainer
 from ant5m.train import step as module
 from ant5m.train.loss_scaler import LossScaler
 from ant5m.train.optimizer import Optimizer
@@ -330,7 +330,7 @@ def test_a_run_on_a_device_that_captures_is_the_run(
     plain = pretrain(dataclasses.replace(chosen, out=tmp_path / "plain")).run
     device = Device(monkeypatch)
     monkeypatch.setattr(trainer, "make_step", CapturedStep)
-    monkeypatch.setattr(pretraining, "keeps_tokens", lambda *_: True)
+    monkeypatch.setattr(data, "keeps_tokens", lambda *_: True)
     monkeypatch.setattr(trainer, "READ_SECONDS", 1e9)
     captured = pretrain(dataclasses.replace(chosen, out=tmp_path / "captured")).run
     assert device.log.count("replay") > 12 - captures * WARM_UP - 1

@@ -30,6 +30,7 @@ from ant5m.train import TrainConfig, optimizer, plan, pretrain, samples, trainer
 from ant5m.train.checkpoint import prune_checkpoints
 from ant5m.train.loss_scaler import LossScaler
 from ant5m.train.metrics import read_metrics
+from ant5m.train.pace import finish_seconds
 from ant5m.train.run import Run
 from ant5m.train.settings import BUILTIN_EPOCHS, resolve
 from ant5m.train.stop import Stop
@@ -291,14 +292,18 @@ def test_too_little_memory_says_what_to_do(config, rows, remedy, monkeypatch):
         pretrain(dataclasses.replace(config, micro_batch_size=rows))
 
 
+def tokens_of(planned):
+    return planned.steps * planned.batch_size * 32
+
+
 def test_time_decides_the_number_of_steps():
     asked = TrainConfig(max_minutes=1.0, data="somewhere")
     planned = resolve(asked, MODEL, 10**6, CPU, "fp32", lambda: 1e-3, deadline=time.monotonic() + 60)
-    tokens = planned.steps * planned.batch_size * 32
-    assert 0.85 * 60_000 < tokens < 0.95 * 60_000
-    # Half of the time went into preparing.
+    rest = 60_000 - 1_000 * finish_seconds(0, 1e-3)  # without what the end is given
+    assert tokens_of(planned) == pytest.approx(0.9 * rest, abs=planned.batch_size * 32)
+    # Half of the time went into preparing; the end is never given more than half of what is left.
     planned = resolve(asked, MODEL, 10**6, CPU, "fp32", lambda: 1e-3, deadline=time.monotonic() + 30)
-    assert 0.8 * 30_000 < planned.steps * planned.batch_size * 32 < 0.95 * 30_000
+    assert tokens_of(planned) == pytest.approx(0.9 * 15_000, abs=planned.batch_size * 32)
     builtin = resolve(TrainConfig(), MODEL, 1_000, CPU, "fp32", lambda: 1e-6)
     assert builtin.steps * builtin.batch_size * 32 <= 1.2 * BUILTIN_EPOCHS * 1_000
 

@@ -43,7 +43,7 @@ def config_from_huggingface(values: dict[str, Any]) -> ModelConfig:
     ignored.
     """
     model_type = values.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise UserError(
             f"model_type is {model_type!r}: only {' and '.join(map(repr, ARCHITECTURES))} can be read"
         )
@@ -55,7 +55,7 @@ def config_from_huggingface(values: dict[str, Any]) -> ModelConfig:
         if values.get(key, plain[0]) not in plain:
             raise UserError(f"{key} is {values[key]!r}: only {plain[0]!r} can be read")
     kinds = values.get("layer_types")
-    if kinds is not None and (not isinstance(kinds, list) or set(kinds) - {"full_attention"}):
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
         raise UserError(f"layer_types is {kinds!r}: only layers of full_attention can be read")
     known = {name: values[name] for name in ModelConfig.__dataclass_fields__ if name in values}
     known = {**_DEFAULTS[model_type], **known, "rope_theta": _rope_theta(values)}
