@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from ant5m.kernels import check, cuda, dispatch, triton  # noqa: E402
+from ant5m.kernels.registry import OPS  # noqa: E402
 from ant5m.model.ant import Ant  # noqa: E402
 from ant5m.model.config_file import load_config  # noqa: E402
 from ant5m.ranks import Ranks  # noqa: E402
@@ -62,6 +63,9 @@ def pretend(capability):
     check.unsupported_reason = lambda *_: None
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.cuda.is_bf16_supported = lambda *_, **__: True
+    torch.cuda.is_current_stream_capturing = lambda: False
+    for op in OPS.values():  # who runs an op was decided for another device
+        op.chosen.clear()
     # torch's fused AdamW has no fake kernel. It is torch's, and all that we give to it is on the device.
     torch.optim.AdamW.step = lambda self: None
 

@@ -317,8 +317,10 @@ class Trainer:
             raise self._diverged("the weights are NaN or infinite", self.step)
         if self._last_batch is not None:
             rows = slice(self.settings.micro_batch_size)  # as the step has them: no other kernel is chosen
+            self.net.eval()
             with torch.no_grad(), autocast(self.settings.precision, self.net.device):
                 loss = self.net(*(x[rows] for x in self._last_batch)).item()
+            self.net.train()
             if not math.isfinite(loss):
                 raise self._diverged(f"the loss is {loss}", self.step)
         if not self.ranks.agree(_sum_of_bits(self.net)):
