@@ -198,9 +198,8 @@ def test_a_dead_process_is_replaced_and_a_mistake_is_not_repeated(config, tmp_pa
     config = dataclasses.replace(config, steps=60, sample_every=0)
     pretrain(config)
     killed = dataclasses.replace(config, out=tmp_path / "killed")
-    words = [
-        word for name, value in killed.to_dict().items() if name in _KEPT for word in (_flag(name), value)
-    ]
+    named = {**killed.to_dict(), "data": config.data[0]}
+    words = [word for name, value in named.items() if name in _KEPT for word in (_flag(name), value)]
     process = ant5m_train(*words, "--processes", 2)
     wait_for(killed.out / "checkpoints" / "step-00000004", process)
     workers = _children(process.pid)
