@@ -300,6 +300,18 @@ def test_the_loader_says_whether_targets_are_masked(chat_data):
     assert loader.masked and (targets == IGNORE).any() and (targets != IGNORE).any()
 
 
+def test_a_document_mask_that_would_cut_conversations_is_refused(plain, chat_data, tmp_path):
+    source = write_chats(tmp_path / "chats.jsonl", chats(60))
+    corpus = Conversations.find([source], ChatTemplate(plain, PLAIN_TEMPLATE))
+    pack(corpus, plain, tmp_path / "data", validation_fraction=0.1)
+    model = str(chat_data / "model.json")
+    common = {"model": model, "steps": 1, "batch_size": 1, "device": "cpu", "document_mask": True}
+    with pytest.raises(UserError, match="--document-mask would cut the conversations"):
+        pretrain(TrainConfig(data=tmp_path / "data", out=tmp_path / "run", **common))
+    assert not (tmp_path / "run").exists()
+    pretrain(TrainConfig(data=chat_data / "data", out=tmp_path / "whole", **common))  # they end once
+
+
 @pytest.fixture(scope="module")
 def talker(chat_data, tmp_path_factory):
     run = tmp_path_factory.mktemp("talker") / "run"

@@ -242,6 +242,12 @@ def test_a_broken_training_stops_and_names_the_last_good_checkpoint(config, monk
     assert all(torch.isfinite(weight).all() for weight in load(config.out)[0].parameters())
 
 
+def test_a_run_without_a_checkpoint_is_told_of_as_a_run(tmp_path):
+    write_json(tmp_path / "config.json", {"model": MODEL.to_dict(), "train": {"steps": 3}})
+    with pytest.raises(UserError, match="has no good checkpoint yet"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize(
     "rates",
     [

@@ -70,12 +70,19 @@ def load_with_tokenizer(path: str | Path) -> "tuple[Ant, Tokenizer]":
 def resolve(path: str | Path) -> Path:
     """The folder that `load` reads: a run's newest good checkpoint (`UserError` if none), else `path`."""
     path = Path(path)
-    if not (path / CHECKPOINTS).is_dir():
+    is_run = (path / CHECKPOINTS).is_dir() or _says_how_it_trains(path / "config.json")
+    if not is_run:
         return path
     checkpoint = latest_checkpoint(path)
     if checkpoint is None:
         raise UserError(f"{path} has no good checkpoint yet")
     return checkpoint
+
+
+def _says_how_it_trains(config: Path) -> bool:
+    """Whether it is the config.json of a run, not of a model."""
+    values = read_json(config) if config.is_file() else None
+    return isinstance(values, dict) and isinstance(values.get("train"), dict)
 
 
 def find_run(path: str | Path) -> Path | None:

@@ -61,6 +61,8 @@ class TrainingData:
                 f"{train.folder} was packed with another tokenizer than {given}: pack the text again"
             )
         check_tokenizer(tokenizer, run.model)
+        if run.config.document_mask:
+            _check_documents(train)
         _warn_of_unused_rows(run, tokenizer)
         return cls(train, validation, tokenizer, run.mixture, sources)
 
@@ -130,6 +132,15 @@ def _open_sources(mixture: Mixture, verify: bool) -> tuple[Source, ...]:
         Source(name, Shards.open(folder, verify=verify), Shards.open(folder, "validation", verify))
         for name, folder in zip(mixture.names, mixture.data, strict=True)
     )
+
+
+def _check_documents(shards: Shards) -> None:
+    """Refuse conversations in which end-of-text tokens stand: the mask takes each for the end of a document."""
+    if shards.tokens.masked and sum(1 for _ in shards.documents()) > shards.counts["documents"]:
+        raise UserError(
+            f"--document-mask would cut the conversations of {shards.folder}: their chat template puts the "
+            "end-of-text token behind each reply. Leave it out"
+        )
 
 
 def _warn_of_unused_rows(run: Run, tokenizer: Tokenizer) -> None:
