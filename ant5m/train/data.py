@@ -135,7 +135,7 @@ def _open_sources(mixture: Mixture, verify: bool) -> tuple[Source, ...]:
 
 
 def _check_documents(shards: Shards) -> None:
-    """Refuse conversations in which end-of-text tokens stand: the mask takes each for the end of a document."""
+    """Refuse conversations with end-of-text tokens inside: the mask takes each for the end of a document."""
     if shards.tokens.masked and sum(1 for _ in shards.documents()) > shards.counts["documents"]:
         raise UserError(
             f"--document-mask would cut the conversations of {shards.folder}: their chat template puts the "
