@@ -1,10 +1,12 @@
 """The run without data: built-in text to report; and the parts of the report."""
 
+import io
 import json
 import random
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 from test_train import MODEL, WORDS
 
 from ant5m.data import packing
@@ -119,6 +121,17 @@ def test_progress_shows_mfu_only_with_a_known_peak(capsys):
         assert output.out == ""
         assert "step 10/10  loss 4.250  lr 1.0e-03  2,000 tokens/s" in output.err
         assert ("MFU 50.0%" in output.err) == (peak is not None)
+
+
+def test_the_time_left_fits_80_columns(monkeypatch):
+    shown = io.StringIO()
+    terminal = Console(file=shown, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr("ant5m.train.progress.stderr", lambda: terminal)
+    bar = TrainingProgress(steps=20_000, flops_per_token=1_000, peak=1e9, bytes_per_token=4.0)
+    values = {"loss": 5.75, "learning_rate": 0.001, "tokens_per_second": 3_456_789}
+    bar.on_log(SimpleNamespace(step=12_345), "train", values)
+    terminal.print(bar._bar.get_renderable())
+    assert shown.getvalue().rstrip().endswith(" left") and "…" not in shown.getvalue()
 
 
 def test_config_json_is_enough_to_repeat_the_run(config, builtin, tmp_path):

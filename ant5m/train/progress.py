@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from ant5m.train.trainer import Trainer
 
 PLAIN_SECONDS = 30.0
+WIDE = 100
+"""characters; a narrower terminal has no room for the bar, the learning rate and MFU"""
 
 
 class TrainingProgress(Callback):
@@ -36,10 +38,11 @@ class TrainingProgress(Callback):
         self._bytes_per_token = bytes_per_token
         self._console = stderr()
         self._started = self._last_line = time.monotonic()
-        columns = ("step {task.completed:,.0f}/{task.total:,.0f}", "{task.fields[numbers]}")
+        self._narrow = self._console.is_terminal and self._console.width < WIDE
         self._bar = Progress(
-            BarColumn(bar_width=20),
-            *(TextColumn(column) for column in columns),
+            *([] if self._narrow else [BarColumn(bar_width=20)]),
+            TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
+            TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(compact=True),
             TextColumn("left"),
             console=self._console,
@@ -73,8 +76,9 @@ class TrainingProgress(Callback):
         numbers = f"loss {loss:.3f}"
         if self._bytes_per_token:
             numbers += f" ({loss / (math.log(2) * self._bytes_per_token):.3f} bits/byte)"
-        numbers += f"  lr {learning_rate:.1e}  {tokens_per_second:,.0f} tokens/s"
-        if self._peak:
+        numbers += "" if self._narrow else f"  lr {learning_rate:.1e} "
+        numbers += f" {tokens_per_second:,.0f} tokens/s"
+        if self._peak and not self._narrow:
             numbers += f"  MFU {tokens_per_second * self._flops_per_token / self._peak:.1%}"
         self._done = step
         self._bar.update(self._task, completed=step, numbers=numbers)
