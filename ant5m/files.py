@@ -22,7 +22,7 @@ ASIDE = ".aside"
 """ends the hidden name of what is being written; a kill leaves such a file or folder behind"""
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
-"""how the placeholder begins that git leaves of a large file when git-lfs is not installed"""
+"""how a pointer file begins, which git leaves of a large file when git-lfs is not installed"""
 _READ_BYTES = 1 << 20
 _UMASK = os.umask(0)  # it cannot be read without being set
 os.umask(_UMASK)
@@ -139,7 +139,7 @@ def what_and_where(error: msgspec.ValidationError) -> str:
 
 
 def is_lfs_pointer(path: str | Path) -> bool:
-    """Whether a file is only git-lfs's placeholder. Source: the specification of git-lfs, docs/spec.md."""
+    """Whether a file is only a pointer of git-lfs. Source: the specification of git-lfs, docs/spec.md."""
     if os.path.getsize(path) >= 1024:
         return False
     with open(path, "rb") as file:
@@ -147,7 +147,7 @@ def is_lfs_pointer(path: str | Path) -> bool:
 
 
 def lfs_explained(path: str | Path) -> UserError:
-    """What to say of a placeholder."""
+    """What to say of a pointer file."""
     return UserError(f"{path} is only a git-lfs pointer, not the file: get it with git lfs pull")
 
 

@@ -1,7 +1,8 @@
 """Work that is shared out to processes of this machine: one process a job, so many at a time.
 
 The processes are started by name, not by `multiprocessing`, which would run the caller's script in each of
-them, and fails where that does not expect it.
+them, and fails where that does not expect it. What pickle reads comes through a pipe from a process of this
+program, never from a file.
 """
 
 import os
