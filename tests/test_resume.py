@@ -4,7 +4,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import signal
+import zlib
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import latest_checkpoint
 from ant5m.train import TrainConfig, preparation, pretrain, samples, trainer
 from ant5m.train.loss_scaler import LossScaler
-from ant5m.train.metrics import read_metrics, split_metrics, to_line
+from ant5m.train.metrics import Metrics, read_metrics, split_metrics, to_line
 from ant5m.train.trainer import Trainer
 
 STOP_AT = 5
@@ -394,23 +396,50 @@ def test_a_flipped_bit_of_metrics_is_noticed(tmp_path):
         {"kind": "validation", "step": 1, "loss": 5.5, "tokens": 640},
         {"kind": "sample", "step": 1, "samples": [{"prompt": "é", "text": "x\u2028y"}]},
     ]
-    path, raw = tmp_path / "metrics.jsonl", "".join(map(to_line, values)).encode()
+    path, raw = tmp_path / "metrics.jsonl", "".join(map(to_line, values, (1, 2, 3))).encode()
     path.write_bytes(raw)
-    assert split_metrics(path) == (values, [])
+    assert split_metrics(path) == Metrics(dict(enumerate(values, 1)))
     for place in range(len(raw)):
         for bit in range(8):
             path.write_bytes(raw[:place] + bytes([raw[place] ^ 1 << bit]) + raw[place + 1 :])
-            lines, damaged = split_metrics(path)
-            assert damaged or raw[place] == 10 or len(lines) == 3, (place, bit)
-            for line in lines:  # the checksum's name may be the one that was damaged
+            found = split_metrics(path)
+            assert found.damaged or raw[place] == 10 or len(found.lines) == 3, (place, bit)
+            for line in found.lines:  # the checksum's name may be the one that was damaged
                 assert any(line | known == line for known in values), (place, bit, line)
 
 
 def test_lines_of_earlier_versions_have_no_checksum(tmp_path):
     values = [{"kind": "validation", "step": step, "loss": 5.5, "tokens": 640} for step in range(4)]
-    old, new = json.dumps(values[0]) + "\n", "".join(map(to_line, values[1:]))
+    old, new = json.dumps(values[0]) + "\n", "".join(map(to_line, values[1:], (2, 3, 4)))
     path = tmp_path / "metrics.jsonl"
+    whole = Metrics(dict(enumerate(values, 1)))
     path.write_text(old + new)
-    assert split_metrics(path) == (values, [])
+    assert split_metrics(path) == whole
     path.write_text(old + new + old)
-    assert split_metrics(path) == (values, [old.strip().encode()])
+    assert split_metrics(path) == dataclasses.replace(whole, damaged=[old.strip().encode()])
+    unnumbered = [re.sub(r', "line": \d+', "", line).rpartition(', "crc32')[0] for line in new.splitlines()]
+    path.write_text(old + "".join(f'{x}, "crc32": "{zlib.crc32(x.encode()):08x}"}}\n' for x in unnumbered))
+    assert split_metrics(path) == whole
+
+
+@pytest.mark.parametrize("lost", ["first", "middle", "last", "all", "swapped", "twice"])
+def test_a_line_that_is_gone_from_metrics_is_told(config, interrupt, lost):  # noqa: F811
+    interrupt(signal.SIGTERM, STOP_AT)
+    pretrain(dataclasses.replace(config, steps=8))
+    path = config.out / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    left = {
+        "first": lines[1:],
+        "middle": lines[:2] + lines[3:],
+        "last": lines[:-1],
+        "all": [],
+        "swapped": [lines[1], lines[0], *lines[2:]],
+        "twice": [lines[0], *lines],
+    }[lost]
+    path.write_bytes(b"".join(left))
+    gone = len(lines) if lost == "all" else 1
+    told = {"twice": "1 damaged lines"}.get(lost, rf"missing lines of .*metrics\.jsonl: {gone}$")
+    with pytest.warns(UserWarning, match=told):
+        pretrain(TrainConfig(resume=config.out))
+    numbers = [json.loads(line)["line"] for line in path.read_bytes().splitlines()]
+    assert numbers == sorted(set(numbers)) and numbers[-1] == len(numbers) + (lost != "twice") * gone

@@ -5,6 +5,7 @@ import json
 import warnings
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -19,37 +20,53 @@ if TYPE_CHECKING:
     from ant5m.train.trainer import Trainer
 
 
-CHECKSUM = "crc32"
+NUMBER, CHECKSUM = "line", "crc32"
 DAMAGED = "metrics-damaged.jsonl"
 """beside metrics.jsonl: lines that could not be read when the run was resumed"""
 
 
 class MetricsFile(Callback):
     """`metrics.jsonl` in the run folder: one JSON object a line, each with its "kind" and "step", and at its
-    end "crc32" of what stands before, so that a changed digit is noticed.
+    end "line", its number, and "crc32" of what stands before, so that a changed digit and a line that is gone
+    are noticed.
 
     Kinds: "train" (loss in nats, gradient norm, learning rate of AdamW, tokens so far, tokens/s, seconds so
     far), "validation", "tasks" (the accuracy in each) and "sample". Lines of steps behind the one that a run
     is resumed from are dropped.
     """
 
+    name = "metrics"
+
     def __init__(self, run: Run):
         self._run = run
         self._file: TextIO | None = None
+        self._number = 0
+        """of the last line"""
 
     def on_start(self, trainer: "Trainer") -> None:
         path = self._run.folder / "metrics.jsonl"
-        lines, damaged = split_metrics(path)
-        if damaged:
-            _keep_aside(damaged, path.with_name(DAMAGED))
-        kept = [line for line in lines if line["step"] <= trainer.step]
-        write_file(path, "".join(map(to_line, kept)))
+        found = split_metrics(path)
+        if found.damaged:
+            _keep_aside(found.damaged, path.with_name(DAMAGED))
+        kept = {number: line for number, line in found.numbered.items() if line["step"] <= trainer.step}
+        # Lines of the checkpoint's own step may have come behind it.
+        self._number = max([self._number, *kept])
+        if missing := self._number - len(kept):
+            warnings.warn(f"missing lines of {path}: {missing:,}", stacklevel=2)
+        write_file(path, "".join(to_line(line, number) for number, line in kept.items()))
         self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
 
     def on_log(self, trainer: "Trainer", kind: str, values: dict[str, Any]) -> None:
         assert self._file is not None
-        self._file.write(to_line({"kind": kind, "step": trainer.step, **values}))
+        self._number += 1
+        self._file.write(to_line({"kind": kind, "step": trainer.step, **values}, self._number))
         self._file.flush()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"lines": self._number}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._number = state["lines"]
 
     def close(self) -> None:
         if self._file is not None:
@@ -92,10 +109,11 @@ class TensorBoard(Callback):
             warnings.warn(f"no more files for TensorBoard: {error.strerror or error}", stacklevel=3)
 
 
-class _Line(Struct):
+class _Line(Struct, kw_only=True):
     """What every reader of a line relies on."""
 
     step: Annotated[int, Meta(ge=0)]
+    line: Annotated[int, Meta(ge=1)] = 1
 
 
 class _Train(_Line, tag_field="kind", tag="train"):
@@ -122,39 +140,56 @@ class _Sample(_Line, tag_field="kind", tag="sample"):
     samples: list[_Text]
 
 
-def to_line(values: dict[str, Any]) -> str:
+@dataclass
+class Metrics:
+    """What a metrics.jsonl holds; a last line that a crash cut short is in neither part."""
+
+    numbered: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """the lines that are whole, in order, by their numbers from 1 on"""
+    damaged: list[bytes] = field(default_factory=list)
+    """lines that are no JSON, not what was written, or not in their place"""
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        return list(self.numbered.values())
+
+
+def to_line(values: dict[str, Any], number: int) -> str:
     """A line of a metrics.jsonl."""
-    text = json.dumps(values, ensure_ascii=False)[:-1]
+    text = json.dumps({**values, NUMBER: number}, ensure_ascii=False)[:-1]
     return f'{text}, "{CHECKSUM}": "{_crc32(text.encode("utf-8", "backslashreplace"))}"}}\n'
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl that are whole, in order."""
-    return split_metrics(path)[0]
+    return split_metrics(path).lines
 
 
-def split_metrics(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
-    """The lines of a metrics.jsonl, and those that are damaged; a last one that a crash cut short is in
-    neither. Lines without a checksum are of an earlier version, and so all of them stand at the beginning."""
+def split_metrics(path: Path) -> Metrics:
+    """All of a metrics.jsonl.
+
+    Lines without a checksum or a number are of an earlier version, and so all of them stand at the beginning;
+    they count as if none were missing.
+    """
+    found = Metrics()
     if not path.exists():
-        return [], []
-    lines: list[dict[str, Any]] = []
-    damaged: list[bytes] = []
-    checked = False
+        return found
+    checked, last = False, 0
     for raw in path.read_bytes().split(b"\n")[:-1]:
         try:
             line = parse_json(raw, str(path), dict[str, Any])
             check_json(line, str(path), _Train | _Validation | _Tasks | _Sample)
         except UserError:
-            damaged.append(raw)
+            found.damaged.append(raw)
             continue
-        sum_of_line = line.pop(CHECKSUM, None)
-        if sum_of_line != _crc32(raw.rpartition(b', "')[0]) and (checked or sum_of_line is not None):
-            damaged.append(raw)
+        sum_of_line, number = line.pop(CHECKSUM, None), line.pop(NUMBER, last + 1)
+        altered = sum_of_line != _crc32(raw.rpartition(b', "')[0])
+        if (altered and (checked or sum_of_line is not None)) or number <= last:
+            found.damaged.append(raw)
             continue
-        checked = checked or sum_of_line is not None
-        lines.append(line)
-    return lines, damaged
+        checked, last = checked or sum_of_line is not None, number
+        found.numbered[number] = line
+    return found
 
 
 def _crc32(text: bytes) -> str:
