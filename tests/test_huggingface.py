@@ -1,6 +1,7 @@
 """A model is the same here and in transformers, both ways; what cannot be the same is refused in one line."""
 
 import json
+import os
 
 import huggingface_hub
 import pytest
@@ -15,6 +16,7 @@ from ant5m.eval.results import TaskResult
 from ant5m.export.card import ModelCard
 from ant5m.export.huggingface import export
 from ant5m.files import file_sha256
+from ant5m.model import weights
 from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import find_run, latest_checkpoint, load, save_model, verify_checkpoint
 from ant5m.model.config import PRESETS, ModelConfig
@@ -490,3 +492,21 @@ def test_a_name_in_the_hashes_never_leaves_the_checkpoint(tmp_path):
     (tmp_path / "secret").write_text("x")
     with pytest.raises(UserError, match="secret, which is no file of the folder"):
         verify_checkpoint(folder)
+
+
+def test_a_file_of_weights_cut_while_it_is_loaded_does_not_kill_the_process(tmp_path, monkeypatch):
+    """A mapped file would: SIGBUS at the next look at a weight."""
+    save_model(small_net(SMALL), tmp_path)
+    real = weights._check_size
+
+    def cut(*given):
+        os.truncate(tmp_path / "model.safetensors", 10)
+        real(*given)
+
+    monkeypatch.setattr(weights, "_check_size", cut)
+    loaded = load_model(SMALL, tmp_path)
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.parameters(), small_net(SMALL).parameters(), strict=True)
+    )
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged or not a safetensors file"):
+        load_model(SMALL, tmp_path)

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -55,8 +56,9 @@ def load_model(config: ModelConfig, folder: Path) -> Ant:
             raise UserError(
                 f"{folder}: {name} holds NaN or infinity: the file is damaged or its training diverged"
             )
-    # Copies: what was read may be the mapped file itself.
-    net.load_state_dict({name: weights[name].to(torch.float32, copy=True) for name in expected}, assign=True)
+    # Copies, which lie where torch wants them; each takes the place of what was read.
+    copies = {name: weights.pop(name).to(torch.float32, copy=True) for name in expected}
+    net.load_state_dict(copies, assign=True)
     return net
 
 
@@ -96,10 +98,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name in _weight_files(folder):
         try:
-            if is_lfs_pointer(folder / name):
-                raise lfs_explained(folder / name)
-            with safe_open(folder / name, framework="pt") as file:
-                found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            found = _read_file(folder / name)
             if twice := sorted(found.keys() & weights.keys()):
                 raise UserError(f"{folder / name} holds {twice[0]}, which another file of {folder} holds too")
             weights.update(found)
@@ -109,6 +108,16 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             raise UserError(f"{folder / name} is damaged or not a safetensors file ({error})") from None
     # Buffers that old versions of transformers saved; they follow from the config.
     return {key: tensor for key, tensor in weights.items() if not key.endswith("rotary_emb.inv_freq")}
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    """Read, not mapped: a mapped file that another program cuts meanwhile kills the process (SIGBUS)."""
+    if is_lfs_pointer(path):
+        raise lfs_explained(path)
+    size, memory = path.stat().st_size, installed_memory()
+    if size > memory:
+        raise UserError(f"{path} has {size / 1e9:,.0f} GB, this machine a memory of {memory / 1e9:,.1f}")
+    return parse_safetensors(path.read_bytes())
 
 
 @dataclass
