@@ -35,7 +35,10 @@ USUAL = ("--batch-size", "8", "--micro-batch-size", "4")
 CASES = {
     "fp32": ("--precision", "fp32"),
     "fp32 adamw": ("--precision", "fp32", "--optimizer", "adamw", "--schedule", "cosine"),
+    # Without the project's ops: what differs here comes from the training flow, not from a kernel.
     "fp32 reference": ("--precision", "fp32", "--kernels", "reference"),
+    "bf16 reference": ("--precision", "bf16", "--kernels", "reference", "--document-mask"),
+    "fp16 reference": ("--precision", "fp16", "--kernels", "reference", "--optimizer", "adamw"),
     # Multiplied by the processor where it can, else by torch's autocast.
     "bf16": ("--precision", "bf16"),
     "bf16 documents": ("--precision", "bf16", "--document-mask", "--schedule", "wsd"),
