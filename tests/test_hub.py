@@ -9,7 +9,7 @@ import threading
 import httpx
 import huggingface_hub
 import pytest
-from huggingface_hub import errors
+from huggingface_hub import constants, errors
 from test_resume import fingerprint, interrupt  # noqa: F401  (fixture)
 from test_train import config, material  # noqa: F401  (fixtures)
 
@@ -41,6 +41,9 @@ class LocalHub:
                 old.unlink()
         shutil.copytree(folder_path, target, dirs_exist_ok=True)
         self.uploads.append(path_in_repo)
+
+    def repo_info(self, repo):
+        self._maybe_fail("info")
 
     def snapshot_download(self, repo, allow_patterns, local_dir):
         self._maybe_fail("download")
@@ -168,3 +171,21 @@ def test_push_command(config, local_hub, tmp_path, capsys):  # noqa: F811
     said = capsys.readouterr().err
     assert "ada/other holds no run" in said and "secret" not in said
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("call_hub", ["create", "push", "fetch", "has"])
+def test_without_a_connection(call_hub, tmp_path, monkeypatch):
+    """With the real client, whatever HTTP library it is built on; fetch into a folder that has something."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "api", lambda: huggingface_hub.HfApi("http://127.0.0.1:9", token="hf_secret"))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits before it tries again
+    (tmp_path / "kept.txt").write_text("kept")
+    asked = {
+        "create": lambda: hub.create(REPO),
+        "push": lambda: hub.push(tmp_path, REPO),
+        "fetch": lambda: hub.fetch(REPO, "last-checkpoint", tmp_path),
+        "has": lambda: hub.has(REPO, "model.safetensors"),
+    }
+    with pytest.raises(hub.HubUnreachable, match="the hub cannot be reached") as raised:
+        asked[call_hub]()
+    assert "hf_secret" not in str(raised.value)

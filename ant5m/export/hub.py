@@ -65,6 +65,7 @@ def fetch(repo: str, place: str, folder: Path) -> None:
     """Download one folder of a repository to `folder`/`place`."""
     check_name(repo)
     with _readable(repo):
+        api().repo_info(repo)  # without a connection, the next call only warns and returns what lies in `folder`
         api().snapshot_download(repo, allow_patterns=f"{place}/**", local_dir=str(folder))
 
 
@@ -91,15 +92,12 @@ def _readable(repo: str) -> Iterator[None]:
         raise _explained(repo, status) from None
     except errors.HFValidationError:
         raise UserError(f"{repo!r} is not the name of a repository on the hub: OWNER/NAME") from None
-    except OSError as error:  # of requests and httpx too, by way of the standard library
-        raise HubUnreachable(f"the hub cannot be reached ({type(error).__name__}): try again later") from None
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] not in _CLIENTS:
+    except Exception as error:  # of the client's own HTTP library, which changes: requests, httpx, httpx2
+        if type(error).__module__ == "builtins" and not isinstance(error, OSError):
             raise
         raise HubUnreachable(f"the hub cannot be reached ({type(error).__name__}): try again later") from None
 
 
-_CLIENTS = ("huggingface_hub", "httpx", "httpcore", "requests")
 _NO_LOGIN = "you are not logged in to the hub: run `hf auth login`, or set HF_TOKEN"
 
 
