@@ -175,6 +175,8 @@ def test_overview(capsys):
         ("tokeniser train", "tokenizer train"),
         ("data pak", "data pack"),
         ("tokenzier", "tokenizer"),
+        ("pack books", "data pack"),
+        ("health runs/a", "tokenizer health"),
     ],
 )
 def test_a_slip_is_understood(words, meant, capsys):

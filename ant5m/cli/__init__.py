@@ -236,10 +236,11 @@ def _unknown(words: list[str]) -> int:
 
 def _suggestion(asked: list[str]) -> str:
     """The command that was probably meant."""
-    known = {" ".join(name.split()[:count]) for name in COMMANDS for count in (1, 2)}
+    known = {name.split()[-1]: name for name in COMMANDS}  # pack: data pack
+    known |= {name.split()[0]: name.split()[0] for name in COMMANDS} | {name: name for name in COMMANDS}
     for words in (asked[:2], asked[:1]):
         if near := difflib.get_close_matches(" ".join(words), known, n=1):
-            return f"did you mean 'ant5m {near[0]}'?"
+            return f"did you mean 'ant5m {known[near[0]]}'?"
     return "use one of the above"
 
 

@@ -13,7 +13,6 @@ from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -112,9 +111,8 @@ class DataPack:
         corpus = dataclasses.replace(
             self._open(tokenizer), max_documents=self.max_documents, group_column=self.group_column
         )
-        with progress_bar(
-            BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-        ) as progress:
+        remaining = TimeRemainingColumn(elapsed_when_finished=True)
+        with progress_bar(BarColumn(), DownloadColumn(), TransferSpeedColumn(), remaining) as progress:
             meta = pack_jointly(
                 corpus,
                 tokenizer,

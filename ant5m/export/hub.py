@@ -65,7 +65,9 @@ def fetch(repo: str, place: str, folder: Path) -> None:
     """Download one folder of a repository to `folder`/`place`."""
     check_name(repo)
     with _readable(repo):
-        api().repo_info(repo)  # without a connection, the next call only warns and returns what lies in `folder`
+        api().repo_info(
+            repo
+        )  # without a connection, the next call only warns and returns what lies in `folder`
         api().snapshot_download(repo, allow_patterns=f"{place}/**", local_dir=str(folder))
 
 
