@@ -65,6 +65,8 @@ def test_a_branch_of_a_run_is_the_run(config, tmp_path):  # noqa: F811
         decay=0.5,
         warmup=0.2,
         learning_rate=3e-3,
+        z_loss=1e-3,
+        ema=0.9,
         keep_last=9,
         out=tmp_path / "whole",
     )
@@ -74,7 +76,7 @@ def test_a_branch_of_a_run_is_the_run(config, tmp_path):  # noqa: F811
     pretrain(branch)
     asked = json.loads((config.out / "config.json").read_text())["train"]
     assert (asked["learning_rate"], asked["warmup"], asked["batch_size"]) == (3e-3, 0.0, 4)
-    for name in ("model.safetensors", "optimizer.safetensors"):
+    for name in ("model.safetensors", "optimizer.safetensors", "average.safetensors"):
         one, other = (
             hashlib.sha256((latest_checkpoint(run) / name).read_bytes()).digest()
             for run in (whole.out, config.out)

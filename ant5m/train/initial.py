@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ant5m.files import read_json
 from ant5m.model.ant import Ant
 from ant5m.model.checkpoint import CHECKPOINTS, STATE, checkpoints, find_run, load_with_tokenizer, resolve
 from ant5m.model.config import ModelConfig
+from ant5m.train.callback import Callback
 from ant5m.train.config import TrainConfig
 from ant5m.train.optimizer import Optimizer
 
@@ -28,6 +30,8 @@ INHERITED = (
     "grad_clip",
     "batch_size",
     "document_mask",
+    "z_loss",
+    "ema",
     "seed",
     "data",
     "text_column",
@@ -116,9 +120,14 @@ class Initial:
             parameter[: len(weight)] = weight
             parameter[len(weight) :] = weight.mean(0)
 
-    def load_optimizer(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Give `optimizer` the state of this checkpoint's; returns the position in the data at that step."""
+    def load_optimizer(self, optimizer: Optimizer, callbacks: Sequence[Callback]) -> dict[str, Any]:
+        """Give `optimizer`, and those of `callbacks` whose tensors are in this checkpoint, the state of then;
+        returns the position in the data at that step."""
         optimizer.load_tensors(parse_safetensors((self.folder / "optimizer.safetensors").read_bytes()))
+        for callback in callbacks:
+            file = self.folder / f"{callback.name}.safetensors"
+            if callback.tensors() and file.exists():
+                callback.load_tensors(parse_safetensors(file.read_bytes()))
         position: dict[str, Any] = read_json(self.folder / STATE, dict[str, Any])["loader"]
         return position
 

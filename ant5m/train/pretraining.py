@@ -218,17 +218,26 @@ def _fill(run: Run, net: Ant, ranks: Ranks) -> None:
 def _branch(run: Run, trainer: Trainer) -> None:
     """Go on with the optimizer that rank 0 begins with; and where its data stood, if they are the same."""
     initial = run.initial
-    position = trainer.ranks.first(lambda: initial.load_optimizer(trainer.optimizer) if initial else None)
+    position = trainer.ranks.first(
+        lambda: initial.load_optimizer(trainer.optimizer, trainer.callbacks) if initial else None
+    )
     if position is None:
         return  # the run has a checkpoint of its own
-    moments = trainer.ranks.share_tensors(trainer.optimizer.tensors())
-    if not trainer.ranks.is_first:
-        trainer.optimizer.load_tensors(moments)
+    _share_moments(trainer)
     try:
         trainer.loader.load_state_dict(position)
     except UserError:
         if trainer.ranks.is_first:
             stderr().print("other data, seed or sequence length: they are read from the beginning")
+
+
+def _share_moments(trainer: Trainer) -> None:
+    """Give all ranks the optimizer's state, and the callbacks' tensors, that rank 0 has."""
+    ranks = trainer.ranks
+    for one in (trainer.optimizer, *(c for c in trainer.callbacks if c.tensors())):
+        shared = ranks.share_tensors(one.tensors())
+        if not ranks.is_first:
+            one.load_tensors(shared)
 
 
 def _recorded(run: Run) -> dict[int, int]:
@@ -319,13 +328,9 @@ def _resume(run: Run, trainer: Trainer, tokenizer: Tokenizer) -> None:
         return
     if not ranks.alone:
         weights = ranks.share_tensors(dict(trainer.net.state_dict()))
-        moments = ranks.share_tensors(trainer.optimizer.tensors())
         if not ranks.is_first:
             trainer.net.load_state_dict(weights)
-            trainer.optimizer.load_tensors(moments)
-        for callback in trainer.callbacks:
-            if callback.tensors():
-                callback.load_tensors(ranks.share_tensors(callback.tensors()))
+        _share_moments(trainer)
     try:
         trainer.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:  # of a state.json without a manifest
