@@ -33,6 +33,7 @@ from ant5m.train.early_stop import EarlyStop
 from ant5m.train.initial import Initial
 from ant5m.train.losses import AddLoopLoss
 from ant5m.train.metrics import MetricsFile, TensorBoard, read_metrics
+from ant5m.train.optimizer import Optimizer
 from ant5m.train.pace import Pace, recorded_positions
 from ant5m.train.plan import check_memory, measure_speed
 from ant5m.train.preparation import prepare
@@ -234,7 +235,8 @@ def _branch(run: Run, trainer: Trainer) -> None:
 def _share_moments(trainer: Trainer) -> None:
     """Give all ranks the optimizer's state, and the callbacks' tensors, that rank 0 has."""
     ranks = trainer.ranks
-    for one in (trainer.optimizer, *(c for c in trainer.callbacks if c.tensors())):
+    holders: list[Optimizer | Callback] = [trainer.optimizer]
+    for one in (*holders, *(callback for callback in trainer.callbacks if callback.tensors())):
         shared = ranks.share_tensors(one.tensors())
         if not ranks.is_first:
             one.load_tensors(shared)
