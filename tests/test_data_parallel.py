@@ -61,6 +61,7 @@ VARIANTS = {
     "adamw-documents": {"optimizer": "adamw", "document_mask": True},
     "fp16-overflow": {"optimizer": "adamw", "precision": "fp16"},
     "unlikelihood": {"loop_loss": "unlikelihood", "loop_loss_share": 0.4, "early_stop": 2},
+    "short-context": {"short_context": 8, "short_share": 0.5},
 }
 
 

@@ -99,6 +99,8 @@ def test_what_a_stopwatch_chose_is_part_of_the_run(config, interrupt, monkeypatc
         {"optimizer": "muon", "model": "qk_norm", "z_loss": 1e-3},
         {"z_loss": 1e-3, "loop_loss": "unlikelihood", "loop_loss_share": 0.4},
         {"loop_loss": "unlikelihood", "loop_loss_share": 0.4, "precision": "fp16"},
+        {"short_context": 8, "short_share": 0.3},
+        {"short_context": 16, "short_share": 0.7},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )

@@ -313,9 +313,16 @@ def test_among_ranks_two_graphs_are_the_step(monkeypatch):
     assert same(state(plain), state(twin))
 
 
-@pytest.mark.parametrize("loop_loss, captures", [("none", 1), ("unlikelihood", 2)])
+@pytest.mark.parametrize(
+    "late, captures",  # a step of its own for a part of the run, captured again
+    [
+        ({}, 1),
+        ({"loop_loss": "unlikelihood", "loop_loss_share": 0.5}, 2),
+        ({"short_context": 8, "short_share": 0.5}, 2),
+    ],
+)
 def test_a_run_on_a_device_that_captures_is_the_run(
-    loop_loss,
+    late,
     captures,
     config,  # noqa: F811
     tmp_path,
@@ -325,7 +332,6 @@ def test_a_run_on_a_device_that_captures_is_the_run(
     high = {"scale": 2.0**24}
     monkeypatch.setattr(trainer, "LossScaler", lambda device, **state: LossScaler(device, **(state or high)))
     every = {"eval_every": 3, "checkpoint_every": 5, "sample_every": 0}
-    late = {"loop_loss": loop_loss, "loop_loss_share": 0.5}  # a step of its own, captured again
     chosen = dataclasses.replace(config, steps=12, precision="fp16", **every, **late)
     plain = pretrain(dataclasses.replace(chosen, out=tmp_path / "plain")).run
     device = Device(monkeypatch)

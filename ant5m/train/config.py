@@ -60,6 +60,11 @@ class TrainConfig:
     """sequences per forward and backward pass (gradients are accumulated); default: what fits the device"""
     sequence_length: Count | None = None
     """tokens per sequence, which becomes the model's context length; default: that of --model"""
+    short_context: CountOrZero = 0
+    """in the first part of the run, cut the sequences into pieces of so many tokens: faster, and the long
+    context is learned later; 0: never"""
+    short_share: Share = 0.65
+    """share of the steps with --short-context"""
 
     rope_theta: Positive | None = None
     """RoPE base; default: that of the model"""

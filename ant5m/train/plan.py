@@ -69,8 +69,16 @@ def check_memory(model: ModelConfig, batch: int, device: torch.device) -> None:
 
 
 def measure_speed(net: Ant, config: TrainConfig, precision: str) -> float:
-    """Seconds per training token, from a few steps on a copy of the model, whose own state stays as it is."""
-    length = net.config.max_position_embeddings
+    """Seconds per training token, from a few steps on a copy of the model, whose own state stays as it is; on
+    average over the parts of the run with short contexts and with whole ones."""
+    whole = _measure_speed(net, config, precision, net.config.max_position_embeddings)
+    if not config.short_context:
+        return whole
+    short = _measure_speed(net, config, precision, config.short_context)
+    return config.short_share * short + (1 - config.short_share) * whole
+
+
+def _measure_speed(net: Ant, config: TrainConfig, precision: str, length: int) -> float:
     twin = copy.deepcopy(net)
     probe = LEAST_BATCH_TOKENS if net.device.type != "cuda" else GPU_PROBE_TOKENS
     rows = micro_batch(net.config, max(1, probe // length), length, net.device, precision)

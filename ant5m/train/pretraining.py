@@ -44,6 +44,7 @@ from ant5m.train.run import Run, latest_run
 from ant5m.train.samples import WriteSamples
 from ant5m.train.scores import ScoreTasks
 from ant5m.train.settings import OVERRIDABLE, Settings, resolve
+from ant5m.train.short_context import ShortContext
 from ant5m.train.stop import Stop
 from ant5m.train.tracker import Tracker, check_tracker
 from ant5m.train.trainer import NonFiniteLoss, Trainer
@@ -278,6 +279,7 @@ def _make_callbacks(run: Run, settings: Settings, net: Ant, data: TrainingData) 
     )
     return [
         AddLoopLoss(settings),
+        ShortContext(settings),
         *([average] if average else []),
         *track,
         MetricsFile(run),

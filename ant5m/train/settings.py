@@ -52,6 +52,9 @@ class Settings:
     batch_size: int
     micro_batch_size: int
     sequence_length: int
+    short_context: int
+    """0: never"""
+    short_share: float
     document_mask: bool
 
     optimizer: str
@@ -160,6 +163,10 @@ def resolve(
     """
     ranks = ranks or Ranks()
     length = model.max_position_embeddings
+    if config.short_context and length % config.short_context:
+        raise UserError(
+            f"--short-context ({config.short_context:,}) must divide the {length:,} tokens of a sequence"
+        )
     steps, batch = config.steps, config.batch_size
     least = (config.micro_batch_size or 1) * ranks.size
     if batch is not None and batch % least:

@@ -84,6 +84,7 @@ class Trainer:
         """at the last reading"""
         self._unread: list[tuple[StepStats, int, int]] = []
         """of the steps since the last reading: what they tell, the tokens by then, the position"""
+        self._length = settings.sequence_length
         self._loop_loss: LoopLoss | None = None
         self._take_step: Step | CapturedStep | None = None
         self._last_batch: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -133,6 +134,10 @@ class Trainer:
     def use_loss(self, loop_loss: LoopLoss | None) -> None:
         """What the gradients of the following steps are of; None: the cross-entropy alone."""
         self._loop_loss, self._take_step = loop_loss, None
+
+    def use_context(self, length: int) -> None:
+        """Cut the sequences of the following steps into pieces of so many tokens."""
+        self._length, self._take_step = length, None
 
     def log(self, kind: str, **values: Any) -> None:
         """Tell all callbacks what happened at the present step."""
@@ -208,7 +213,8 @@ class Trainer:
     def _train_step(self, stop: Stop) -> bool:
         """One optimizer step; False when it was aborted to stop."""
         before = self.loader.state_dict()
-        input_ids, targets = (_to_device(x, self.net.device) for x in self.loader.next())
+        batch = (x.reshape(-1, self._length) for x in self.loader.next())
+        input_ids, targets = (_to_device(x, self.net.device) for x in batch)
         if self._take_step is None:
             self._take_step = self._make_step()
         stats = self._take_step(input_ids, targets, lambda: self._should_abort(stop))
@@ -226,7 +232,7 @@ class Trainer:
             self.net,
             self.optimizer,
             self.schedule,
-            self.settings.micro_batch_size,
+            self._micro_batch_size(self._length),
             self.settings.grad_clip,
             self.settings.precision,
             self.scaler,
@@ -242,13 +248,17 @@ class Trainer:
         self._agree_on_kernels(step)
         return make_step(step)
 
+    def _micro_batch_size(self, length: int) -> int:
+        """Rows of so many tokens that are computed at once."""
+        return self.settings.micro_batch_size * self.settings.sequence_length // length
+
     def _agree_on_kernels(self, step: Step) -> None:
         """What is chosen by stopwatch, rank 0 chooses for all: another might find a near tie to be the other
         way, and its part of the sums would have other bits."""
         if self.ranks.alone:
             return
         if self.ranks.is_first:
-            step.rehearse(self.settings.sequence_length)
+            step.rehearse(self._length)
         kernels.restore(self.ranks.share(kernels.choices()))
 
     def _between_steps(self) -> None:
@@ -316,7 +326,8 @@ class Trainer:
         if not torch.isfinite(torch.nn.utils.get_total_norm(list(self.net.parameters()))):
             raise self._diverged("the weights are NaN or infinite", self.step)
         if self._last_batch is not None:
-            rows = slice(self.settings.micro_batch_size)  # as the step has them: no other kernel is chosen
+            # As the step has them: no other kernel is chosen.
+            rows = slice(self._micro_batch_size(self._last_batch[0].shape[1]))
             self.net.eval()
             with torch.no_grad(), autocast(self.settings.precision, self.net.device):
                 loss = self.net(*(x[rows] for x in self._last_batch)).item()
