@@ -354,6 +354,21 @@ def test_measuring_the_speed_leaves_the_model_alone():
 
 
 @pytest.mark.parametrize(
+    ("asked", "shapes"),
+    [
+        ({}, {(64, 32)}),
+        ({"batch_size": 8}, {(8, 32)}),
+        ({"batch_size": 1_000, "short_context": 16}, {(128, 32), (256, 16)}),
+    ],
+)
+def test_the_speed_is_measured_with_the_steps_of_the_run(asked, shapes, monkeypatch):
+    measured = set()
+    monkeypatch.setattr(plan, "_take", lambda step, tokens: measured.add(tuple(tokens.shape)))
+    plan.measure_speed(Ant(MODEL), TrainConfig(**asked), "fp32")
+    assert measured == shapes
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"steps": 0}, "--steps must be a whole number of at least 1"),

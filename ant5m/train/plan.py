@@ -80,8 +80,9 @@ def measure_speed(net: Ant, config: TrainConfig, precision: str) -> float:
 
 def _measure_speed(net: Ant, config: TrainConfig, precision: str, length: int) -> float:
     twin = copy.deepcopy(net)
-    probe = LEAST_BATCH_TOKENS if net.device.type != "cuda" else GPU_PROBE_TOKENS
-    rows = micro_batch(net.config, max(1, probe // length), length, net.device, precision)
+    rows = micro_batch(
+        net.config, max(1, _probe_tokens(net, config) // length), length, net.device, precision
+    )
     tokens = torch.zeros(rows, length, dtype=torch.int64, device=net.device)
     tokens += torch.arange(length, device=net.device) % net.config.vocab_size
     scaler = LossScaler(net.device) if precision == "fp16" else None
@@ -94,6 +95,15 @@ def _measure_speed(net: Ant, config: TrainConfig, precision: str, length: int) -
         _take(step, tokens)
         taken, elapsed = taken + 1, time.monotonic() - start
     return elapsed / taken / tokens.numel()
+
+
+def _probe_tokens(net: Ant, config: TrainConfig) -> int:
+    """Tokens of a measured step: as many as the run's have, where that is known, because the optimizer takes
+    its time once for all of them (a token of steps of 2,048 costs 9 to 23 % more than of 4,096)."""
+    if net.device.type == "cuda":
+        return GPU_PROBE_TOKENS
+    batch = (config.batch_size or 0) * net.config.max_position_embeddings
+    return min(CPU_MICRO_TOKENS, batch) or LEAST_BATCH_TOKENS
 
 
 def _take(step: Step | CapturedStep, tokens: torch.Tensor) -> None:

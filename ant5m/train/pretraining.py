@@ -249,9 +249,10 @@ def _recorded(run: Run) -> dict[int, int]:
 
 def _measure_speed(net: Ant, config: TrainConfig, precision: str, ranks: Ranks) -> float:
     """Seconds per training token of all ranks together; the slowest decides."""
-    seconds = measure_speed(net, config, precision)
     if ranks.alone:
-        return seconds
+        return measure_speed(net, config, precision)
+    share = None if config.batch_size is None else max(1, config.batch_size // ranks.size)
+    seconds = measure_speed(net, dataclasses.replace(config, batch_size=share), precision)
     (slowest,) = ranks.most(round(seconds * 1e15))
     return slowest / 1e15 / ranks.size
 
