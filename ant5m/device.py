@@ -19,11 +19,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """From auto, cpu, cuda, cuda:1 or mps to a device that is there, else `UserError`.
 
-    Of several processes on one machine each takes the GPU of its number (`local_rank`).
+    Of several processes on one machine each takes the GPU of its number (`local_rank`), or the only one that
+    it can see.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if local_rank and name == "cuda":
+    if local_rank and name == "cuda" and torch.cuda.device_count() != 1:
         name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)

@@ -31,3 +31,9 @@ def local_size() -> int:
 def restarts() -> int:
     """How often the processes have been started again, because one of them died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if is_parent() else 0
+
+
+def slurm_tasks() -> int:
+    """How many processes srun started this one among; 1 where it did not, as in a batch script itself."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    return int(tasks) if tasks.isdigit() else 1

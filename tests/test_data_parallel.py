@@ -166,7 +166,9 @@ def ant5m_train(*words, **more):
     """`ant5m train` as a process of its own."""
     command = [sys.executable, "-m", "ant5m", "train", *map(str, words)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **more}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
+    )
 
 
 def wait_for(path, process):
@@ -182,15 +184,41 @@ def flags(config):  # noqa: F811
     return [word for name, value in named.items() for word in (f"--{name.replace('_', '-')}", value)]
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_the_launcher_stops_all_and_saves(config, number, code):  # noqa: F811
-    process = ant5m_train(*flags(config), "--processes", 2)
-    wait_for(config.out / "checkpoints" / "step-00000002", process)
-    process.send_signal(number)
+def to_the_launcher(launcher):
+    launcher.send_signal(signal.SIGTERM)
+
+
+def to_one_rank(launcher):
+    os.kill(_children(launcher.pid)[-1], signal.SIGTERM)
+
+
+def ctrl_c(launcher):
+    """As a terminal sends it: to all that are in the group."""
+    os.killpg(launcher.pid, signal.SIGINT)
+
+
+@pytest.mark.parametrize("stop, code", [(to_the_launcher, 143), (to_one_rank, 143), (ctrl_c, 130), (None, 0)])
+def test_all_processes_stop_at_one_step_and_save(config, stop, code):  # noqa: F811
+    """None: the time limit."""
+    limit = [] if stop else ["--max-minutes", 0.03]
+    process = ant5m_train(*flags(config), *limit, "--processes", 2)
+    if stop:
+        wait_for(config.out / "checkpoints" / "step-00000002", process)
+        stop(process)
     _, err = process.communicate(timeout=120)
     assert process.returncode == code, err
     assert err.count("saved. Go on with: ant5m train --resume") == 1
     assert "Traceback" not in err and "error" not in err
+    assert len(read_metrics(config.out / "metrics.jsonl")) == int(latest_checkpoint(config.out).name[5:])
+
+
+@pytest.mark.slow
+def test_processes_without_their_launcher_save_and_stop(config):  # noqa: F811
+    process = ant5m_train(*flags(config), "--processes", 2)
+    wait_for(config.out / "checkpoints" / "step-00000002", process)
+    process.kill()
+    _, err = process.communicate(timeout=60)  # it ends when all have ended
+    assert err.count("terminated at step") == 1 and "Traceback" not in err
     assert len(read_metrics(config.out / "metrics.jsonl")) == int(latest_checkpoint(config.out).name[5:])
 
 

@@ -12,10 +12,28 @@ from ant5m import ranks, torchrun
 
 TOGETHER = """
 import os, sys, time, torch
+import torch.distributed as dist
 from ant5m import ranks
 from ant5m.errors import PeerLost, UserError
 
+def together(close):
+    def closing(group=None):
+        if group is None and sys.argv[1] != "silent":
+            store.add("closing", 1)
+            while store.add("closing", 0) < 2:
+                time.sleep(0.01)
+        close(group)
+    return closing
+
+# As beside GPUs: sums have a group of their own there, which ends only when all ranks end theirs.
+begin = dist.init_process_group
+dist.init_process_group = lambda backend, **more: begin({"nccl": "gloo"}[backend], **more)
+dist.destroy_process_group = together(dist.destroy_process_group)
+dist.distributed_c10d._abort_process_group = together(dist.distributed_c10d._abort_process_group)
+torch.cuda.is_available = lambda: True
+
 me = ranks.join()
+store = me._store
 print("rank", me.rank, "of", me.size, me.is_first, me.alone)
 x = torch.tensor([1.0, 2.0]) * (me.rank + 1)
 me.sum(x)
@@ -43,15 +61,44 @@ if me.rank == 1:
     if sys.argv[1] == "silent":
         sys.stdout.flush()
         os._exit(0)
-    me.fail(UserError("the disk is full"))
+    me.fail(UserError("the disk is full") if sys.argv[1] == "told" else OSError(28, "No space left"))
     me.leave()
+    print("left", dist.is_initialized())
     sys.exit()
 time.sleep(0.2)
 try:
     me.most(1)
 except (PeerLost, UserError) as error:
     print("lost", error)
+    me.fail(error)
+me.leave()
 """
+
+
+ONCE = """
+import os
+from ant5m import ranks
+me = ranks.join()
+print("most", me.most(me.rank), me.ticket("job") < 2)
+me.leave()
+again = ranks.join()
+print("again", again.most(again.rank))
+os._exit(0)  # as if killed
+"""
+
+
+def test_ranks_meet_in_a_store_that_remembers_others(monkeypatch):
+    """torchrun's store lives on when processes are started again; each machine counts its own restarts."""
+    port = free_port()
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    processes = []
+    for rank, count in enumerate((1, 0)):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+        processes.append(_start(rank, 2, port, ONCE))
+    for process in processes:
+        assert dict(_lines(process)) == {"most": "[1] True", "again": "[1]"}
+    del store
 
 
 def _start(rank: int, size: int, port: int, code: str, *words: str) -> subprocess.Popen[str]:
@@ -71,7 +118,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize("end", ["silent", "told"])
+@pytest.mark.parametrize("end", ["silent", "told", pytest.param("system", marks=pytest.mark.slow)])
 def test_two_processes_agree(end):
     port = free_port()
     processes = [_start(rank, 2, port, TOGETHER, end) for rank in range(2)]
@@ -86,12 +133,20 @@ def test_two_processes_agree(end):
     assert first["first"] == second["first"] == "0"
     assert {first["ticket"], second["ticket"]} == {"0", "1"}
     assert first["other"] == second["other"] == "True"
-    expected = {"silent": "another process of this run ended", "told": "the disk is full"}[end]
+    expected = {
+        "silent": "another process of this run ended",
+        "told": "the disk is full",
+        "system": "rank 1: [Errno 28] No space left",
+    }[end]
     assert first["lost"].startswith(expected)
+    assert second.get("left") == (None if end == "silent" else "False")
 
 
 def _lines(process: subprocess.Popen[str]) -> list[tuple[str, str]]:
-    out, err = process.communicate(timeout=120)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 0, err
     return [tuple(line.split(" ", 1)) for line in out.splitlines()]  # type: ignore[misc]
 

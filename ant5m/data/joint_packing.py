@@ -93,7 +93,7 @@ def pack_jointly(
         task = Task.check(corpus, tokenizer, *options)
         task = dataclasses.replace(task, plan=task.plan | {"parts": parts})
         return _pack(task, cut(corpus, parts), Path(out), ranks, workers, progress)
-    except UserError as error:
+    except BaseException as error:
         ranks.fail(error)
         raise
 

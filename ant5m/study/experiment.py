@@ -80,7 +80,7 @@ def compare(config: CompareConfig) -> str | None:
     ranks = join()
     try:
         return _compare_together(config, ranks) if not ranks.alone else _compare_alone(config)
-    except UserError as error:
+    except BaseException as error:
         ranks.fail(error)
         raise
     finally:
@@ -152,7 +152,8 @@ def _compare_together(config: CompareConfig, ranks: Ranks) -> str | None:
 
 def _run_tickets(waiting: list[Job], ranks: Ranks, device: str) -> str | None:
     """Run jobs that no other rank has taken; returns, on all ranks alike, why one of them stopped."""
-    device = f"cuda:{torchrun.local_rank()}" if choose_device(device).type == "cuda" else device
+    if choose_device(device).type == "cuda":
+        device = str(choose_device("cuda", torchrun.local_rank()))
     stopped = None
     while stopped is None and (number := ranks.ticket("run")) < len(waiting):
         job = waiting[number]

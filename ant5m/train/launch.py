@@ -9,19 +9,24 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
 from ant5m import torchrun
 from ant5m.device import installed_memory
 from ant5m.errors import UserError
+from ant5m.files import read_json
 from ant5m.train.config import DEFAULT_MODEL, TrainConfig
-from ant5m.train.run import next_folder
+from ant5m.train.run import latest_run, next_folder
 
 MAX_RESTARTS = 3
 PROCESS_BYTES = 300_000_000
@@ -35,20 +40,27 @@ def count_processes(config: TrainConfig) -> int:
     """How many processes `ant5m train` starts: one for each GPU of the machine, or `config.processes`; 1:
     none beside itself.
 
-    Raises `UserError` when the GPUs differ, or there are fewer than processes.
+    Raises `UserError` when the GPUs differ, there are fewer than processes, or SLURM started several
+    processes that know nothing of each other.
     """
     if torchrun.is_parent():
         return 1
+    _refuse_lonely_tasks(config)
+    device, count = _asked(config)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if config.device not in ("auto", "cuda") or gpus == 0:
-        count = config.processes or 1
+    if device not in ("auto", "cuda") or gpus == 0:
+        count = count or 1
+        if count > 1 and device not in ("auto", "cpu"):
+            raise UserError(
+                f"--device {device} is one device: leave out --processes {count}, or take --device cpu"
+            )
         if count * PROCESS_BYTES > installed_memory():
             needed, there = count * PROCESS_BYTES / 1e9, installed_memory() / 1e9
             raise UserError(
                 f"--processes {count:,} need {needed:,.1f} GB without a model, this machine has {there:,.1f}"
             )
         return count
-    count = config.processes or gpus
+    count = count or gpus
     if count > gpus:
         raise UserError(f"--processes {count} needs as many GPUs, and this machine has {gpus}")
     names = [torch.cuda.get_device_name(number) for number in range(count)]
@@ -61,6 +73,34 @@ def count_processes(config: TrainConfig) -> int:
     return count
 
 
+def _asked(config: TrainConfig) -> tuple[str, int | None]:
+    """Device and number of processes, of a resumed run those that it was begun with, where it says so."""
+    device, count = config.device, config.processes
+    folder = latest_run() if str(config.resume) == "latest" else config.resume
+    if folder is None or not (folder / "config.json").is_file():
+        return device, count
+    kept = read_json(folder / "config.json", dict[str, Any]).get("train", {})
+    if device == "auto" and isinstance(kept.get("device"), str):
+        device = kept["device"]
+    if count is None and isinstance(kept.get("processes"), int):
+        count = kept["processes"]
+    return device, count
+
+
+def _refuse_lonely_tasks(config: TrainConfig) -> None:
+    """Each would train a model of its own: nobody means that, unless each names its own folder."""
+    tasks = torchrun.slurm_tasks()
+    if tasks == 1:
+        return
+    told = (
+        f"SLURM started {tasks} tasks, and each would train a model by itself: let srun start one torchrun "
+        "on each machine (--ntasks-per-node 1), as docs/how-to/several-gpus.md shows"
+    )
+    if config.out is None and config.resume is None:
+        raise UserError(told)
+    warnings.warn(told, stacklevel=2)
+
+
 def launch(train: Callable[[TrainConfig], int], config: TrainConfig, count: int) -> int:
     """Call `train` (a function of a module) in `count` processes, and return rank 0's exit code.
 
@@ -70,6 +110,8 @@ def launch(train: Callable[[TrainConfig], int], config: TrainConfig, count: int)
     if config.resume is None:
         config = dataclasses.replace(config, out=config.out or next_folder(config.model or DEFAULT_MODEL))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # Each process would take all cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // count)))
     plan = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -118,7 +160,25 @@ def _work(train: Callable[[TrainConfig], int], config: TrainConfig) -> int:
         return int(os.environ[STOPPED])
     # A terminal sends Ctrl-C to its whole group, and the launcher passes it on: once is enough.
     os.setsid()
-    return train(config)
+    # torch's own signal for a launcher that is gone is SIGINT, several times: that stops without saving.
+    _prctl_pr_set_pdeathsig(signal.SIGTERM)
+    done = threading.Event()
+    threading.Thread(target=_stop_with_parent, args=(done,), daemon=True).start()
+    try:
+        return train(config)
+    finally:
+        done.set()
+
+
+def _stop_with_parent(done: threading.Event) -> None:
+    """A launcher that was killed, or whose terminal was closed, passes nothing on: save and stop then, and do
+    not wait for it to take the result."""
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.wait()
+        os._exit(1)
 
 
 def _describe(code: int) -> str:

@@ -15,7 +15,7 @@ import torch
 from ant5m import kernels, torchrun
 from ant5m.console import stderr
 from ant5m.data.tokenizer import Tokenizer
-from ant5m.device import choose_device, choose_precision, describe_device, peak_flops
+from ant5m.device import choose_device, describe_device, peak_flops
 from ant5m.errors import UserError, first_line
 from ant5m.eval.perplexity import Evaluation
 from ant5m.export import hub
@@ -29,6 +29,7 @@ from ant5m.train.callback import Callback
 from ant5m.train.checkpoint import SaveCheckpoints, load_checkpoint
 from ant5m.train.config import TrainConfig
 from ant5m.train.data import TrainingData
+from ant5m.train.devices import take_device, take_precision
 from ant5m.train.early_stop import EarlyStop
 from ant5m.train.initial import Initial
 from ant5m.train.losses import AddLoopLoss
@@ -82,13 +83,10 @@ def pretrain(config: TrainConfig, ranks: Ranks | None = None) -> Result:
     try:
         (restarts,) = ranks.most(torchrun.restarts())
         run = Run.of_rank_0(lambda: _open(config, restarts > 0), ranks)
-        device = choose_device(run.config.device, torchrun.local_rank())
-        if device.type == "cuda" and device.index is not None:
-            # Whatever asks the current device, as the check of the kernels does, means this one.
-            torch.cuda.set_device(device)
+        device = take_device(run.config.device, ranks)
         with _selected(run.config.kernels):
             return _pretrain(run, device, started, ranks)
-    except UserError as error:
+    except BaseException as error:
         ranks.fail(error)
         raise
     finally:
@@ -167,7 +165,7 @@ def _pretrain(run: Run, device: torch.device, started: float, ranks: Ranks) -> R
     deadline = started + 60 * limit if limit else None
     if run.config.steps is None and run.config.tokens is None:
         run.minutes = limit
-    precision = choose_precision(run.config.precision, device)
+    precision = take_precision(run.config.precision, device, ranks)
     data = TrainingData.open(run, verify=torchrun.local_rank() == 0)
     torch.manual_seed(run.config.seed)
     net = Ant(run.model).to(device)
@@ -260,13 +258,16 @@ def _measure_speed(net: Ant, config: TrainConfig, precision: str, ranks: Ranks) 
 def _make_trainer(run: Run, settings: Settings, net: Ant, data: TrainingData, ranks: Ranks) -> Trainer:
     loader = data.make_loader(settings, net.device, ranks)
     eos_token_id = data.train.eos_token_id if settings.document_mask else None
-    callbacks = _make_callbacks(run, settings, net, data)
+    callbacks = _make_callbacks(run, settings, net, data, ranks.size)
     return Trainer(settings, net, loader, eos_token_id, callbacks, ranks)
 
 
-def _make_callbacks(run: Run, settings: Settings, net: Ant, data: TrainingData) -> list[Callback]:
+def _make_callbacks(
+    run: Run, settings: Settings, net: Ant, data: TrainingData, devices: int
+) -> list[Callback]:
     """In the order in which they act; the checkpoint comes behind all that have a state."""
     flops = 3 * sum(count_flops(net.config, settings.sequence_length).values())
+    peak = peak_flops(net.device, settings.precision)
     config = run.config
     track = [Tracker(run, config.track)] if config.track != "none" else []
     every = settings.checkpoint_every if config.push_every == "save" else 0
@@ -288,7 +289,7 @@ def _make_callbacks(run: Run, settings: Settings, net: Ant, data: TrainingData) 
         TrainingProgress(
             settings.steps,
             flops,
-            peak_flops(net.device, settings.precision),
+            None if peak is None else peak * devices,
             None if data.mixture else bytes_per_token(data.train),
         ),
         Validate(settings, data.held_out, average),

@@ -24,7 +24,7 @@ class TrainingProgress(Callback):
 
     Args:
         steps: of the whole run.
-        flops_per_token: of a training step. peak: FLOP/s of the device, or None when not known.
+        flops_per_token: of a training step. peak: FLOP/s of all devices, or None when not known.
         bytes_per_token: of the training text; None when not known.
     """
 

@@ -288,6 +288,7 @@ class Trainer:
         unread, self._unread = self._unread, []
         if not unread:
             return
+        self.ranks.most(0)  # that all began the last step: else its sum, and this GPU, would never end
         speed = (self.tokens - self._read_tokens) / max(elapsed, 1e-9)
         self._seconds_per_token = 1 / max(speed, 1e-9)
         self._read_tokens = self.tokens
