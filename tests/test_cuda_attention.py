@@ -114,7 +114,7 @@ def test_attention(group, kv, size, descending):
         x = draw(2, length, group * kv, kv, size)
         got = run(*x, descending=descending)
         assert_right(got, *x)
-    if descending:  # no result hangs on the order of the warps
+    if descending:  # no result depends on the order of the warps
         assert all(torch.equal(a, b) for a, b in zip(got, run(*x), strict=True))
 
 

@@ -130,7 +130,7 @@ def test_the_op_of_the_how_to_computes_what_it_says(monkeypatch):
     check_op(name, "cpu", draw)
 
     def implement(code):
-        exec(record, vars(ops) | {"__name__": "ops"})  # anew: an op remembers who runs it
+        exec(record, vars(ops) | {"__name__": "ops"})  # again: an op remembers who runs it
         exec(code + line, vars(ops) | vars(cpu) | {"__name__": "cpu"})
         assert OPS[name].unsupported_reason("cpu", *OPS[name].samples(draw)[0]) is None
         check_op(name, "cpu", draw)

@@ -163,7 +163,7 @@ def test_the_share_of_the_time_counts_from_where_it_stood(monkeypatch):
 
 
 def test_the_factor_comes_from_a_tensor_that_stays_where_it_is():
-    """So a CUDA graph reads it anew."""
+    """So a CUDA graph reads it again."""
     place = torch.zeros(1, dtype=torch.int64)
     plain, moved = make("adamw", steps=10), make("adamw", steps=10, position=place)
     ids = torch.arange(8).reshape(1, 8)

@@ -270,7 +270,7 @@ def test_absurd_rates_end_before_anything_is_sampled_or_written(config, rates, m
 
     monkeypatch.setattr(samples, "generate", watched)
     every = {"eval_every": 1, "sample_every": 1, "checkpoint_every": 1}
-    with pytest.raises(UserError, match=r"training diverged at step \d: .*Start anew"):
+    with pytest.raises(UserError, match=r"training diverged at step \d: .*Start again"):
         pretrain(dataclasses.replace(config, **every, **rates))
     assert all(sampled)
     folder = config.out

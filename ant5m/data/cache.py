@@ -3,7 +3,7 @@
 Each lies in a folder named by the fingerprint of all that decides it, so that nothing is ever used for a text
 that has changed. A file is known by its place, size and time of change, as in packing: reading a whole text
 to learn that it is the same would take a good part of the time that packing takes. `hf:` does not tell of
-changes: remove the folder to read such a data set anew.
+changes: remove the folder to read such a data set again.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ SAMPLE_BYTES = 100_000_000
 class Cache:
     """A folder with `tokenizer-FINGERPRINT` and `shards-FINGERPRINT` in it, made when the first is.
 
-    Making either can be stopped at any time. A tokenizer begins anew then, shards go on where they were.
+    Making either can be stopped at any time. A tokenizer starts over then, shards go on where they were.
     """
 
     folder: Path

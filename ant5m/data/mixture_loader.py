@@ -21,7 +21,7 @@ class MixtureLoader(Loader):
     """As `Loader`, from several sources: `shares` says which one each sequence comes from.
 
     Every source is a data set of its own: each of its sequences comes once in each of its epochs. Which
-    sequence has which position hangs on `shares` alone, so a run may be resumed with another batch size or
+    sequence has which position depends on `shares` alone, so a run may be resumed with another batch size or
     number of ranks here, too; then a batch is no longer one block of `shares`.
     """
 

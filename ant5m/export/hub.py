@@ -49,7 +49,7 @@ def create(repo: str, private: bool = True) -> str:
 def push(folder: Path, repo: str, place: str = "", delete: str | None = None) -> None:
     """Upload a folder into one folder of a repository, in one commit: all of it is there, or nothing.
 
-    `delete`: a pattern of what to remove there in the same commit unless it is uploaded anew.
+    `delete`: a pattern of what to remove there in the same commit unless it is uploaded again.
     """
     with _readable(repo):
         api().upload_folder(

@@ -108,7 +108,7 @@ class Op(Generic[P, R]):
         arguments: tuple = args
         if kwargs or len(args) < len(self._parameters):
             arguments = self._complete(args, kwargs)
-        # Asking all anew takes up to 15 microseconds, as long as an op itself in generation.
+        # Asking all again takes up to 15 microseconds, as long as an op itself in generation.
         key = None if torch.compiler.is_compiling() else _key(backend or _selected, arguments)
         function = self._choose(backend, arguments, key) if key not in self.chosen else self.chosen[key]
         if function is None:

@@ -70,7 +70,7 @@ class Job:
 def compare(config: CompareConfig) -> str | None:
     """Run, or go on with, an experiment; leaves `study.json`, `study.md` and `study.png` in its folder.
 
-    They are written anew after every run. Returns None when all is done, else why it stopped (a key of
+    They are written again after every run. Returns None when all is done, else why it stopped (a key of
     `ant5m.train.stop.EXIT_CODES`); the same call goes on. Raises `UserError` when something asked for is
     impossible, or the folder holds another experiment.
 
@@ -403,7 +403,7 @@ def _run_all(jobs: list[Job], config: CompareConfig, progress: StudyProgress) ->
 
 
 def _outcome(future: Future[str | None], stop: Stop) -> str | None:
-    """Of a run; one that had nothing to save when the signal came breaks the pool, and begins anew."""
+    """Of a run; one that had nothing to save when the signal came breaks the pool, and starts over."""
     try:
         return future.result()
     except BrokenProcessPool:

@@ -148,7 +148,7 @@ def pseudo_repetition(input_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Of each row [B, T] a row [B, T + 1] that says one of its phrases again and again, and the phrases'
     lengths [B, 1], `SHORTEST` to `LONGEST` (at most T / 2).
 
-    Which phrase hangs on the row's own tokens alone, so that no generator's state has to be kept. DITTO takes
+    Which phrase depends on the row's own tokens alone: no generator's state has to be kept. DITTO takes
     whole sentences; where one ends is a tokenizer's matter, so these are phrases of any beginning.
     """
     length = input_ids.shape[1]

@@ -385,7 +385,7 @@ def _fit(run: Run, trainer: Trainer, stop: Stop) -> str | None:
     except NonFiniteLoss as error:
         good = latest_checkpoint(run.folder)
         rescue = f"the last good checkpoint is {good}" if good else "there is no checkpoint before it"
-        raise NonFiniteLoss(f"{error}; {rescue}. Start anew with a lower learning rate") from None
+        raise NonFiniteLoss(f"{error}; {rescue}. Start again with a lower learning rate") from None
 
 
 def _finish(run: Run, trainer: Trainer, data: TrainingData) -> Evaluation:

@@ -285,7 +285,7 @@ class CapturedStep:
 class _Graph:
     """A CUDA graph of `run`, which only queues work on fixed memory; calling it does that work again.
 
-    `result` is what `run` returned: the memory that every call fills anew.
+    `result` is what `run` returned: the memory that every call fills again.
     """
 
     def __init__(self, run: Callable[[], torch.Tensor], stream: torch.cuda.Stream, errors: str):
