@@ -111,9 +111,9 @@ def test_a_text_read_in_part_is_not_read_no_times():
 
 def test_progress_shows_mfu_only_with_a_known_peak(capsys):
     for peak in (None, 4e6):
-        progress = TrainingProgress(steps=10, flops_per_token=1_000, peak=peak)
+        progress = TrainingProgress(10, lambda context: 10.0 * context, peak)
         progress.on_log(
-            SimpleNamespace(step=10),
+            SimpleNamespace(step=10, context=100),
             "train",
             {"loss": 4.25, "learning_rate": 0.001, "tokens_per_second": 2_000},
         )
@@ -127,9 +127,9 @@ def test_the_time_left_fits_80_columns(monkeypatch):
     shown = io.StringIO()
     terminal = Console(file=shown, force_terminal=True, width=80, color_system=None)
     monkeypatch.setattr("ant5m.train.progress.stderr", lambda: terminal)
-    bar = TrainingProgress(steps=20_000, flops_per_token=1_000, peak=1e9, bytes_per_token=4.0)
+    bar = TrainingProgress(20_000, lambda context: 1_000.0, peak=1e9, bytes_per_token=4.0)
     values = {"loss": 5.75, "learning_rate": 0.001, "tokens_per_second": 3_456_789}
-    bar.on_log(SimpleNamespace(step=12_345), "train", values)
+    bar.on_log(SimpleNamespace(step=12_345, context=64), "train", values)
     terminal.print(bar._bar.get_renderable())
     assert shown.getvalue().rstrip().endswith(" left") and "…" not in shown.getvalue()
 

@@ -10,6 +10,7 @@ from test_train import config, material  # noqa: F401  (fixtures)
 from ant5m.cli import call
 from ant5m.errors import UserError
 from ant5m.files import lock
+from ant5m.model.costs import count_flops
 from ant5m.train import TrainConfig, pretrain
 from ant5m.train.config_file import read_config
 from ant5m.train.run import latest_run
@@ -60,6 +61,13 @@ def test_their_losses_in_one_picture(runs, by, capsys):
     assert len(places) == len(losses) == 4 and places == sorted(places)
     if by == "tokens":
         assert places == [128, 256, 384, 512]
+
+
+def test_flops_of_a_run_that_begins_with_short_contexts(runs):
+    summary = dataclasses.replace(summarize(runs[0]), short_context=8, short_tokens=200.0)
+    short, whole = (3 * sum(count_flops(summary.shape, context).values()) for context in (8, 32))
+    places, _ = summary.curve("flops")
+    assert places == [128 * short, 200 * short + 56 * whole, *(200 * short + n * whole for n in (184, 312))]
 
 
 def test_what_cannot_be_listed_is_told(runs, tmp_path, capsys):

@@ -266,7 +266,6 @@ def _make_callbacks(
     run: Run, settings: Settings, net: Ant, data: TrainingData, devices: int
 ) -> list[Callback]:
     """In the order in which they act; the checkpoint comes behind all that have a state."""
-    flops = 3 * sum(count_flops(net.config, settings.sequence_length).values())
     peak = peak_flops(net.device, settings.precision)
     config = run.config
     track = [Tracker(run, config.track)] if config.track != "none" else []
@@ -288,7 +287,7 @@ def _make_callbacks(
         TensorBoard(run),
         TrainingProgress(
             settings.steps,
-            flops,
+            lambda context: 3 * sum(count_flops(net.config, context).values()),
             None if peak is None else peak * devices,
             None if data.mixture else bytes_per_token(data.train),
         ),

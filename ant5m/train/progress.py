@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -24,12 +25,17 @@ class TrainingProgress(Callback):
 
     Args:
         steps: of the whole run.
-        flops_per_token: of a training step. peak: FLOP/s of all devices, or None when not known.
+        flops_per_token: of a training step, given its context.
+        peak: FLOP/s of all devices, or None when not known.
         bytes_per_token: of the training text; None when not known.
     """
 
     def __init__(
-        self, steps: int, flops_per_token: float, peak: float | None, bytes_per_token: float | None = None
+        self,
+        steps: int,
+        flops_per_token: Callable[[int], float],
+        peak: float | None,
+        bytes_per_token: float | None = None,
     ):
         self.steps = steps
         self._done = self._first = 0
@@ -63,7 +69,7 @@ class TrainingProgress(Callback):
     def on_log(self, trainer: "Trainer", kind: str, values: dict[str, Any]) -> None:
         step = trainer.step
         if kind == "train":
-            self._update(step, values["loss"], values["learning_rate"], values["tokens_per_second"])
+            self._update(trainer, values["loss"], values["learning_rate"], values["tokens_per_second"])
         elif kind == "validation":
             bits = f", {values['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in values else ""
             average = f"; averaged {values['average_loss']:.3f}" if "average_loss" in values else ""
@@ -72,14 +78,17 @@ class TrainingProgress(Callback):
             first = values["samples"][0]
             self._print(f"step {step:,}: " + " ".join(f"{first['prompt']}{first['text']}".split()))
 
-    def _update(self, step: int, loss: float, learning_rate: float, tokens_per_second: float) -> None:
+    def _update(
+        self, trainer: "Trainer", loss: float, learning_rate: float, tokens_per_second: float
+    ) -> None:
+        step = trainer.step
         numbers = f"loss {loss:.3f}"
         if self._bytes_per_token:
             numbers += f" ({loss / (math.log(2) * self._bytes_per_token):.3f} bits/byte)"
         numbers += "" if self._narrow else f"  lr {learning_rate:.1e} "
         numbers += f" {tokens_per_second:,.0f} tokens/s"
         if self._peak and not self._narrow:
-            numbers += f"  MFU {tokens_per_second * self._flops_per_token / self._peak:.1%}"
+            numbers += f"  MFU {tokens_per_second * self._flops_per_token(trainer.context) / self._peak:.1%}"
         self._done = step
         self._bar.update(self._task, completed=step, numbers=numbers)
         now = time.monotonic()

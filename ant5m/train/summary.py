@@ -41,6 +41,10 @@ class RunSummary:
     shape: ModelConfig
     bytes_per_token: float | None
     """of the training text; None when not known"""
+    short_context: int
+    """that the run begins with; 0: it does not"""
+    short_tokens: float
+    """of the run, with that context"""
 
     def curve(self, axis: Axis) -> tuple[list[float], list[float]]:
         """Training losses in nats per token, a running mean over a fiftieth of the steps, over `axis`."""
@@ -52,8 +56,13 @@ class RunSummary:
     def _place(self, axis: Axis) -> Callable[[dict[str, Any]], float]:
         if axis == "time":
             return lambda line: line["seconds"] / 60
-        flops = 3 * sum(count_flops(self.shape, self.shape.max_position_embeddings).values())
-        return lambda line: line["tokens"] * (flops if axis == "flops" else 1)
+        if axis == "tokens":
+            return lambda line: line["tokens"]
+        whole = 3 * sum(count_flops(self.shape, self.shape.max_position_embeddings).values())
+        if not self.short_context:
+            return lambda line: line["tokens"] * whole
+        saved = whole - 3 * sum(count_flops(self.shape, self.short_context).values())
+        return lambda line: line["tokens"] * whole - min(line["tokens"], self.short_tokens) * saved
 
 
 def summarize(run: Path) -> RunSummary:
@@ -81,6 +90,8 @@ def summarize(run: Path) -> RunSummary:
         lines=lines,
         shape=ModelConfig.from_dict(shape),
         bytes_per_token=counts["bytes"] / counts["tokens"] if counts.get("tokens") else None,
+        short_context=config.get("short_context", 0),
+        short_tokens=config.get("short_share", 0) * (planned or 0),
     )
 
 

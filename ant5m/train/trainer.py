@@ -84,7 +84,8 @@ class Trainer:
         """at the last reading"""
         self._unread: list[tuple[StepStats, int, int]] = []
         """of the steps since the last reading: what they tell, the tokens by then, the position"""
-        self._length = settings.sequence_length
+        self.context = settings.sequence_length
+        """tokens of the pieces into which sequences are cut"""
         self._loop_loss: LoopLoss | None = None
         self._take_step: Step | CapturedStep | None = None
         self._last_batch: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -137,7 +138,7 @@ class Trainer:
 
     def use_context(self, length: int) -> None:
         """Cut the sequences of the following steps into pieces of so many tokens."""
-        self._length, self._take_step = length, None
+        self.context, self._take_step = length, None
 
     def log(self, kind: str, **values: Any) -> None:
         """Tell all callbacks what happened at the present step."""
@@ -213,7 +214,7 @@ class Trainer:
     def _train_step(self, stop: Stop) -> bool:
         """One optimizer step; False when it was aborted to stop."""
         before = self.loader.state_dict()
-        batch = (x.reshape(-1, self._length) for x in self.loader.next())
+        batch = (x.reshape(-1, self.context) for x in self.loader.next())
         input_ids, targets = (_to_device(x, self.net.device) for x in batch)
         if self._take_step is None:
             self._take_step = self._make_step()
@@ -232,7 +233,7 @@ class Trainer:
             self.net,
             self.optimizer,
             self.schedule,
-            self._micro_batch_size(self._length),
+            self._micro_batch_size(self.context),
             self.settings.grad_clip,
             self.settings.precision,
             self.scaler,
@@ -258,7 +259,7 @@ class Trainer:
         if self.ranks.alone:
             return
         if self.ranks.is_first:
-            step.rehearse(self._length)
+            step.rehearse(self.context)
         kernels.restore(self.ranks.share(kernels.choices()))
 
     def _between_steps(self) -> None:
