@@ -115,6 +115,30 @@ def test_the_command(tokenizer, tmp_path, capsys):
     assert call(["export", str(tmp_path / "model"), "x", "--format", "html", "--type", "q8_0"]) == 2
 
 
+@pytest.mark.skipif(NODE is None or CHROMIUM is None, reason="needs Node and Chromium")
+def test_qk_norm_has_the_logits_of_transformers_in_node_and_in_a_browser(tokenizer, tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api")
+    transformers = pytest.importorskip("transformers")
+    net = make_net(changed(SHAPES["QK-norm"], initializer_range=0.1))
+    export_html(net, tokenizer, tmp_path / "page.html", "qwen3", "f32")
+    export(net, tokenizer, tmp_path / "hf", ModelCard("test"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert theirs.config.model_type == "qwen3"
+    ids = tokenizer.encode(AWKWARD[1])
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([ids])).logits[0].float()
+    assert (torch.tensor(ask(tmp_path / "page.html", ids)["logits"]) - expected).abs().max() < 1e-3
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto((tmp_path / "page.html").as_uri())
+        page.evaluate("model.length = 0")
+        read = "(ids) => ids.map((id) => { model.read(id); return [...model.logits]; })"
+        logits = torch.tensor(page.evaluate(read, ids))
+        browser.close()
+    assert (logits - expected).abs().max() < 1e-3
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_in_a_browser_it_writes_as_one_types_and_asks_nobody(tokenizer, tmp_path):
     playwright = pytest.importorskip("playwright.sync_api")

@@ -56,38 +56,118 @@ def test_scores_are_logged_and_change_nothing(config, items, tmp_path):  # noqa:
 
 
 @pytest.mark.filterwarnings("ignore:.*scores do not compare")
-def test_the_part_is_fixed(config, items):  # noqa: F811
-    _, tokenizer = load(pretrain(config).run)
-    subsets = [TaskSubset(tokenizer, ["piqa"], items, 5) for _ in range(2)]
-    drawn = [subset._tasks["piqa"][0][1] for subset in subsets]
-    assert drawn[0] == drawn[1] and len(set(drawn[0])) == 5
+def test_the_part_is_fixed_and_fewer_items_are_its_beginning(config, items):  # noqa: F811
+    net, tokenizer = load(pretrain(config).run)
+
+    def order(count):
+        subset = TaskSubset(net, tokenizer, ["piqa"], items, count)
+        (part,) = subset._parts["piqa"]
+        return [one.doc["sol1"] + one.doc["goal"] for one in part.first(count, subset._lm.tokens)]
+
+    assert order(5) == order(5)
+    whole, grown = (TaskSubset(net, tokenizer, ["piqa", "ArithMark-3.0"], items, 9) for _ in range(2))
+    few = grown.score(4)  # and then more of them
+    (part,) = whole._parts["piqa"]
+    right = [one.accuracy(iter(whole._lm.ask(one.requests))) for one in part.first(9, whole._lm.tokens)]
+    assert few["piqa"] == sum(right[:4]) / 4
+    assert grown.score() == whole.score() and whole.score()["piqa"] == pytest.approx(sum(right) / 9)
 
 
-def test_the_first_scores_decide_how_often(monkeypatch):
+class Clock:
+    """Seconds that go by only where something is said to take them."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr("time.monotonic", lambda: self.now)
+
+
+def simulate(monkeypatch, capsys, steps, each, loading=0.0, slower_at=None, speed=None, **given):
+    """The share of a run's time that scores take, and the steps at which they are taken; half a second a
+    step."""
+    clock = Clock(monkeypatch)
+
+    class Subset:
+        items = given.get("items") or 2_000
+
+        def __init__(self, *args):
+            clock.now += loading
+            self.asked = 0
+
+        def score(self, count):
+            clock.now += each * count * (3 if slower_at and trainer.step >= slower_at else 1)
+            clock.now += 0.2 * each * max(0, count - self.asked)
+            self.asked = max(count, self.asked)
+            return {}
+
     class Trainer:
-        step, seconds = 20, 10.0  # half a second a step
-        ranks = Ranks()
+        step = position = 0
+        seconds = since = 0.0
+        ranks, settings, complete = Ranks(), dataclasses.make_dataclass("Settings", ["steps"])(steps), False
+        waited = property(lambda self: clock.now - self.since)
+        log = lambda self, *args, **values: taken.append(self.step)  # noqa: E731
 
-    def first(seconds):
-        scores = ScoreTasks.__new__(ScoreTasks)
-        scores._every, scores._first, scores._steps = None, 20, 1_000
-        monkeypatch.setattr(scores, "_score", lambda trainer: seconds)
-        assert not scores.is_due(19) and scores.is_due(20)
-        scores.act(Trainer())
-        return scores
+        def add(self):
+            self.seconds, self.since = self.seconds + clock.now - self.since, clock.now
 
-    for seconds in (0.001, 0.3, 2.0, 3.0, 5.0):
-        scores = first(seconds)
-        steps = {20, 1_000} | {step for step in range(21, 1_001) if scores.is_due(step)}
-        assert len(steps) * seconds <= SHARE * 500  # of the whole run
-    assert scores._every == 1_000
-    with pytest.warns(UserWarning, match=r"scores take 6.0 s, 2% of this run"):
-        first(6.0)
-    scores = first(3.0)
-    assert scores._every == 500
-    other = ScoreTasks.__new__(ScoreTasks)
-    other.load_state_dict(scores.state_dict())
-    assert other._every == 500
+    monkeypatch.setattr("ant5m.eval.tasks.TaskSubset", Subset)
+    taken, trainer = [], Trainer()
+    scores = ScoreTasks(None, None, (), None, given.get("items"), given.get("every"), steps)
+    trainer.since = clock.now
+    for trainer.step in range(1, steps):
+        clock.now += speed(trainer.step) if speed else 0.5
+        trainer.add()
+        if scores.is_due(trainer.step):
+            clock.now += 0.1  # the check of the model
+            scores.act(trainer)
+            trainer.add()
+    trainer.step, trainer.complete = steps, True
+    scores.on_end(trainer)
+    work = sum(speed(step) for step in range(1, steps)) if speed else 0.5 * steps
+    return (clock.now - work) / work, taken, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("each", [1e-5, 1e-4, 1e-3, 5e-3])
+@pytest.mark.parametrize("loading", [0.0, 3.0])
+def test_all_of_it_takes_at_most_its_share(each, loading, monkeypatch, capsys):
+    share, taken, text = simulate(monkeypatch, capsys, 1_000, each, loading)
+    assert share <= SHARE and taken[0] == 20 and taken[-1] == 1_000 and len(taken) >= 4
+    assert f"scores: {len(taken)} of " in text
+    slower, _, _ = simulate(monkeypatch, capsys, 1_000, each, loading, slower_at=500)
+    assert slower <= SHARE
+    for speed in (lambda step: 1.0 if step < 40 else 0.5, lambda step: 0.5 if step < 500 else 1.0):
+        share, taken, _ = simulate(monkeypatch, capsys, 1_000, each, loading, speed=speed)
+        assert share <= SHARE and len(taken) > 2
+
+
+def test_where_one_score_takes_more_only_the_end_is_scored(monkeypatch, capsys):
+    with pytest.warns(
+        UserWarning, match=r"scores take 2\.\d% of this run even when only its end is scored, 100"
+    ):
+        share, taken, _ = simulate(monkeypatch, capsys, 100, 8e-3)
+    assert taken == [100] and share < 0.03
+    share, taken, _ = simulate(monkeypatch, capsys, 1_000, 1e-3, items=1_500, every=400)
+    assert taken == [400, 800, 1_000]  # what is given is done
+
+
+def test_a_resumed_run_knows_what_was_spent():
+    first, second = (ScoreTasks.__new__(ScoreTasks) for _ in range(2))
+    first._items, first._next, first._planned, first._seconds, first._spent, first._count = (
+        9,
+        7,
+        True,
+        0.5,
+        2.0,
+        3,
+    )
+    second._spent = 1.0
+    second.load_state_dict(first.state_dict())
+    assert second.state_dict() == {**first.state_dict(), "spent": 3.0}
+
+
+def test_tasks_without_an_accuracy_are_refused(config, items):  # noqa: F811
+    for task in ("wikitext", "glint"):
+        with pytest.raises(UserError, match="wikitext has no accuracy"):
+            pretrain(dataclasses.replace(config, eval_tasks=(task,), eval_data_dir=items))
 
 
 def test_exports_at_word_budgets(config):  # noqa: F811

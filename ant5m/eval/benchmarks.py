@@ -28,6 +28,8 @@ class Benchmark:
     """percent, of the published Ant-5M"""
     parts: bool = False
     """whether it is the mean of parts, in which all parts weigh the same"""
+    accuracy: bool = True
+    """whether it has one"""
     all_files: bool = False
     """whether its items are in several files, whose names say the part"""
 
@@ -51,7 +53,7 @@ _LM_EVAL = (
     Benchmark(
         "lambada_openai", schemas.Passage, "lambada", ("lambada_openai", "lambada_test"), published=0.0
     ),
-    Benchmark("wikitext", schemas.Page, "wikitext"),
+    Benchmark("wikitext", schemas.Page, "wikitext", accuracy=False),
 )
 
 _OWN = (
@@ -81,6 +83,7 @@ _OWN = (
         files=("wikitext",),
         split="test",
         hub="Salesforce/wikitext wikitext-2-raw-v1",
+        accuracy=False,
     ),
     Benchmark(
         "babylm_blimp",

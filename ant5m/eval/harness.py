@@ -96,6 +96,10 @@ class AntLM(TemplateLM):
         return {text: row.ids for text, row in zip(unique, rows, strict=True)}
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return [(one.log_likelihood, one.greedy) for one in self.ask(self.tokens(requests))]
+
+    def tokens(self, requests: Sequence[Any]) -> list[Request]:
+        """What lm-eval's requests of kind `loglikelihood` ask, in tokens."""
         pairs = [_spaces_moved(*request.args) for request in requests]
         behind = [(context, continuation) for context, continuation in pairs if context]
         texts = self._encode_all(text for context, rest in behind for text in (context, context + rest))
@@ -111,7 +115,7 @@ class AntLM(TemplateLM):
             if not answer:
                 raise UserError(_no_tokens(request, continuation))
             tokens.append(Request(first, answer))
-        return [(one.log_likelihood, one.greedy) for one in self.ask(tokens)]
+        return tokens
 
     def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
         scores = self.ask([Request(context, continuation) for _, context, continuation in requests])

@@ -16,6 +16,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,30 +135,38 @@ def lm_eval_tasks(
 class TaskSubset:
     """A fixed part of some tasks, for scoring a model again and again while it is trained.
 
-    Of every task at most `items` items (of one with parts, as many of each), drawn by a seed of its own.
-    Raises `UserError` where a task is not known or its items are not there.
+    Of every task at most `items` items (of one with parts, as many of each), drawn by a seed of its own. What
+    lm-eval asks about an item is worked out once, when it is first scored. Raises `UserError` where a task is
+    not known, has no accuracy, or its items are not there.
     """
 
     SEED = 0
 
     def __init__(
         self,
+        net: "Ant",
         tokenizer: "Tokenizer",
         names: Sequence[str],
         data_dir: Path | str | None = None,
         items: int = 2_000,
     ) -> None:
         source = _Source(Path(data_dir) if data_dir else None)
-        self._tokenizer = tokenizer
+        self._net, self._tokenizer = net, tokenizer
         self._random = np.random.default_rng(self.SEED)
-        self._tasks: dict[str, list[tuple[Any, list[int]]]] = {}
+        self._parts: dict[str, list[_Part]] = {}
         self._rows: dict[str, list[Row]] = {}
+        benchmarks = [BENCHMARKS[name] for name in known_tasks(names)]
+        if without := [one.name for one in benchmarks if not one.accuracy]:
+            raise UserError(f"{without[0]} has no accuracy, which is what is scored while training")
         with _quiet():
-            for benchmark in (BENCHMARKS[name] for name in known_tasks(names)):
+            for benchmark in benchmarks:
                 try:
                     self._add(benchmark, source, items)
                 except _Missing as reason:
                     raise UserError(f"{benchmark.name}: {reason}") from None
+        sizes = [sum(len(part.order) for part in parts) for parts in self._parts.values()]
+        self.items = max([*sizes, *map(len, self._rows.values())])
+        """of the largest task"""
 
     def _add(self, benchmark: Benchmark, source: "_Source", items: int) -> None:
         if not benchmark.folder:
@@ -166,42 +175,90 @@ class TaskSubset:
             return
         names = _parts(benchmark)
         each = max(1, items // len(names))
-        self._tasks[benchmark.name] = []
+        self._parts[benchmark.name] = []
         for name in names:
-            task = _load_task(benchmark.folder, name, source.rows(benchmark, name)[0])
-            self._tasks[benchmark.name].append((task, self._draw(len(task.eval_docs), each)))
+            part, _ = source.rows(benchmark, name)
+            if part is not None:  # lm-eval would take long to leave out most of them
+                part = [part[number] for number in self._draw(len(part), each)]
+            task = _load_task(benchmark.folder, name, part)
+            order = self._draw(len(task.eval_docs), each)
+            self._parts[benchmark.name].append(_Part(task, order))
 
     def _draw(self, there: int, count: int) -> list[int]:
-        return sorted(self._random.choice(there, min(count, there), replace=False).tolist())
+        return self._random.permutation(there)[:count].tolist()
 
-    def score(self, net: "Ant") -> dict[str, float]:
-        """The accuracy in each task, `acc_norm` where there is one; of a task with parts their mean."""
-        import lm_eval
+    def score(self, items: int | None = None) -> dict[str, float]:
+        """The accuracy in each task, `acc_norm` where there is one; of a task with parts their mean.
 
-        from ant5m.eval.harness import AntLM
-
-        found = {}
+        `items`: take only so many of each task, the first ones in the order in which they were drawn.
+        """
+        items = items or self.items
+        counts = {name: max(1, items // len(parts)) for name, parts in self._parts.items()}
         with _quiet():
-            for name, parts in self._tasks.items():
-                lm = AntLM(net=net, tokenizer=self._tokenizer)
-                tasks = {task.config.task: task for task, _ in parts}
-                samples = {task.config.task: numbers for task, numbers in parts}
-                named = {"tasks": tasks, "groups": {}, "group_map": {}}
-                with _fast_templates():
-                    kept = lm_eval.evaluate(lm, named, samples=samples, bootstrap_iters=0)["samples"]
-                found[name] = float(np.mean([_accuracy(items) for items in kept.values()]))
-        model = Model(
-            lambda requests: score(net, requests), self._tokenizer, net.config.max_position_embeddings
-        )
+            asked = {
+                name: [part.first(counts[name], self._lm.tokens) for part in parts[:items]]
+                for name, parts in self._parts.items()
+            }
+        requests = [
+            request for parts in asked.values() for part in parts for one in part for request in one.requests
+        ]
+        scores = iter(score(self._net, requests))
+        found = {
+            name: float(np.mean([np.mean([one.accuracy(scores) for one in part]) for part in parts]))
+            for name, parts in asked.items()
+        }
+        context = self._net.config.max_position_embeddings
+        model = Model(functools.partial(score, self._net), self._tokenizer, context)
         for name, rows in self._rows.items():
-            measured = PROTOCOLS[name](model, rows).values()
+            measured = PROTOCOLS[name](model, rows[:items]).values()
             found[name] = float(np.mean([np.mean(next(iter(one.values.values()))) for one in measured]))
         return found
 
+    @functools.cached_property
+    def _lm(self) -> "AntLM":
+        from ant5m.eval.harness import AntLM
 
-def _accuracy(samples: list[dict[str, Any]]) -> float:
-    metric = next(name for name in ("acc_norm", "acc") if name in samples[0])
-    return float(np.mean([sample[metric] for sample in samples]))
+        return AntLM(net=self._net, tokenizer=self._tokenizer)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """An item of one of lm-eval's tasks, and what the model is asked about it."""
+
+    task: Any
+    doc: Any
+    requests: list[Request]
+
+    def accuracy(self, scores: Iterator[Score]) -> float:
+        """1.0 where it is answered right, as lm-eval decides it; takes its scores from the iterator."""
+        answers = [(one.log_likelihood, one.greedy) for one in itertools.islice(scores, len(self.requests))]
+        metrics = self.task.process_results(self.doc, answers)
+        return float(metrics["acc_norm"] if "acc_norm" in metrics else metrics["acc"])
+
+
+@dataclass
+class _Part:
+    """A task or part of lm-eval's."""
+
+    task: Any
+    order: list[int]
+    """numbers of its items, drawn by chance"""
+    asked: list[_Asked] = field(default_factory=list)
+    """the first ones of that order"""
+
+    def first(self, count: int, to_tokens: Callable[[Sequence[Any]], list[Request]]) -> list[_Asked]:
+        """So many items, in that order."""
+        if new := self.order[len(self.asked) : count]:
+            numbers = sorted(new)
+            with _fast_templates(), _explained(f"lm-eval's {self.task.config.task} cannot use these items"):
+                self.task.build_all_requests(samples=numbers)
+            requests = iter(to_tokens(self.task.instances))
+            found: dict[int, _Asked] = {}
+            for instance in self.task.instances:
+                one = found.setdefault(numbers[instance.doc_id], _Asked(self.task, instance.doc, []))
+                one.requests.append(next(requests))
+            self.asked += [found[number] for number in new]
+        return self.asked[:count]
 
 
 class _Missing(Exception):
@@ -214,6 +271,8 @@ class _Source:
     def __init__(self, data_dir: Path | None) -> None:
         self.data_dir = data_dir
         self.files = items.find_files(data_dir) if data_dir else []
+        self._named_files: dict[tuple[str, str], list[Path]] = {}
+        """by benchmark and split: its parts share them"""
 
     def rows(self, benchmark: Benchmark, name: str) -> tuple[list[dict[str, Any]] | None, dict[str, Any]]:
         """The items (None: lm-eval gets them from the hub), and what to call them in the settings."""
@@ -268,8 +327,11 @@ class _Source:
     def _read(self, benchmark: Benchmark, split: str, part: str = "") -> tuple[Path, list[dict[str, Any]]]:
         """The first file of a task whose items are as they should be, and its rows."""
         assert self.data_dir is not None
-        names = benchmark.files or (benchmark.name,)
-        named = items.choose_files(self.files, self.data_dir, names, split)
+        key = benchmark.name, split
+        if key not in self._named_files:
+            names = benchmark.files or (benchmark.name,)
+            self._named_files[key] = items.choose_files(self.files, self.data_dir, names, split)
+        named = self._named_files[key]
         if part:
             named = items.choose_files(named, self.data_dir, [part], split, exact=True)
         if not named:
@@ -493,9 +555,12 @@ def _load_task(folder: str, name: str, rows: list[dict[str, Any]] | None) -> Any
 def _with_rows(rows: list[dict[str, Any]], split: str) -> dict[str, Any]:
     """What makes a definition take its items from memory. 0-shot, it needs no others, but wants one."""
     import datasets
+    import pyarrow
 
-    found = datasets.Dataset.from_list(rows)
-    splits = {split: found, "one": found.select([0])}
+    # `Dataset.from_list` pickles and hashes itself for a name: half of the time it takes to load BLiMP.
+    table = datasets.table.InMemoryTable(pyarrow.Table.from_pylist(rows))
+    found = datasets.Dataset(table, fingerprint=_digest(rows)[:16])
+    splits = {split: found, "one": found}
     return {
         "custom_dataset": lambda **_: splits,
         "training_split": "one",

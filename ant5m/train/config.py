@@ -131,10 +131,10 @@ class TrainConfig:
     """end the run after this many validations in a row without a lower loss; 0: never"""
     eval_tasks: tuple[str, ...] = ()
     """0-shot tasks (or suites, as for `ant5m eval --tasks`) to score while training: blimp arc_easy"""
-    eval_items: Count = 2_000
-    """items of each of these tasks, drawn once"""
+    eval_items: Count | None = None
+    """items of each of these tasks, drawn once; default: up to 2,000, fewer where that takes too long"""
     eval_tasks_every: Count | None = None
-    """steps between scores; default: so that they take 2 % of the time, by the first ones"""
+    """steps between scores; default: so seldom that all of it takes at most 2 % of the time"""
     eval_data_dir: Path | None = None
     """folder with the items of these tasks; default: the Hugging Face hub"""
     checkpoint_words: tuple[str, ...] = ()

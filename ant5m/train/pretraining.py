@@ -271,7 +271,7 @@ def _make_callbacks(
     track = [Tracker(run, config.track)] if config.track != "none" else []
     every = settings.checkpoint_every if config.push_every == "save" else 0
     push = [PushCheckpoints(run, config.push, every)] if config.push else []
-    scores = [_score_tasks(config, settings, data)] if config.eval_tasks else []
+    scores = [_score_tasks(config, settings, net, data)] if config.eval_tasks else []
     counts = data.train.counts
     average = AverageWeights(net, settings.ema) if settings.ema else None
     words_per_token = counts["words"] / counts["tokens"]
@@ -301,8 +301,9 @@ def _make_callbacks(
     ]
 
 
-def _score_tasks(config: TrainConfig, settings: Settings, data: TrainingData) -> ScoreTasks:
+def _score_tasks(config: TrainConfig, settings: Settings, net: Ant, data: TrainingData) -> ScoreTasks:
     return ScoreTasks(
+        net,
         data.tokenizer,
         config.eval_tasks,
         config.eval_data_dir,

@@ -128,6 +128,11 @@ class Trainer:
         """Whether no step is left to be taken."""
         return bool(self.ended) or self.step == self.settings.steps
 
+    @property
+    def waited(self) -> float:
+        """Seconds since a step or callback ended: of the present callback, with the check before it."""
+        return time.monotonic() - self._read_at
+
     def end(self, reason: str) -> None:
         """Let this step be the last one, as if the run had been planned so."""
         self.ended = reason
