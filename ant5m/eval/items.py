@@ -189,7 +189,11 @@ def _read_jsonl(path: Path) -> list[Any]:
                     raise UserError(f"{path} holds more than {LARGEST >> 20:,} MiB: it is no file of items")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    lines = bytes(content).removeprefix(codecs.BOM_UTF8).split(b"\n")
+    text = bytes(content).removeprefix(codecs.BOM_UTF8)
+    try:
+        return msgspec.json.Decoder().decode_lines(text)
+    except (ValueError, RecursionError):
+        lines = text.split(b"\n")  # one by one, five times slower: which one is it?
     numbered = ((number, line) for number, line in enumerate(lines, 1) if line and not line.isspace())
     return [parse_json(line, f"{path}, line {number}") for number, line in numbered]
 
