@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ LOCK = ".lock"
 ASIDE = ".aside"
 """ends the hidden name of what is being written; a kill leaves such a file or folder behind"""
 
+LARGEST_JSON = 1 << 28
+"""bytes; the largest tokenizer.json there is has a tenth of it"""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 """how a pointer file begins, which git leaves of a large file when git-lfs is not installed"""
 _READ_BYTES = 1 << 20
@@ -74,6 +77,22 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, to_json(value))
 
 
+def read_bytes(path: Path, most: int | None = None) -> bytes:
+    """The content of a file. `UserError` when it is none (a pipe would have to be waited for, a device has no
+    end), or larger than `most` bytes."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        raise UserError(f"{path} is not a file")
+    if most is not None and found.st_size > most:
+        raise UserError(f"{path} is too large: {found.st_size:,} bytes, at most {most:,} are read")
+    return path.read_bytes()
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether it names something in a folder, and not the folder, one around it or one inside it."""
+    return name not in ("", ".", "..") and not {"/", "\0"} & set(name)
+
+
 @overload
 def read_json(path: Path) -> Any: ...
 @overload
@@ -87,7 +106,7 @@ def read_json(path: Path, type: Any = Any) -> Any:
     try:
         if is_lfs_pointer(path):
             raise lfs_explained(path)
-        return parse_json(path.read_bytes(), str(path), type)
+        return parse_json(read_bytes(path, LARGEST_JSON), str(path), type)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except IsADirectoryError:
@@ -140,7 +159,7 @@ def what_and_where(error: msgspec.ValidationError) -> str:
 
 def is_lfs_pointer(path: str | Path) -> bool:
     """Whether a file is only a pointer of git-lfs. Source: the specification of git-lfs, docs/spec.md."""
-    if os.path.getsize(path) >= 1024:
+    if not os.path.isfile(path) or os.path.getsize(path) >= 1024:
         return False
     with open(path, "rb") as file:
         return file.read(len(LFS_POINTER)) == LFS_POINTER

@@ -36,7 +36,7 @@ def read_manifest(folder: Path) -> dict[str, str]:
     files = read_json(folder / MANIFEST, Manifest).files
     for name in files:
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts:
+        if path.is_absolute() or ".." in path.parts or "\0" in name:
             raise UserError(f"{folder / MANIFEST} names {name}, which is no file of the folder")
     return files
 

@@ -9,6 +9,8 @@ import tracemalloc
 import warnings
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from test_corpus import PACKERS, TEXTS, read, small_blocks, write, write_jsonl, write_parquet  # noqa: F401
 
@@ -260,3 +262,33 @@ def test_a_path_goes_nowhere(tmp_path, monkeypatch):
     before = sorted(Path(tmp_path).rglob("*"))
     assert read(write(tmp_path / "a.tar", content)) == ["x", "y"]
     assert sorted(Path(tmp_path).rglob("*")) == [*before, tmp_path / "a.tar"]
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+def test_what_stands_behind_the_end_of_a_tar_is_not_left_out_in_silence(tmp_path, packed):
+    one = as_tar({"a.txt": b"one"})
+    path = tmp_path / f"a.tar{packed}"
+    write(path, PACKERS[packed](one + bytes(10_240)))
+    assert read(path) == ["one"]
+    for more in (one, b"x", bytes(1 << 21) + b"x"):
+        write(path, PACKERS[packed](one + more))
+        with pytest.raises(UserError, match=r"a\.tar.*: something stands behind its end"):
+            read(path)
+
+
+def test_a_damaged_end_of_a_compressed_tar_is_noticed(tmp_path):
+    whole = PACKERS[".gz"](as_tar({"a.txt": b"one"}))
+    with pytest.raises(UserError, match="is damaged or not compressed"):
+        read(write(tmp_path / "a.tar.gz", whole[:-8] + bytes(8)))
+
+
+def test_two_columns_of_the_same_name_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"a\.csv: several columns are named 'text'"):
+        read(write(tmp_path / "a.csv", b"text,n,text\na,1,b\n"))
+    assert read(write(tmp_path / "b.csv", b"text,n,n\na,1,2\n")) == ["a"]
+    column = pyarrow.array(["a"])
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_arrays([column, column], names=["text", "text"]), tmp_path / "a.parquet"
+    )
+    with pytest.raises(UserError, match=r"a\.parquet: several columns are named 'text'"):
+        read(tmp_path / "a.parquet")

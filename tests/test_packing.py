@@ -648,6 +648,35 @@ def test_dropout_is_turned_off(tmp_path, corpus, tokenizer):
     assert Tokenizer(tokenizer.backend).backend.model.dropout is None
 
 
+NO_SEQUENCE = {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}
+
+
+def test_a_post_processor_takes_nothing_of_the_text(tmp_path, corpus, tokenizer):
+    """A template without the text itself gives no ids at all, though it adds no special token."""
+
+    def change(content):
+        content["post_processor"] = NO_SEQUENCE
+
+    templated = edited(tokenizer, tmp_path / "tok", change)
+    pack(corpus, templated, tmp_path / "out")
+    pack(corpus, tokenizer, tmp_path / "plain")
+    assert content(tmp_path / "out") == content(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("spelling", ["another letter's id", "an added token"])
+def test_letters_that_come_back_as_others_are_lost(tmp_path, tokenizer, spelling):
+    def change(content):
+        if spelling == "an added token":
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+            content["added_tokens"].append({"id": 320, "content": "é", **flags})
+        else:
+            content["model"]["vocab"]["Z"] = content["model"]["vocab"]["Q"]
+
+    corpus = Corpus.open([write_jsonl(tmp_path / "a.jsonl", ["QZé"] + ["the quiet river"] * 5)])
+    with pytest.raises(UserError, match=r"of .* bytes are lost, .*--allow-loss"):
+        pack(corpus, edited(tokenizer, tmp_path / "tok", change), tmp_path / "out")
+
+
 @pytest.mark.parametrize("option", ["single_word", "lstrip", "rstrip"])
 def test_added_tokens_are_found_where_tokenizers_finds_them(tmp_path, tokenizer, option):
     def add(content):

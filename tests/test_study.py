@@ -279,7 +279,7 @@ def test_an_experiment_stopped_after_one_variant_goes_on(config, monkeypatch):
     (device,) = {run["device"] for run in values["runs"]}
     assert device.endswith(choose_precision("auto", torch.device("cpu")))
     assert f"Run on: {device}." in (config.folder / "study.md").read_text()
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UserError, match=r"other settings \(settings\.\w+\)"):
         experiment.compare(dataclasses.replace(config, tokens=512))
 
 

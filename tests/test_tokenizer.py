@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +213,11 @@ BROKEN = {
     "a list": ("[]", "expected object, got array"),
     "no model": ('{"version": "1.0"}', "not a tokenizer.json"),
     "another kind": ('{"model": {"type": "WordPiece"}}', "is a WordPiece tokenizer: only BPE"),
+    "a panic": (
+        '{"model": {"type": "BPE", "continuing_subword_prefix": "##", "vocab": {"a": 0, "b": 1, '
+        '"ab": 2}, "merges": [["a", "b"]]}}',
+        "is broken",
+    ),
     "half a model": ('{"model": {"type": "BPE", "vocab": 5}}', "is broken"),
 }
 
@@ -267,3 +273,11 @@ def test_the_command_reads_no_more_than_it_is_told(tmp_path):
     words = ["tokenizer", "train", str(tmp_path / "a.jsonl"), "--vocab-size", "280", "--text-column", "body"]
     assert call([*words, "--out", str(tmp_path / "t")]) == 2
     assert call([*words, "--out", str(tmp_path / "t"), "--max-documents", "300"]) == 0
+
+
+def test_a_panic_of_the_library_prints_nothing(tmp_path, capfd):
+    (tmp_path / "tokenizer.json").write_text(BROKEN["a panic"][0])
+    with pytest.raises(UserError, match="is broken"):
+        Tokenizer.load(tmp_path)
+    print("still there", file=sys.stderr)
+    assert capfd.readouterr().err == "still there\n"

@@ -86,7 +86,7 @@ class ChatTemplate:
             return self._template.render(
                 messages=messages, add_generation_prompt=reply, tools=None, documents=None, **self._settings
             )
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        except _FAILURES as error:
             raise UserError(
                 f"the chat template cannot write this conversation ({first_line(error)})"
             ) from None
@@ -183,6 +183,13 @@ class ChatTemplate:
         return tuple(dict.fromkeys([*tokenizer.end_ids, *ends]))
 
 
+_FAILURES = (
+    *(jinja2.TemplateError, RecursionError, MemoryError),
+    *(TypeError, ValueError, ArithmeticError, LookupError),
+)
+"""of a template"""
+
+
 @dataclass(frozen=True)
 class Conversations(Corpus):
     """Sources whose rows hold conversations. Make one with `Conversations.find`."""
@@ -231,7 +238,7 @@ def _compile(template: str) -> Any:
     environment.globals |= {"raise_exception": _raise, "strftime_now": _now}
     try:
         return environment.from_string(template)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, RecursionError) as error:
         raise UserError(f"the chat template is broken ({first_line(error)})") from None
 
 

@@ -25,7 +25,7 @@ import msgspec
 
 from ant5m.data import compression
 from ant5m.data.folders import Found, find_files
-from ant5m.data.rows import csv_rows, json_values
+from ant5m.data.rows import csv_rows, json_values, repeated
 from ant5m.data.tar import Member, members
 from ant5m.errors import UserError, first_line
 from ant5m.files import is_lfs_pointer
@@ -449,8 +449,9 @@ def _read_json(content: _Content, column: Column) -> Iterator[Record]:
 
 
 def _read_csv(content: _Content, column: Column) -> Iterator[Record]:
+    columns = [name for name in (column.name, column.group) if name]
     with _named(content.name):
-        for number, row in enumerate(csv_rows(_decoded_blocks(content)), 1):
+        for number, row in enumerate(csv_rows(_decoded_blocks(content), columns), 1):
             where = f"{content.name}, row {number}"
             if isinstance(row, UserError):
                 yield UserError(f"{content.name}, {row}")
@@ -572,6 +573,8 @@ def _read_parquet(source: Source, column: Column, skip: int, report: Report) -> 
             if column.group and column.group not in schema.names:
                 raise UserError(f"{name}: no column '{column.group}': name it with --group-column")
             columns = [column.name, *([column.group] if column.group else [])]
+            if twice := repeated(columns, schema.names):
+                raise UserError(f"{name}: {twice}")
             groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             first, last = source.span or (0, len(groups))
             row = before = sum(groups[:first])

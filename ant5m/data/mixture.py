@@ -13,7 +13,7 @@ from msgspec import Meta, Struct
 
 from ant5m.data.shares import Shares, make_shares
 from ant5m.errors import UserError, first_line
-from ant5m.files import what_and_where
+from ant5m.files import LARGEST_JSON, read_bytes, what_and_where
 
 SUFFIX = ".toml"
 MANY_EPOCHS = 4
@@ -38,6 +38,26 @@ class _Phase(Struct, forbid_unknown_fields=True, rename={"start": "from", "end":
 class _File(Struct, forbid_unknown_fields=True):
     sources: dict[str, _Source]
     phases: list[_Phase] = []
+
+
+class _KeptPhase(Struct, rename={"start": "from"}):
+    start: Share
+    weights: dict[str, Annotated[float, Meta(ge=0, le=LARGEST_WEIGHT)]]
+
+
+class _Kept(Struct):
+    """A mixture in a run's config.json."""
+
+    sources: Annotated[dict[str, str], Meta(min_length=1)]
+    phases: Annotated[list[_KeptPhase], Meta(min_length=1)]
+
+    def __post_init__(self) -> None:
+        for phase in self.phases:
+            if list(phase.weights) != list(self.sources) or not any(phase.weights.values()):
+                raise ValueError("each phase must have a weight for each source, one of them above 0")
+        starts = [phase.start for phase in self.phases]
+        if starts[0] != 0 or starts != sorted(set(starts)):
+            raise ValueError("the phases must begin at 0, and one behind the other")
 
 
 @dataclass(frozen=True)
@@ -68,7 +88,7 @@ class Mixture:
         Raises `UserError` with one line about the first thing that is wrong.
         """
         try:
-            parsed = msgspec.toml.decode(file.read_bytes(), type=_File)
+            parsed = msgspec.toml.decode(read_bytes(file, LARGEST_JSON), type=_File)
             return _checked(parsed, folder or file.parent)
         except msgspec.ValidationError as error:
             raise UserError(f"{file}: {what_and_where(error)}") from None
@@ -97,9 +117,13 @@ class Mixture:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Mixture":
-        """The inverse of `to_dict`."""
-        phases = tuple(Phase(one["from"], tuple(one["weights"].values())) for one in values["phases"])
-        return cls(tuple(values["sources"]), tuple(values["sources"].values()), phases)
+        """The inverse of `to_dict`. Raises `UserError` where a field is missing or impossible."""
+        try:
+            kept = msgspec.convert(values, _Kept)
+        except msgspec.ValidationError as error:
+            raise UserError(f"mixture: {what_and_where(error)}") from None
+        phases = tuple(Phase(phase.start, tuple(phase.weights.values())) for phase in kept.phases)
+        return cls(tuple(kept.sources), tuple(kept.sources.values()), phases)
 
     def describe(self) -> list[str]:
         """A line for each phase, for people."""

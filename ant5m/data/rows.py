@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from ant5m.errors import UserError
@@ -98,10 +98,16 @@ class _JsonText:
         self._text, self._place = "".join(parts), 0
 
 
-def csv_rows(blocks: Iterable[str]) -> Iterator[dict[str, str] | UserError]:
+def repeated(columns: Iterable[str], names: Sequence[str]) -> str:
+    """What is wrong where `names` has one of `columns` several times: nobody knows which is meant."""
+    return next((f"several columns are named '{one}'" for one in columns if names.count(one) > 1), "")
+
+
+def csv_rows(blocks: Iterable[str], columns: Sequence[str] = ()) -> Iterator[dict[str, str] | UserError]:
     """The rows behind the first, which names their fields; one with another number of fields is an error.
 
-    Raises `UserError` where it is not CSV, or has a field or line of more than `ROW` characters.
+    Raises `UserError` where it is not CSV, has a field or line of more than `ROW` characters, or names one of
+    `columns` twice.
     """
     csv.field_size_limit(ROW)
     rows = csv.reader(_lines(blocks), strict=True)
@@ -115,6 +121,8 @@ def csv_rows(blocks: Iterable[str]) -> Iterator[dict[str, str] | UserError]:
             return
         if names is None:
             names = row
+            if twice := repeated(columns, names):
+                raise UserError(twice)
         elif row and len(row) != len(names):
             yield UserError(f"line {rows.line_num:,} has {len(row)} fields, the first one {len(names)}")
         else:

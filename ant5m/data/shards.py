@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ant5m.errors import UserError
-from ant5m.files import check_json, file_sha256, read_json
+from ant5m.files import check_json, file_sha256, is_plain_name, read_json
 from ant5m.manifest import check_file, read_manifest
 
 Split = Literal["train", "validation"]
@@ -333,7 +333,7 @@ def _check_meta(meta: Meta, folder: Path) -> None:
         raise UserError(f"{where}: eos_token_id is {meta.eos_token_id}, of {meta.vocab_size} entries")
     for name, split in meta.splits.items():
         names = [file for shard in split.shards for file in (shard.name, shard.mask or shard.name)]
-        if any(Path(file).name != file for file in names):
+        if not all(map(is_plain_name, names)):
             raise UserError(f"{where}: splits.{name} names a shard outside the folder")
         if len({shard.mask is None for shard in split.shards}) > 1:
             raise UserError(f"{where}: splits.{name} has a mask for some shards only")
@@ -364,7 +364,7 @@ def _open(folder: Path, shard: dict[str, Any], verify: bool) -> ArrayFile:
 
 def _open_mask(folder: Path, shard: dict[str, Any]) -> ArrayFile:
     path, length = folder / shard["mask"], -(-shard["tokens"] // 8)
-    if path.stat().st_size != length:
+    if not path.is_file() or path.stat().st_size != length:
         raise UserError(f"{path} has not one bit for each token: pack the text again")
     return ArrayFile(path, length, np.dtype(np.uint8))
 

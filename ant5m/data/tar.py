@@ -60,6 +60,7 @@ def members(blocks: Iterator[bytes]) -> Iterator[Member]:
         if not header:
             raise UserError("it breaks off (there is no mark of its end)")
         if not header.strip(tarfile.NUL):
+            _check_end(stream)
             return
         info = _parse(header)
         if info.type in (*_EXTENDED, tarfile.XGLTYPE, _LONG_NAME, _NAMES_OF_LINKS):
@@ -82,6 +83,13 @@ def members(blocks: Iterator[bytes]) -> Iterator[Member]:
             yield member
         member.skip()
         stream.read(-size % tarfile.BLOCKSIZE)
+
+
+def _check_end(stream: "_Stream") -> None:
+    """Nothing but padding may follow: of two archives in one file the second would be left out."""
+    while data := stream.read_some(tarfile.RECORDSIZE):
+        if data.strip(tarfile.NUL):
+            raise UserError("something stands behind its end: if these are several archives, split them")
 
 
 def _parse(header: bytes) -> tarfile.TarInfo:

@@ -5,9 +5,11 @@ which gives the same ids many times faster; where it does not know a foreign tok
 on the probe below, `tokenizers` itself does the work.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from ant5m.data.special_tokens import read_settings, write_settings
 from ant5m.errors import UserError, first_line
@@ -71,7 +73,7 @@ class Tokenizer:
         bos_token_id = None if bos_token is None else backend.token_to_id(bos_token)
         backend.no_truncation()
         backend.no_padding()
-        if backend.num_special_tokens_to_add(False):
+        if not isinstance(backend.post_processor, processors.ByteLevel):  # which changes no id
             backend.post_processor = None
         backend.encode_special_tokens = True  # text that spells a special token stays text
         if getattr(backend.model, "dropout", None):
@@ -109,10 +111,7 @@ class Tokenizer:
         eos_token = settings.get("eos_token", END_OF_TEXT)
         _check_is_bpe(content, file)
         _settle(content, {eos_token, settings.get("bos_token")})
-        try:
-            backend = tokenizers.Tokenizer.from_str(json.dumps(content))
-        except Exception as error:  # the library raises nothing narrower
-            raise UserError(f"{file} is broken ({first_line(error)})") from None
+        backend = _parse(json.dumps(content), file)
         try:
             tokenizer = cls(backend, eos_token, settings.get("bos_token"), settings)
         except UserError as error:
@@ -285,6 +284,31 @@ def _check_is_bpe(content: dict[str, Any], file: Path) -> None:
         raise UserError(f"{file} is not a tokenizer.json: it names no model type")
     if kind != "BPE":
         raise UserError(f"{file} is a {kind} tokenizer: only BPE tokenizers can be used")
+
+
+def _parse(content: str, file: Path) -> tokenizers.Tokenizer:
+    """`UserError` when the library cannot. A few wrong values make it panic: it prints that by itself, and
+    raises what is no `Exception`."""
+    try:
+        with _silent_stderr():
+            return tokenizers.Tokenizer.from_str(content)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise UserError(f"{file} is broken ({first_line(error)})") from None
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """For what prints past Python."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _settle(content: dict[str, Any], control: set[str | None]) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 
 from ant5m.errors import UserError
-from ant5m.files import check_json, read_json, real_path
+from ant5m.files import check_json, is_plain_name, read_json, real_path
 from ant5m.manifest import MANIFEST, check_file, read_manifest
 from ant5m.model.config import ModelConfig
 from ant5m.model.config_file import load_config
@@ -133,7 +133,7 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
         if WEIGHTS not in files:
             raise UserError(f"{folder} has no hash of {WEIGHTS}")
         for name, expected in files.items():
-            if Path(name).name != name:
+            if not is_plain_name(name):
                 raise UserError(f"{folder / STATE} names {name}, which is no file of the folder")
             check_file(folder, name, expected)
     except UserError as error:

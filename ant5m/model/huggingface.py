@@ -1,9 +1,13 @@
 """A model's shape in Hugging Face's words: `config.json` of a `LlamaForCausalLM`, or with QK-norm of a
 `Qwen3ForCausalLM`, read and written."""
 
+from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from ant5m.errors import UserError
+from ant5m.files import what_and_where
 from ant5m.model.config import ModelConfig
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -34,6 +38,29 @@ _PLAIN = {
 }
 
 
+@dataclass
+class _Rope:
+    """What is relied upon of the two objects about RoPE."""
+
+    rope_theta: float | None = None
+    rope_type: str = "default"
+    type: str = "default"
+    """the older name"""
+    partial_rotary_factor: float | None = None
+
+
+@dataclass
+class _Config:
+    """What is relied upon of a `config.json` beside the fields of `ModelConfig`, which checks its own."""
+
+    model_type: str
+    architectures: list[str] | None = None
+    layer_types: list[str] | None = None
+    rope_theta: float | None = None
+    rope_scaling: _Rope | None = None
+    rope_parameters: _Rope | None = None
+
+
 def config_from_huggingface(values: dict[str, Any]) -> ModelConfig:
     """The `ModelConfig` of a Hugging Face `config.json`.
 
@@ -42,45 +69,46 @@ def config_from_huggingface(values: dict[str, Any]) -> ModelConfig:
     weights, own code) raises `UserError`; what only matters elsewhere (token ids, dropout, caching) is
     ignored.
     """
-    model_type = values.get("model_type")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+    try:
+        config = msgspec.convert(values, _Config)
+    except msgspec.ValidationError as error:
+        raise UserError(what_and_where(error)) from None
+    model_type = config.model_type
+    if model_type not in ARCHITECTURES:
         raise UserError(
             f"model_type is {model_type!r}: only {' and '.join(map(repr, ARCHITECTURES))} can be read"
         )
     architecture = ARCHITECTURES[model_type]
-    architectures = values.get("architectures") or [architecture]
-    if architectures != [architecture]:
-        raise UserError(f"architectures is {architectures!r}: only [{architecture!r}] can be read")
+    if (config.architectures or [architecture]) != [architecture]:
+        raise UserError(f"architectures is {config.architectures!r}: only [{architecture!r}] can be read")
     for key, plain in _PLAIN.items():
         if values.get(key, plain[0]) not in plain:
             raise UserError(f"{key} is {values[key]!r}: only {plain[0]!r} can be read")
-    kinds = values.get("layer_types")
-    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
-        raise UserError(f"layer_types is {kinds!r}: only layers of full_attention can be read")
+    if any(kind != "full_attention" for kind in config.layer_types or ()):
+        raise UserError(f"layer_types is {config.layer_types!r}: only layers of full_attention can be read")
     known = {name: values[name] for name in ModelConfig.__dataclass_fields__ if name in values}
-    known = {**_DEFAULTS[model_type], **known, "rope_theta": _rope_theta(values)}
+    known = {**_DEFAULTS[model_type], **known, "rope_theta": _rope_theta(config, values)}
     known["qk_norm"] = model_type == "qwen3"
     if known.get("num_key_value_heads") is None and "num_attention_heads" in known:
         known["num_key_value_heads"] = known["num_attention_heads"]
     return ModelConfig.from_dict(known)
 
 
-def _rope_theta(values: dict[str, Any]) -> float:
+def _rope_theta(config: _Config, values: dict[str, Any]) -> float:
     """The RoPE base, from wherever it stands; `UserError` if RoPE is not the plain one.
 
     As in transformers, a `rope_scaling` that is there goes before `rope_parameters`, and its own base before
     the one at the top; two bases that differ are refused all the same.
     """
-    named: dict[str, Any] = {"rope_theta": values.get("rope_theta")}
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = values.get(key) or {}
-        if not isinstance(rope, dict):
-            raise UserError(f"{key} must be an object, not {rope!r}")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        by_layer = [name for name, value in rope.items() if isinstance(value, dict)]
-        if kind != "default" or rope.get("partial_rotary_factor") not in (1, None) or by_layer:
-            raise UserError(f"{key} is {rope!r}: only plain RoPE can be read, without scaling")
-        named[f"the one in {key}"] = rope.get("rope_theta")
+    named: dict[str, float | None] = {"rope_theta": config.rope_theta}
+    for key, rope in (("rope_scaling", config.rope_scaling), ("rope_parameters", config.rope_parameters)):
+        if rope is None:
+            continue
+        kind = rope.rope_type if "rope_type" in values[key] else rope.type
+        by_layer = any(isinstance(value, dict) for value in values[key].values())
+        if kind != "default" or rope.partial_rotary_factor not in (1, None) or by_layer:
+            raise UserError(f"{key} is {values[key]!r}: only plain RoPE can be read, without scaling")
+        named[f"the one in {key}"] = rope.rope_theta
     bases = {where: base for where, base in named.items() if base is not None}
     if any(base != other for base in bases.values() for other in bases.values()):
         said = ", ".join(f"{where} {base!r}" for where, base in bases.items())

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ant5m.files import read_json
-from ant5m.schema import Count, CountOrZero
+from ant5m.schema import Count, CountOrZero, Share
 
 
 @dataclass
@@ -17,6 +17,13 @@ class Asked:
     document_mask: bool = False
     init: str | None = None
     """the model that it began with"""
+    model: str | None = None
+    """its name"""
+    steps: Count | None = None
+    batch_size: Count | None = None
+    sequence_length: Count | None = None
+    short_context: CountOrZero = 0
+    short_share: Share = 0.0
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ant5m.device import installed_memory
 from ant5m.errors import UserError
-from ant5m.files import is_lfs_pointer, lfs_explained, read_json
+from ant5m.files import is_lfs_pointer, is_plain_name, lfs_explained, read_bytes, read_json
 from ant5m.model.ant import Ant
 from ant5m.model.config import ModelConfig
 from ant5m.model.costs import count_parameters
@@ -114,10 +114,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     """Read, not mapped: a mapped file that another program cuts meanwhile kills the process (SIGBUS)."""
     if is_lfs_pointer(path):
         raise lfs_explained(path)
-    size, memory = path.stat().st_size, installed_memory()
-    if size > memory:
-        raise UserError(f"{path} has {size / 1e9:,.0f} GB, this machine a memory of {memory / 1e9:,.1f}")
-    return parse_safetensors(path.read_bytes())
+    return parse_safetensors(read_bytes(path, installed_memory()))
 
 
 @dataclass
@@ -132,7 +129,7 @@ def _weight_files(folder: Path) -> list[str]:
     if (folder / WEIGHTS).exists():
         return [WEIGHTS]
     names = read_json(folder / INDEX, _Index).weight_map
-    outside = [name for name in names.values() if Path(name).name != name]
+    outside = [name for name in names.values() if not is_plain_name(name)]
     if outside:
         raise UserError(f"{folder / INDEX} names {outside[0]!r}, which is not a file of that folder")
     return sorted(set(names.values()))

@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from ant5m.eval.loops import PROMPTS, LoopStatistics, measure_loops
 from ant5m.files import is_unused, lock, read_json, read_object, real_path, remove_asides, write_json
 from ant5m.model.checkpoint import load_with_tokenizer
 from ant5m.ranks import Ranks, join
+from ant5m.schema import Positive
 from ant5m.study.bigram import bigram_bits_per_byte
 from ant5m.study.config import TRAINING, CompareConfig
 from ant5m.study.materials import Materials
@@ -249,7 +250,7 @@ def count_bigrams(config: CompareConfig, variants: list[Variant], jobs: list[Job
     """Bits per byte of each variant's bigram, counted once and kept; the same tokens share it."""
     path = config.folder / BIGRAMS
     if path.exists():
-        return read_json(path, dict[str, float])
+        return _read_bigrams(path, variants)
     first = {job.variant: job.run for job in reversed(jobs)}
     text = {
         variant.name: (variant.model.vocab_size, variant.model.max_position_embeddings)
@@ -261,6 +262,14 @@ def count_bigrams(config: CompareConfig, variants: list[Variant], jobs: list[Job
             found[text[variant.name]] = count_bigram(first[variant.name], variant)
     bigrams = {variant.name: found[text[variant.name]] for variant in variants}
     write_json(path, bigrams)
+    return bigrams
+
+
+def _read_bigrams(path: Path, variants: list[Variant]) -> dict[str, float]:
+    bigrams = read_json(path, dict[str, Positive])
+    missing = [variant.name for variant in variants if variant.name not in bigrams]
+    if missing:
+        raise UserError(f"{path} has no value for {missing[0]}: remove it, and it is made again")
     return bigrams
 
 
@@ -339,27 +348,52 @@ def _model_file(config: CompareConfig, variant: Variant) -> Path:
     return config.folder / "models" / f"{variant.name}.json"
 
 
+@dataclass
+class Plan:
+    """The content of a plan.json."""
+
+    format: Literal["ant5m-study-1"]
+    settings: dict[str, Any]
+    """`CompareConfig.identity`"""
+    text: list[tuple[str, int]]
+    """name and bytes of each source"""
+    variants: dict[str, dict[str, Any]]
+    baseline: str
+    rule: str
+    """how it will be judged"""
+
+    @classmethod
+    def of(cls, config: CompareConfig, variants: list[Variant], materials: Materials) -> "Plan":
+        described = {
+            variant.name: {"model": variant.model.to_dict(), "train": variant.train} for variant in variants
+        }
+        text = [(name, size) for name, size in materials.text]
+        return cls("ant5m-study-1", config.identity(), text, described, config.baseline, RULE)
+
+    def difference(self, other: "Plan") -> str | None:
+        """The first field, at any depth, in which the two differ."""
+        return _difference(dataclasses.asdict(self), dataclasses.asdict(other))
+
+
+def _difference(one: Any, other: Any, place: str = "") -> str | None:
+    if one == other:
+        return None
+    if isinstance(one, dict) and isinstance(other, dict):
+        found = (_difference(one.get(key), other.get(key), f"{place}.{key}") for key in {**one, **other})
+        return next(filter(None, found), None)
+    return place.removeprefix(".")
+
+
 def _write_plan(config: CompareConfig, variants: list[Variant], materials: Materials) -> None:
     """What is to be compared and how it will be judged, on the disk before the first run."""
-    plan = {
-        "format": "ant5m-study-1",
-        "settings": config.identity(),
-        "text": materials.text,
-        "variants": {
-            variant.name: {"model": variant.model.to_dict(), "train": variant.train} for variant in variants
-        },
-        "baseline": config.baseline,
-        "rule": RULE,
-    }
-    path = config.folder / PLAN
-    if path.exists():
-        if read_json(path, dict[str, Any]) != plan:
-            raise UserError(
-                f"{config.folder} holds an experiment with other settings: repeat the command that began it, "
-                "or choose another --out"
-            )
-    else:
-        write_json(path, plan)
+    plan, path = Plan.of(config, variants, materials), config.folder / PLAN
+    if not path.exists():
+        write_json(path, dataclasses.asdict(plan))
+    elif differs := read_json(path, Plan).difference(plan):
+        raise UserError(
+            f"{config.folder} holds an experiment with other settings ({differs}): repeat the command that "
+            "began it, or choose another --out"
+        )
     for variant in variants:  # a kill may have come in between
         if not _model_file(config, variant).exists():
             write_json(_model_file(config, variant), variant.model.to_dict())

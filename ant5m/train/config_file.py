@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from ant5m.errors import UserError, first_line
+from ant5m.files import LARGEST_JSON, read_bytes
 from ant5m.train.config import TrainConfig
 
 WIDTH = 100
@@ -20,7 +21,7 @@ def read_config(path: Path) -> TrainConfig:
     Raises `UserError` when it cannot be read, or names or holds something impossible.
     """
     try:
-        values = msgspec.toml.decode(path.read_bytes(), type=dict[str, Any])
+        values = msgspec.toml.decode(read_bytes(path, LARGEST_JSON), type=dict[str, Any])
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except IsADirectoryError:

@@ -41,6 +41,13 @@ CHANGEABLE = ("vocab_size", "max_position_embeddings", "rope_theta", "initialize
 """in a model's shape, of the weights that it begins with"""
 
 
+@dataclass
+class _RunFile:
+    """What is relied upon of the config.json of the run that is begun with."""
+
+    train: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Initial:
     """A checkpoint or a Hugging Face folder, opened."""
@@ -63,8 +70,12 @@ class Initial:
         run = find_run(self.folder)
         if run is None:
             raise UserError(f"{self.name} has no optimizer: --keep-optimizer needs a run or its checkpoint")
-        values = read_json(run / "config.json", dict[str, Any]).get("train", {})
-        then = TrainConfig.from_dict({name: values[name] for name in INHERITED if name in values})
+        path = run / "config.json"
+        values = read_json(path, _RunFile).train
+        try:
+            then = TrainConfig.from_dict({name: values[name] for name in INHERITED if name in values})
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
         usual = TrainConfig()
         names = [name for name in INHERITED if getattr(config, name) == getattr(usual, name)]
         warmup = 0.0 if config.warmup == usual.warmup else config.warmup

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 from msgspec import Meta, Struct
 
 from ant5m.errors import UserError
-from ant5m.files import check_json, parse_json, write_file
+from ant5m.files import check_json, parse_json, read_bytes, write_file
 from ant5m.train.callback import Callback
 from ant5m.train.run import Run
 
@@ -175,7 +175,7 @@ def split_metrics(path: Path) -> Metrics:
     if not path.exists():
         return found
     checked, last = False, 0
-    for raw in path.read_bytes().split(b"\n")[:-1]:
+    for raw in read_bytes(path).split(b"\n")[:-1]:
         try:
             line = parse_json(raw, str(path), dict[str, Any])
             check_json(line, str(path), _Train | _Validation | _Tasks | _Sample)
@@ -197,6 +197,6 @@ def _crc32(text: bytes) -> str:
 
 
 def _keep_aside(damaged: list[bytes], path: Path) -> None:
-    before = path.read_bytes() if path.exists() else b""
+    before = read_bytes(path) if path.exists() else b""
     write_file(path, before + b"\n".join(damaged) + b"\n")
     warnings.warn(f"{len(damaged):,} damaged lines of metrics.jsonl were moved to {path}", stacklevel=3)

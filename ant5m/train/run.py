@@ -82,10 +82,10 @@ class Run:
         try:
             config = override(TrainConfig.from_dict(values.train), flags)
             model = ModelConfig.from_dict(values.model)
+            mixture = Mixture.from_dict(values.mixture) if values.mixture and not flags.data else None
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
         packed = Path(values.shards) if values.shards and not flags.data else None
-        mixture = Mixture.from_dict(values.mixture) if values.mixture and not flags.data else None
         run = cls(folder, _absolute(config), model, values.data, packed, values.minutes, mixture)
         run._hold()
         return run

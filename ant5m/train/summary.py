@@ -10,9 +10,11 @@ from typing import Any, Literal
 from matplotlib.figure import Figure
 
 from ant5m.errors import UserError
-from ant5m.files import is_locked, read_json, write_file
+from ant5m.eval.record import read_record
+from ant5m.files import is_locked, write_file
 from ant5m.model.config import ModelConfig
 from ant5m.model.costs import count_flops
+from ant5m.model.run_file import read_run_file
 from ant5m.train.metrics import read_metrics
 from ant5m.train.report import running_mean
 
@@ -67,31 +69,34 @@ class RunSummary:
 
 def summarize(run: Path) -> RunSummary:
     """Raises `UserError` when the folder is not a run's, or its config.json is damaged."""
-    values = read_json(run / "config.json", dict[str, Any])
-    config, shape = values.get("train"), values.get("model")
-    if not isinstance(config, dict) or not isinstance(shape, dict):
+    file = read_run_file(run)
+    if file is None or file.train is None or not file.model:
         raise UserError(f"{run} is not a run folder: its config.json is of another kind")
+    asked, counts = file.train, file.data.train
+    try:
+        shape = ModelConfig.from_dict(file.model)
+    except UserError as error:
+        raise UserError(f"{run / 'config.json'}: {error}") from None
     lines = read_metrics(run / "metrics.jsonl")
     train = [line for line in lines if line["kind"] == "train"]
     last = train[-1] if train else {"step": 0, "tokens": 0}
-    sizes = [config.get(name) for name in ("steps", "batch_size", "sequence_length")]
-    planned = math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None  # type: ignore[arg-type]
-    counts = values.get("data", {}).get("train", {})
+    sizes = [size for size in (asked.steps, asked.batch_size, asked.sequence_length) if size is not None]
+    planned = math.prod(sizes) if len(sizes) == 3 else None
     loss, bits = _measured(run, lines)
     return RunSummary(
         folder=run,
-        model=str(config.get("model")),
-        data=_data(config.get("data")),
+        model=str(asked.model),
+        data=_data(asked.data),
         tokens=last["tokens"],
         planned_tokens=planned,
         loss=loss,
         bits_per_byte=bits,
         state=_state(run, last["step"]),
         lines=lines,
-        shape=ModelConfig.from_dict(shape),
-        bytes_per_token=counts["bytes"] / counts["tokens"] if counts.get("tokens") else None,
-        short_context=config.get("short_context", 0),
-        short_tokens=config.get("short_share", 0) * (planned or 0),
+        shape=shape,
+        bytes_per_token=counts.bytes / counts.tokens if counts else None,
+        short_context=asked.short_context,
+        short_tokens=asked.short_share * (planned or 0),
     )
 
 
@@ -124,9 +129,9 @@ def plot(runs: Sequence[RunSummary], axis: Axis, path: Path) -> None:
 def _measured(run: Path, lines: list[dict[str, Any]]) -> tuple[float | None, float | None]:
     """Loss and bits per byte on validation text."""
     if (run / "report.md").exists() and (run / "eval.json").exists():
-        held_out = [one for one in read_json(run / "eval.json").get("perplexity", []) if one.get("held_out")]
+        held_out = [one for one in read_record(run / "eval.json").get("perplexity", []) if one["held_out"]]
         if held_out:
-            return held_out[-1].get("loss"), held_out[-1].get("bits_per_byte")
+            return held_out[-1]["loss"], held_out[-1].get("bits_per_byte")
     validations = [line for line in lines if line["kind"] == "validation"]
     return (validations[-1]["loss"], validations[-1].get("bits_per_byte")) if validations else (None, None)
 
@@ -137,7 +142,7 @@ def _state(run: Path, step: int) -> str:
     return "done" if (run / "report.md").exists() else "stopped"
 
 
-def _data(names: Any) -> str:
+def _data(names: str | list[str] | None) -> str:
     """A run's data for people; one name was a string before ant5m 0.2."""
     given = [names] if isinstance(names, str) else names or []
     shown = [name if name.startswith("hf:") else Path(name).name for name in given]
