@@ -100,19 +100,19 @@ void multiply_rows(int64_t tokens, int64_t depth, int64_t rows, const float* x, 
     });
 }
 
-// How a product [rows, columns] over tokens is cut into tasks: by row, by groups of columns and, where that is too few,
-// by chunks of tokens, whose sums are added in their order. Only these change a result, and they depend on the shape
-// alone.
+// How a product [rows, columns] over tokens is cut into tasks: by panels of the wider factor, by groups of the other's
+// panels and, where that is too few, by chunks of tokens, whose sums are added in their order. Only these change a
+// result, and they depend on the shape alone.
 struct Cut {
-    int64_t panels, groups, group, chunks, chunk;  // group: columns; chunk: tokens
+    int64_t panels, groups, group, chunks, chunk;  // group: panels; chunk: tokens
 
-    Cut(int64_t tokens, int64_t rows, int64_t columns, int threads) : panels(divide_up(rows, kLanes)) {
-        const int64_t of_columns = divide_up(columns, kLanes);
+    Cut(int64_t tokens, int64_t wide, int64_t narrow, int threads) : panels(divide_up(wide, kLanes)) {
+        const int64_t others = divide_up(narrow, kLanes);
         const int64_t tasks = smaller(kTasks, 4 * threads);
-        group = smaller(of_columns, larger(1, panels * of_columns / tasks)) * kLanes;
-        groups = divide_up(columns, group);
+        group = smaller(others, larger(1, panels * others / tasks));
+        groups = divide_up(others, group);
         const int64_t blocks = larger(1, divide_up(tokens, kDepth));
-        chunks = smaller(divide_up(blocks, 2), divide_up(kTasks, panels * of_columns));
+        chunks = smaller(divide_up(blocks, 2), divide_up(kTasks, panels * others));
         chunk = divide_up(blocks, chunks) * kDepth;
         chunks = divide_up(blocks * kDepth, chunk);
     }
@@ -124,29 +124,43 @@ void multiply_over_tokens(int64_t tokens, int64_t rows, int64_t columns, const f
                           int64_t b_row, float* out, int threads) {
     const int64_t size = rows * columns;
     if (size == 0) return;
-    // a too, whose elements are broadcast: where it lies, tokens may all fall into the same sets of L1.
-    Panels<Format> a_panels(tokens, rows), b_panels(tokens, columns);
-    a_panels.pack(a, a_row, threads);
-    b_panels.pack(b, b_row, threads);
-    const Cut cut(tokens, rows, columns, threads);
+    // The narrow factor is packed before, the wide one by the task that needs it, so that its copy stays in the cache.
+    const bool wide_rows = rows > columns;
+    const int64_t wide = wide_rows ? rows : columns, narrow = wide_rows ? columns : rows;
+    const float* from = wide_rows ? a : b;
+    const int64_t from_row = wide_rows ? a_row : b_row;
+    Panels<Format> others(tokens, narrow);
+    others.pack(wide_rows ? b : a, wide_rows ? b_row : a_row, threads);
+    const Cut cut(tokens, wide, narrow, threads);
     const Memory parts(cut.chunks > 1 ? cut.chunks * size : 0);
     parallel(threads, cut.tasks(), [&](int64_t task) {
         const int64_t chunk = task / (cut.panels * cut.groups);
-        const int64_t row = task / cut.groups % cut.panels * kLanes;
-        const int64_t column = task % cut.groups * cut.group;
-        const int64_t n = smaller(kLanes, rows - row);
-        const int64_t width = smaller(cut.group, columns - column);
+        const int64_t first = task / cut.groups % cut.panels * kLanes;
+        const int64_t other = task % cut.groups * cut.group * kLanes;
+        const int64_t n = smaller(kLanes, wide - first);
+        const int64_t width = smaller(cut.group * kLanes, narrow - other);
         const int64_t end = smaller(tokens, (chunk + 1) * cut.chunk);
-        float* sum = scratch(n * cut.group);
-        std::memset(sum, 0, sizeof(float) * n * cut.group);
-        for (int64_t start = chunk * cut.chunk; start < end; start += kDepth)
-            for (int64_t j = 0; j < width; j += kLanes)
-                multiply_panel<Format, kVecs, true>(n, smaller(kDepth, end - start),
-                                                    {a_panels.at(row, start), 1, kLanes},
-                                                    b_panels.at(column + j, start), kLanes, sum + j, cut.group);
-        float* to = (cut.chunks > 1 ? parts.data() + chunk * size : out) + row * columns + column;
-        for (int64_t i = 0; i < n; ++i)
-            std::memcpy(to + i * columns, sum + i * cut.group, sizeof(float) * width);
+        float* panel = scratch(kLanes * (kDepth + cut.group * kLanes));  // [kDepth, kLanes]
+        float* sum = panel + kDepth * kLanes;  // [n, group] of wide rows, else [width, kLanes]
+        const int64_t sum_row = wide_rows ? cut.group * kLanes : kLanes;
+        std::memset(sum, 0, sizeof(float) * kLanes * cut.group * kLanes);
+        if (n < kLanes) std::memset(panel, 0, sizeof(float) * kDepth * kLanes);
+        for (int64_t start = chunk * cut.chunk; start < end; start += kDepth) {
+            const int64_t depth = smaller(kDepth, end - start);
+            Format::pack_rows(depth, n, from + start * from_row + first, from_row, panel, kLanes);
+            for (int64_t j = 0; j < width; j += kLanes) {
+                const float* with = others.at(other + j, start);
+                if (wide_rows)
+                    multiply_panel<Format, kVecs, true>(n, depth, {panel, 1, kLanes}, with, kLanes, sum + j, sum_row);
+                else
+                    multiply_panel<Format, kVecs, true>(smaller(kLanes, width - j), depth, {with, 1, kLanes}, panel,
+                                                        kLanes, sum + j * kLanes, kLanes);
+            }
+        }
+        float* to = (cut.chunks > 1 ? parts.data() + chunk * size : out) +
+                    (wide_rows ? first * columns + other : other * columns + first);
+        for (int64_t i = 0; i < (wide_rows ? n : width); ++i)
+            std::memcpy(to + i * columns, sum + i * sum_row, sizeof(float) * (wide_rows ? width : n));
     });
     if (cut.chunks == 1) return;
     parallel_rows(threads_for(cut.chunks * size, threads), rows, larger(1, rows / kTasks), [&](int64_t, int64_t row) {
