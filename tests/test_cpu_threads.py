@@ -88,6 +88,7 @@ CASES = {
     ),
     "mlp": (cpu.mlp, lambda: [draw(TOKENS, 128), *mlp_weights(128, 516)]),
     "mlp, 256 channels": (cpu.mlp, lambda: [draw(TOKENS, 256), *mlp_weights(256, 384)]),
+    "mlp, 256 channels, wide": (cpu.mlp, lambda: [draw(TOKENS, 256), *mlp_weights(256, 704)]),
     "mlp, 384 channels": (cpu.mlp, lambda: [draw(TOKENS, 384), *mlp_weights(384, 200)]),
     "linear_cross_entropy": (cpu.linear_cross_entropy, lambda: head(32, 16_384)),
     "linear_cross_entropy, small vocabulary": (cpu.linear_cross_entropy, lambda: head(64, 4_096)),

@@ -10,6 +10,10 @@ from ant5m.kernels.cpu.linear import multiply, product, product_over_rows
 from ant5m.kernels.cpu.support import FUSED_CHANNELS
 from ant5m.kernels.cpu.swiglu import gated, gated_gradients
 
+_FUSED_SUMS = 1 << 17
+"""the most numbers of a weight in one piece where there are gradients: all sums of them are read and written for
+each block of tokens, and of 256 x 704 they no longer stay in L2 (docs/experiments.md)"""
+
 
 class _MLP(torch.autograd.Function):
     @staticmethod
@@ -94,5 +98,7 @@ def mlp(x, gate, up, down):
     bf16 = in_bf16(x, gate, up, down)
     if not torch.is_grad_enabled():
         x, gate, up, down = (t.detach() for t in (x, gate, up, down))
-    function = _MLP if x.shape[-1] <= FUSED_CHANNELS else _WideMLP
+    trains = any(t.requires_grad for t in (x, gate, up, down))
+    fused = x.shape[-1] <= FUSED_CHANNELS and (not trains or gate.numel() <= _FUSED_SUMS)
+    function = _MLP if fused else _WideMLP
     return function.apply(x.float(), gate.float(), up.float(), down.float(), bf16).to(x.dtype)
