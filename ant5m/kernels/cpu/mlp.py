@@ -11,8 +11,8 @@ from ant5m.kernels.cpu.support import FUSED_CHANNELS
 from ant5m.kernels.cpu.swiglu import gated, gated_gradients
 
 _FUSED_SUMS = 1 << 17
-"""the most numbers of a weight in one piece where there are gradients: all sums of them are read and written for
-each block of tokens, and of 256 x 704 they no longer stay in L2 (docs/experiments.md)"""
+"""the most numbers of a weight in one piece where there are gradients: the sums of all are read and written
+for each block of tokens, and of 256 x 704 they no longer stay in L2 (docs/experiments.md)"""
 
 
 class _MLP(torch.autograd.Function):
