@@ -10,13 +10,13 @@ from ant5m.model.config import ModelConfig
 
 
 def transformers_llama(config: ModelConfig, expand_keys: bool = False) -> nn.Module:
-    """`LlamaForCausalLM` of `config`'s shape over PyTorch's fused attention.
+    """`LlamaForCausalLM`, with QK-norm `Qwen3ForCausalLM`, of `config`'s shape over PyTorch's attention.
 
     Args:
         expand_keys: give every query head its own copy of keys and values. Below compute capability 8.0
             PyTorch has no fused attention for grouped queries, and would make a T x T matrix.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, masking_utils
     from transformers.integrations import sdpa_attention
 
     # A row is one sequence here. transformers looks for several in it, which it cannot while it is compiled:
@@ -24,7 +24,11 @@ def transformers_llama(config: ModelConfig, expand_keys: bool = False) -> nn.Mod
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     if expand_keys:
         sdpa_attention.use_gqa_in_sdpa = lambda *inputs: False
-    return LlamaForCausalLM(LlamaConfig(**config.to_dict(), attn_implementation="sdpa", use_cache=False))
+    shape = {name: value for name, value in config.to_dict().items() if name != "qk_norm"}
+    settings = {**shape, "attn_implementation": "sdpa", "use_cache": False}
+    if config.qk_norm:
+        return Qwen3ForCausalLM(Qwen3Config(**settings))
+    return LlamaForCausalLM(LlamaConfig(**settings))
 
 
 def transformers_loss(net: Any, inputs, targets):

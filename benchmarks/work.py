@@ -31,7 +31,8 @@ from ant5m.model.config import ModelConfig
 from ant5m.model.costs import count_parameters
 
 OPS = ("embedding", "rms_norm", "linears", "rope", "attention", "swiglu", "head", "update")
-"""rms_norm with the residual's addition; head: its products and the loss; update: clipping and optimizer"""
+"""rms_norm with the residual's addition; rope with QK-norm, where there is one; head: its products and the
+loss; update: clipping and optimizer"""
 
 # Instructions of the compiled sm_75 attention kernels for each score, without products and exponentials:
 # scale, maximum, sum, conversion; backward in two kernels.
@@ -166,14 +167,16 @@ def _product(step: Step, inputs: int, outputs: int) -> list[Kernel]:
 
 
 def _rope(step: Step) -> list[Kernel]:
+    """With QK-norm both in one pass, whose norms are counted here, too."""
     n = step.tokens * (step.queries + step.keys)
     q, k, joined = ((step.tokens, size) for size in (step.queries, step.keys, step.queries + 2 * step.keys))
-    forward, _ = _cost(step, "rope", q, k, rest=(None, None))
+    normed = step.config.qk_norm
+    forward, _ = _cost(step, "qk_norm_rope" if normed else "rope", q, k, rest=(None, None))
     # The gradients of q, k and v become one tensor, for one product.
-    _, backward = _cost(step, "rope_packed", joined, rest=(None, None, None, None, None))
+    _, backward = _cost(step, "rope_packed", joined, rest=(None, None, None, normed or None, None))
     return [
-        Kernel("rope", "forward", ops=3 * n, bytes=forward.bytes),
-        Kernel("rope", "backward", ops=3 * n, bytes=backward.bytes),
+        Kernel("rope", "forward", ops=(3 + 4 * normed) * n, bytes=forward.bytes),
+        Kernel("rope", "backward", ops=(3 + 8 * normed) * n, bytes=backward.bytes),
     ]
 
 

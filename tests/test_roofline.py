@@ -121,6 +121,27 @@ def test_fused_ops_move_less_and_half_precision_moves_less(traces):
     assert total(ours(half), "bytes") < total(ours(STEP), "bytes")
 
 
+@pytest.mark.parametrize("backend", ["triton", "cpu"])
+def test_qk_norm_is_counted_with_rope(backend):
+    """In one pass: nothing more to move forward, and backward q and k as they were before it."""
+    normed = dataclasses.replace(STEP, config=dataclasses.replace(TINY, qk_norm=True))
+    plain, with_norm = ours(STEP, backend), ours(normed, backend)
+    joined = 4 * STEP.tokens * (4 + 2 + 2) * 8 * TINY.num_hidden_layers
+    more = {way: 0 if way == "forward" else joined for way in ("forward", "backward")}
+    for way, bytes_ in more.items():
+        moved = [total(counted, "bytes", "rope", direction=way) for counted in (plain, with_norm)]
+        assert moved[1] - moved[0] == bytes_
+        assert total(with_norm, "ops", "rope", direction=way) > total(plain, "ops", "rope", direction=way)
+    assert total(plain, "flops") == total(with_norm, "flops")
+
+
+def test_a_traced_qk_norm_moves_more_than_the_fused_one(traces):
+    normed = dataclasses.replace(STEP, config=dataclasses.replace(TINY, qk_norm=True))
+    for variant, plain in traces.items():
+        more = total(traced(variant, normed), "bytes") - total(plain, "bytes")
+        assert more > total(ours(normed), "bytes") - total(ours(STEP), "bytes"), variant
+
+
 def test_muon_does_what_its_iterations_need():
     """Five times three products of every matrix of a layer with its small side."""
     muon = update(dataclasses.replace(STEP, optimizer="muon"))
