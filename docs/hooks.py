@@ -1,7 +1,7 @@
 """Pages that MkDocs takes from elsewhere in the repository, so that each text exists once.
 
 `reference/commands.md` is made from the `--help` of every command; the overview, the contributing guide and
-the changelog are the files in the repository's root.
+the changelog are the files in the repository's root, and the notebooks, which the overview links, go along.
 """
 
 import logging
@@ -26,6 +26,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are not files of docs/."""
     for page, source in FROM_ROOT.items():
         files.append(File.generated(config, page, content=for_the_site((ROOT / source).read_text("utf-8"))))
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        files.append(File.generated(config, f"notebooks/{notebook.name}", content=notebook.read_bytes()))
     files.append(File.generated(config, "reference/commands.md", content=commands_page()))
     return files
 
