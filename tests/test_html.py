@@ -165,6 +165,15 @@ def test_in_a_browser_it_writes_as_one_types_and_asks_nobody(tokenizer, tmp_path
         assert len(page.locator("#written").text_content()) > 20
         page.locator("#next button:enabled").first.click()
         assert len(page.get_by_label("Prompt").input_value()) > 20
+        first = page.locator("#next button:enabled").first
+        first.focus()
+        page.keyboard.press("Enter")  # the keyboard stays where it is, though the buttons are new ones
+        playwright.expect(page.locator("#next button:enabled").first).to_be_focused()
+        page.get_by_label("Tokens").fill("90")
+        page.get_by_label("Prompt").fill("the ant " * 100)  # longer than the context: nothing goes on
+        playwright.expect(page.locator("#status")).to_contain_text("The prompt is too long")
+        assert page.get_by_role("button", name="Stop").is_disabled()
+        page.get_by_label("Prompt").fill("the ant")
         page.get_by_label("Temperature").fill("0")
         page.get_by_role("button", name="Write", exact=True).click()
         playwright.expect(page.locator("#status")).to_contain_text("It stopped because")

@@ -56,7 +56,8 @@ async function write() {
   const mine = ++run;
   const prompt = promptIds(), limit = Number($("length").value);
   show($("prompt").value, "");
-  $("loop").hidden = true;
+  busy(false);
+  $("loop").textContent = "";
   if (prompt.length >= about.config.context) return say(`The prompt is too long: ${prompt.length} tokens, the model reads ${about.config.context}.`);
   busy(true);
   say("Writing …");
@@ -76,7 +77,7 @@ async function write() {
     if (performance.now() - rested > 30) {
       show($("prompt").value, text);
       showNext();
-      say(`Writing … ${speed(written, started)}`);
+      $("speed").textContent = speed(written, started); // not read aloud: it changes all the time
       await rest();
       rested = performance.now();
       if (mine !== run) return;
@@ -85,9 +86,11 @@ async function write() {
   show($("prompt").value, text + decoder.decode());
   showNext();
   busy(false);
-  $("loop").hidden = !ant5m.loops(text);
+  if (ant5m.loops(text)) $("loop").textContent = LOOPS;
   say(`${written} tokens, ${speed(written, started)}. It stopped because ${why}.`);
 }
+
+const LOOPS = "The text loops. Try a repetition penalty of 1.1 to 1.3, or a temperature of 0.8 to 1.";
 
 const speed = (count, started) => `${(count / ((performance.now() - started) / 1000)).toFixed(0)} tokens/s`;
 
@@ -104,7 +107,10 @@ function busy(yes) {
   $("stop").disabled = !yes;
 }
 
-function say(text) { $("status").textContent = text; }
+function say(text) {
+  $("status").textContent = text;
+  $("speed").textContent = "";
+}
 
 function show(prompt, text) {
   $("given").textContent = prompt;
@@ -113,6 +119,7 @@ function show(prompt, text) {
 
 // The most likely tokens as buttons: one that is pressed is added to the prompt.
 function showNext() {
+  const focused = [...$("next").querySelectorAll("button:enabled")].indexOf(document.activeElement);
   const rows = ant5m.mostLikely(model.logits, 10).map(([id, chance]) => {
     const text = tokenizer.decode([id]), percent = `${(100 * chance).toFixed(1)} %`;
     const end = about.ends.includes(id);
@@ -123,7 +130,7 @@ function showNext() {
     button.type = "button";
     button.style.setProperty("--share", chance);
     button.setAttribute("aria-label", `${end ? "end of text" : JSON.stringify(text)}, ${percent}`);
-    button.disabled = end;
+    button.disabled = end || text.includes("\uFFFD"); // a part of a character cannot stand in the prompt
     button.append(token, number);
     button.addEventListener("click", () => {
       run++;
@@ -136,6 +143,7 @@ function showNext() {
     return row;
   });
   $("next").replaceChildren(...rows);
+  if (focused >= 0) $("next").querySelectorAll("button:enabled")[focused]?.focus({ preventScroll: true });
 }
 
 const visible = (text) => text.replace(/ /g, "·").replace(/\n/g, "⏎").replace(/\r/g, "␍").replace(/\t/g, "⇥") || "(empty)";
