@@ -118,8 +118,8 @@ class ScoreTasks(Callback):
             self._items = max(self._least, min(self._subset.items, most))
         self._seconds = each * self._items
         count = int((there - once * self._items) / self._seconds)
-        if count < 1:
-            share = (self._spent + trainer.waited + self._seconds) / total
+        share = (self._spent + trainer.waited + self._seconds) / total
+        if count < 1 and share > SHARE:
             warnings.warn(
                 f"scores take {share:.1%} of this run even when only its end is scored, {self._items:,} "
                 f"items a task ({self._spent:.1f} s for loading them, {self._seconds:.1f} s for a score)",
