@@ -1,6 +1,7 @@
 """Files are whole or not there: written aside, synced, renamed. JSON has a schema, a folder one writer."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ import re
 import shutil
 import stat
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -19,6 +21,8 @@ from ant5m.errors import UserError
 
 LOCK = ".lock"
 """in a folder that is being written; without meaning when no process holds it"""
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+"""`OSError.errno` of file systems without locks, such as NFS without its lock daemon"""
 ASIDE = ".aside"
 """ends the hidden name of what is being written; a kill leaves such a file or folder behind"""
 
@@ -221,7 +225,8 @@ def lock(folder: Path, wait: float = 0) -> Iterator[None]:
     """Be the only process (and the only holder in this one) that writes into `folder`, made where it is not
     there. The system frees the lock when the process ends, however it ends.
 
-    Raises `UserError` when another holds it, for `wait` seconds and longer.
+    Raises `UserError` when another holds it, for `wait` seconds and longer. Where the file system knows no
+    locks (some network drives) a warning says so, and nobody is kept out.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -234,6 +239,12 @@ def lock(folder: Path, wait: float = 0) -> Iterator[None]:
         raise UserError(
             f"another process is writing into {folder}: wait for it to end, or choose another folder"
         ) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        warnings.warn(
+            f"{folder} cannot be locked ({error.strerror}): let no second process write there", stacklevel=3
+        )
     try:
         yield
     finally:
@@ -244,11 +255,13 @@ def is_locked(folder: Path) -> bool:
     """Whether a process writes into `folder`; nothing is made there."""
     if not (folder / LOCK).exists():
         return False
-    try:
-        with lock(folder):
-            return False
-    except (UserError, OSError):
-        return True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where there are no locks nothing is locked
+        try:
+            with lock(folder):
+                return False
+        except (UserError, OSError):
+            return True
 
 
 def is_unused(folder: Path) -> bool:

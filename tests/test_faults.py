@@ -12,6 +12,7 @@ import shutil
 import numpy as np
 import pytest
 import zstandard
+from bad_inputs import BAD_FILES, make_pipe, place
 from faults import Server
 
 from ant5m.data.shards import Shards
@@ -132,11 +133,12 @@ def spread(number, count):
 
 PARTS = 4
 """of the long form of the kills, each a few minutes"""
+SLOW = (pytest.mark.slow, pytest.mark.timeout(7_200))
 SHORT = pytest.param(None, id="short")
-LONG = [pytest.param(False, id="short"), pytest.param(True, marks=pytest.mark.slow, id="long")]
+LONG = [pytest.param(False, id="short"), pytest.param(True, marks=SLOW, id="long")]
 
 
-@pytest.mark.parametrize("part", [SHORT, *(pytest.param(i, marks=pytest.mark.slow) for i in range(PARTS))])
+@pytest.mark.parametrize("part", [SHORT, *(pytest.param(i, marks=SLOW) for i in range(PARTS))])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_killed_before_a_file_operation_it_goes_on_to_the_same_bytes(
     server, stock, whole, tmp_path, name, part
@@ -307,6 +309,12 @@ FLAGS = (
     (LEARN, "vocab-size sample-mb max-documents", ()),
     (GENERATE, "temperature top-p seed repetition-penalty", (HUGE,)),
     (COMPARE, "tokens seeds workers batch-size validation-fraction", ()),
+    (PACK, "parts workers max-documents max-tokens", ()),
+    (TRAIN, "processes decay final-rate eval-tokens eval-items keep-last checkpoint-every", ()),
+    (TRAIN, "z-loss ema loop-loss-share", ()),
+    (["chat", "run"], "max-new-tokens temperature top-p", ()),
+    (["autopsy", "run"], "tokens prompts", ()),
+    (["eval", "run"], "limit batch-size", ()),
 )
 PLACES = (
     (["data", "pack", "?", "--tokenizer", "tok", "--out", "bad"], ("text.jsonl", ".")),
@@ -328,6 +336,23 @@ PLACES = (
     (["export", "run", "?"], ("absent", "\udcff")),
     (["eval", "run", "--data", "?"], ("text.jsonl", ".")),
     (["compare", "?", "tiny.json", "--out", "bad"], ()),
+    (["average", "?", "--out", "bad"], ()),
+    (["average", "run", "--out", "?"], ("absent", "\udcff")),
+    (["runs", "?"], (".",)),
+    (["runs", "run", "--plot", "?"], ()),
+    (["push", "?", "ada/ants"], ()),
+    (["push", "run", "?"], ()),
+    (["chat", "?"], ()),
+    (["export", "?", "bad", "--format", "gguf"], ()),
+    (["export", "run", "?", "--format", "html"], ("absent", "\udcff")),
+    (["data", "contamination", "text.jsonl", "--against", "?"], ()),
+    (["train", "--config", "?"], ()),
+    ([*TRAIN, "--init", "?"], ()),
+    ([*TRAIN, "--eval-tasks", "?"], ()),
+    ([*TRAIN, "--eval-tasks", "piqa", "--eval-data-dir", "?"], ()),
+    ([*PACK, "--exclude-items", "?"], ()),
+    ([*TRAIN, "--push", "?"], ()),
+    ([*TRAIN, "--checkpoint-words", "?"], ()),
 )
 BAD = [
     [*words, *bad]
@@ -343,8 +368,8 @@ BAD += [
 ]
 
 
-def test_the_table_of_bad_inputs_is_long():
-    assert len(BAD) >= 300
+def test_the_tables_of_bad_inputs_are_long():
+    assert len(BAD) >= 300 and len(BAD_FILES) >= 300
 
 
 @pytest.mark.parametrize("long", LONG)
@@ -360,6 +385,47 @@ def test_bad_input_is_one_line(server, stock, tmp_path, long):
     assert not wrong, f"{len(wrong)} of {len(chosen)}: {wrong[:8]}"
     made = {path.name for path in folder.iterdir()} - before
     assert made <= {"bad"} and (not made or {p.name for p in (folder / "bad").iterdir()} <= {".lock"})
+
+
+@pytest.mark.parametrize("long", LONG)
+def test_a_bad_file_is_one_line(server, stock, tmp_path, long):
+    """`data pack` alone keeps what it has packed: the same command goes on when the text is mended."""
+    chosen = BAD_FILES if long else random.Random(3).sample(BAD_FILES, 30)
+    wrong = []
+    for number, (file, content, words) in enumerate(chosen):
+        folder = copied(stock, tmp_path / str(number))
+        place(folder, file, content)
+        before = contents(folder)
+        outcome = server.run(words.split(), folder, memory=1 << 30)
+        made = contents(folder) - before
+        allowed = ("bad/",) if words.startswith("data pack") else ("bad/.lock", "run/.lock", "ant5m-cache/")
+        if not outcome.is_clean or outcome.code != 2 or not all(one.startswith(allowed) for one in made):
+            wrong.append((file, str(content)[-99:], words, outcome.code, outcome.err[-300:], sorted(made)))
+        shutil.rmtree(folder)
+    assert not wrong, f"{len(wrong)} of {len(chosen)}: {wrong[:8]}"
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("run/hf/model.safetensors", "generate run/hf --prompt the"),
+        ("run/hf/config.json", "generate run/hf --prompt the"),
+        ("run/metrics.jsonl", "train --resume run"),
+        ("shards/train-00000.bin", "train --model tiny.json --data shards --out bad --steps 1"),
+        ("m.toml", "train --model tiny.json --data m.toml --out bad"),
+        ("c.toml", "train --config c.toml"),
+        ("p.jsonl", "data pack p.jsonl --tokenizer tok --out bad"),
+    ],
+)
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(server, stock, tmp_path, file, words):
+    folder = copied(stock, tmp_path)
+    make_pipe(folder / file)
+    outcome = server.run(words.split(), folder)
+    assert outcome.is_clean and outcome.code == 2, outcome
 
 
 @pytest.mark.parametrize("error", ["EROFS", "EACCES", "EDQUOT", "EIO"])
@@ -386,6 +452,36 @@ def test_a_place_that_cannot_be_written_is_one_line_and_no_loss(
     after = go_on(server, name, folder)
     assert after.code == 0, after
     check(whole, name, folder)
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_run_that_ended_before_its_first_checkpoint_is_told_of_as_that(server, stock, tmp_path, empty):
+    """By every command that opens a run; resumed, it begins anew."""
+    folder = copied(stock, tmp_path)
+    shutil.rmtree(folder / "run" / "hf")
+    shutil.rmtree(folder / "run" / "checkpoints")
+    if empty:
+        (folder / "run" / "checkpoints").mkdir()
+    for words in (
+        *(
+            "generate run --prompt the",
+            "eval run",
+            "eval run --tasks piqa --data-dir items",
+            "export run bad",
+        ),
+        *("autopsy run --data text.jsonl", "chat run", "push run ada/ants", "average run run --out bad"),
+        *(f"export run bad --format {kind}" for kind in ("gguf", "html")),
+        "train --init run --data shards --out bad --steps 1",
+    ):
+        outcome = server.run(words.split(), folder)
+        assert outcome.is_clean and outcome.code == 2 and "run has no good checkpoint yet" in outcome.err, (
+            words,
+            outcome,
+        )
+    assert server.run(["runs", "run"], folder).code == 0
+    assert server.run(["train", "--resume", "run"], folder).code == 0
+    model = "checkpoints/step-00000006/model.safetensors"
+    assert (folder / "run" / model).read_bytes() == (stock / "run" / model).read_bytes()
 
 
 @pytest.mark.parametrize("target", ["elsewhere", "absent"])

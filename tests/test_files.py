@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -10,7 +12,16 @@ import sys
 import pytest
 
 from ant5m.errors import UserError
-from ant5m.files import is_unused, lock, new_folder, read_json, remove_asides, write_file, write_json
+from ant5m.files import (
+    is_locked,
+    is_unused,
+    lock,
+    new_folder,
+    read_json,
+    remove_asides,
+    write_file,
+    write_json,
+)
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
@@ -146,3 +157,21 @@ def test_a_folder_with_nothing_but_remains_is_unused(tmp_path):
     assert os.listdir(tmp_path) == [".lock"]
     (tmp_path / "thesis.txt").write_text("mine")
     assert not is_unused(tmp_path) and not is_unused(tmp_path / "thesis.txt")
+
+
+@pytest.mark.parametrize("code", ["ENOLCK", "EOPNOTSUPP", "EIO"])
+def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, code):
+    def flock(descriptor, operation):
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    if code == "EIO":
+        with pytest.raises(OSError, match="Input/output"), lock(tmp_path):
+            pass
+        return
+    told = pytest.warns(UserWarning, match="cannot be locked .*: let no second process write there")
+    with told, lock(tmp_path):
+        assert not is_locked(tmp_path)
+    with pytest.warns(UserWarning), new_folder(tmp_path / "new") as folder:
+        (folder / "a").touch()
+    assert os.listdir(tmp_path / "new") == ["a"]

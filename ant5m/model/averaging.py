@@ -8,14 +8,20 @@ import torch
 from ant5m.data.tokenizer import Tokenizer
 from ant5m.errors import UserError
 from ant5m.model.ant import Ant
-from ant5m.model.checkpoint import CHECKPOINTS, checkpoints, load_with_tokenizer, verify_checkpoint
+from ant5m.model.checkpoint import (
+    CHECKPOINTS,
+    checkpoints,
+    load_with_tokenizer,
+    resolve,
+    verify_checkpoint,
+)
 
 
 def expand(paths: Sequence[Path]) -> list[Path]:
     """Each run folder replaced by all of its checkpoints, which must be good; the rest as it is."""
     found = []
     for path in paths:
-        if not (path / CHECKPOINTS).is_dir():
+        if resolve(path) == path:
             found.append(path)
             continue
         inside = checkpoints(path / CHECKPOINTS)
