@@ -10,8 +10,16 @@ class UserError(Exception):
     """Something the user can mend: the message is one line that says what is wrong and what to do.
 
     The command line prints it without a traceback and exits with code 2; from Python it is an ordinary
-    exception.
+    exception. Line breaks and control characters, as names may have them, are escaped.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(on_one_line(message))
+
+
+def on_one_line(text: str) -> str:
+    """With line breaks and whatever else cannot be printed escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def first_line(error: BaseException) -> str:

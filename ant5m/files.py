@@ -192,6 +192,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     if os.path.lexists(path):
         raise UserError(f"{path} exists already: choose another name or remove it")
+    is_first = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
     aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=ASIDE))
@@ -206,6 +207,9 @@ def new_folder(path: Path) -> Iterator[Path]:
             os.rename(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
+        if is_first:
+            with contextlib.suppress(OSError):  # another process may have begun something there
+                path.parent.rmdir()
         raise
     fsync(path.parent)
 

@@ -111,7 +111,7 @@ def test_more_parts_than_places_to_cut_are_refused(tmp_path, name, count):
         cut(whole, count)
     most = int(str(error.value).split()[-1])
     assert len(cut(whole, most)) == most
-    with pytest.raises(UserError, match="one part or more, not in 0"):
+    with pytest.raises(UserError, match="1 to 10,000 parts, not in 0"):
         cut(whole, 0)
 
 

@@ -10,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from fuzz.targets import try_one
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -69,7 +70,7 @@ def documents_or_error(path, **options):
             warnings.simplefilter("ignore")
             found = list(Corpus.open([path], **options).documents())
     except UserError as error:
-        assert str(path) in str(error) and "\n" not in str(error).replace(str(path), "")
+        assert str(path) in str(error) and "\n" not in str(error)
         return None
     assert all(isinstance(text, str) and text.encode() and not text.isspace() for text in found)
     return found
@@ -133,15 +134,13 @@ def test_any_json_is_read_or_one_error(tmp_path, name, content):
     try:
         READERS[name](tmp_path / name)
     except UserError as error:
-        assert "\n" not in str(error).replace(str(tmp_path), "")
+        assert "\n" not in str(error)
 
 
 @pytest.mark.parametrize(
     "seed", sorted((Path(__file__).parent / "fuzz" / "seeds").iterdir()), ids=lambda p: p.name
 )
 def test_what_the_fuzz_found_stays_mended(tmp_path, seed):
-    """tests/fuzz/readers.py says how the inputs are made: the first byte chooses the reader."""
-    kind, *content = seed.read_bytes()
-    if kind < len(NAMES):
-        (tmp_path / NAMES[kind]).write_bytes(bytes(content))
-        documents_or_error(tmp_path / NAMES[kind])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try_one(seed.read_bytes(), tmp_path)

@@ -43,7 +43,7 @@ from rich.table import Table
 
 import ant5m
 from ant5m.console import stderr
-from ant5m.errors import DISK_FULL, PeerLost, UserError
+from ant5m.errors import DISK_FULL, PeerLost, UserError, on_one_line
 
 # command -> ("module:Class", what it does)
 COMMANDS = {
@@ -255,8 +255,7 @@ def _fail(message: str) -> int:
 
 def _one_line(message: str) -> str:
     """With line breaks and control characters, as file names may have, escaped; and so is rich's markup."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-    return escape(shown)
+    return escape(on_one_line(message))
 
 
 __all__ = ["call", "guarded", "main", "main_train"]

@@ -27,7 +27,7 @@ from ant5m.data import compression
 from ant5m.data.folders import Found, find_files
 from ant5m.data.rows import csv_rows, json_values, repeated
 from ant5m.data.tar import Member, members
-from ant5m.errors import UserError, first_line
+from ant5m.errors import UserError, first_line, on_one_line
 from ant5m.files import is_lfs_pointer
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ table about them, is none of them"""
 
 OnError = Literal["stop", "skip"]
 """what to do with rows and files that cannot be read"""
+MOST_NAMES = 20
+"""of columns in a message"""
 REPORTED = 10
 """of what is left out, named one by one; the rest is only counted"""
 
@@ -381,7 +383,7 @@ def _in_tar(name: str, blocks: Iterator[bytes], column: Column) -> Iterator[Reco
             place = ""
     except UserError as error:
         told = str(error)
-        raise UserError(told if told.startswith(name) else f"{name}{place}: {told}") from None
+        raise UserError(told if told.startswith(on_one_line(name)) else f"{name}{place}: {told}") from None
     left_out.warn()
 
 
@@ -466,7 +468,7 @@ def _named(name: str) -> Iterator[None]:
         yield
     except UserError as error:
         told = str(error)
-        raise UserError(told if told.startswith(name) else f"{name}: {told}") from None
+        raise UserError(told if told.startswith(on_one_line(name)) else f"{name}: {told}") from None
 
 
 def _read_jsonl(content: _Content, column: Column, skip: int) -> Iterator[Record]:
@@ -673,9 +675,10 @@ def _text(value: Any, where: str, column: Column) -> str | UserError:
 
 
 def _no_column(column: Column, found: Iterable[str]) -> str:
-    return (
-        f"no column '{column.name}' (found: {', '.join(found) or 'none'}): name the text with --text-column"
-    )
+    names = [*found]
+    more = f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
+    shown = ", ".join(names[:MOST_NAMES]) or "none"
+    return f"no column '{column.name}' (found: {shown}{more}): name the text with --text-column"
 
 
 def _raw_blocks(content: _Content) -> Iterator[bytes]:

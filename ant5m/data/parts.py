@@ -23,14 +23,18 @@ _Mark = tuple[int, int]
 """a place in a source: the bytes before it, and itself in the unit of `Source.span`"""
 
 
+MOST = 10_000
+"""parts: each has a folder, and a journal of its own"""
+
+
 def cut(corpus: Corpus, count: int) -> list[Corpus]:
     """`count` parts that, read one after the other, are the corpus; they depend on `count` and the files
     alone.
 
     Raises `UserError` when there are not so many places to cut at.
     """
-    if count < 1:
-        raise UserError(f"a text is packed in one part or more, not in {count}")
+    if not 1 <= count <= MOST:
+        raise UserError(f"a text is packed in 1 to {MOST:,} parts, not in {count:,}")
     sources = _pieces(corpus, count)
     if len(sources) < count:
         most = len(sources)

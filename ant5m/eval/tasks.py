@@ -63,8 +63,10 @@ PROTOCOLS: dict[str, Callable[[Model, Sequence[Row]], dict[str, Measured]]] = {
 
 def known_tasks(names: Sequence[str]) -> list[str]:
     """The tasks that names (of tasks or suites) stand for, in the table's order. Raises `UserError` on
-    another name."""
+    another name, and without any."""
     asked = [name for word in names for name in word.split(",") if name]
+    if not asked:
+        raise UserError(f"no task is named (suites: {', '.join(SUITES)}; tasks: {', '.join(BENCHMARKS)})")
     if unknown := [name for name in asked if name not in BENCHMARKS and name not in SUITES]:
         raise UserError(
             f"there is no task '{unknown[0]}' (suites: {', '.join(SUITES)}; tasks: {', '.join(BENCHMARKS)})"
