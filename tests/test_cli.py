@@ -37,7 +37,7 @@ SURFACE = {
     "device processes precision kernels eval-every eval-tokens early-stop eval-tasks eval-items "
     "eval-tasks-every eval-data-dir checkpoint-words sample-every checkpoint-every keep-last "
     "push push-every track text-column config print-config ema init keep-optimizer "
-    "rope-theta short-context short-share",
+    "group-column max-documents max-tokens rope-theta short-context short-share",
     "runs": "FOLDER plot by",
     "average": "CHECKPOINT out",
     "generate": "MODEL device json max-new-tokens prompt repetition-penalty seed temperature top-k top-p",

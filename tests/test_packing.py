@@ -144,12 +144,18 @@ def test_limits_of_what_is_packed(tmp_path, tokenizer, monkeypatch):
     assert content(tmp_path / "again") == content(tmp_path / "out")
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
-def test_rows_of_a_group_are_held_out_together(tmp_path, tokenizer, kind):
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "hub"])
+def test_rows_of_a_group_are_held_out_together(tmp_path, tokenizer, kind, monkeypatch):
     texts = make_texts(120)
     rows = [{"text": text, "book": f"book {number % 12}"} for number, text in enumerate(texts)]
     file = tmp_path / f"texts.{kind}"
-    if kind == "jsonl":
+    if kind == "hub":
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+        (tmp_path / "hub" / "data").mkdir(parents=True)
+        table = pyarrow.Table.from_pylist(rows)
+        pyarrow.parquet.write_table(table, tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
+        file = f"hf:{tmp_path / 'hub'}"
+    elif kind == "jsonl":
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif kind == "json":
         file.write_text(json.dumps(rows))

@@ -5,11 +5,13 @@ import json
 import random
 import shutil
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from test_train import MODEL, WORDS
 
 from ant5m.cli import call
-from ant5m.data import cache
+from ant5m.data import cache, packing
 from ant5m.data.shards import META, Shards
 from ant5m.data.tokenizer import Tokenizer, train_tokenizer
 from ant5m.errors import UserError
@@ -18,6 +20,7 @@ from ant5m.export.card import card_of_run
 from ant5m.files import write_json
 from ant5m.model.checkpoint import latest_checkpoint
 from ant5m.train import TrainConfig, preparation, pretrain
+from ant5m.train.run import Run
 
 
 @pytest.fixture
@@ -92,6 +95,43 @@ def test_files_globs_and_a_column(config, tmp_path):
     assert sum(split["documents"] for split in meta["splits"].values()) == 41
 
 
+def test_only_the_beginning_of_a_huge_text_is_read(config, tmp_path, monkeypatch):
+    """Of a data set of the hub (here a folder in its layout): for the tokenizer, and to be packed."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    draw, folder = random.Random(1), tmp_path / "hub" / "data"
+    folder.mkdir(parents=True)
+    rows = [{"text": " ".join(draw.choices(WORDS, k=90)), "book": number // 5} for number in range(2_000)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "train-00000-of-00001.parquet")
+    read = []
+    learn = cache.train_tokenizer
+
+    def learning(texts, *more):
+        return learn((read.append(text) or text for text in texts), *more)
+
+    monkeypatch.setattr(cache, "train_tokenizer", learning)
+    monkeypatch.setattr(packing, "BATCH_BYTES", 1 << 14)
+
+    def packed(out, **limits):
+        read.clear()
+        asked = dataclasses.replace(
+            config, data=f"hf:{tmp_path / 'hub'}", out=tmp_path / "runs" / out, **limits
+        )
+        run = Run.create(asked)
+        preparation.prepare(run)
+        folder = run.packed
+        splits = json.loads((folder / META).read_text())["splits"].values()
+        return folder, *(sum(split[key] for split in splits) for key in ("documents", "tokens"))
+
+    by_documents, documents, _ = packed("a", max_documents=150)
+    assert documents == len(read) == 150
+    by_tokens, documents, tokens = packed("b", max_tokens=20_000)
+    assert 20_000 <= tokens < 32_000 and documents < 2_000 and len(read) < 400
+    grouped, documents, _ = packed("c", max_documents=150, group_column="book")
+    assert documents == 150 and len({by_documents, by_tokens, grouped}) == 3
+    again, *_ = packed("d", max_tokens=20_000)
+    assert again == by_tokens and not read
+
+
 def test_stopped_packing_goes_on_with_the_same_command(config, tmp_path, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -135,6 +175,8 @@ def test_bad_text_is_refused_and_nothing_is_left(config, tmp_path):
     refused(dataclasses.replace(config, data=str(tmp_path / "rows.jsonl")), "line 2: not valid JSON")
     (tmp_path / "empty").mkdir()
     refused(dataclasses.replace(config, data=str(tmp_path / "empty")), "holds no text file")
+    unpacked = "--max-tokens is for text that is yet to be packed, unlike the built-in text"
+    refused(dataclasses.replace(config, data=(), max_tokens=9), unpacked)
 
 
 def test_a_text_too_small_for_the_model_names_the_preset_that_fits(config):

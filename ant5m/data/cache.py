@@ -9,6 +9,7 @@ changes: remove the folder to read such a data set again.
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ NAME = "ant5m-cache"
 """the usual name of such a folder"""
 SAMPLE_BYTES = 100_000_000
 """of text, evenly spread, that a tokenizer learns from"""
+BYTES_A_TOKEN = 5
+"""of English text, about"""
 
 
 @dataclass(frozen=True)
@@ -38,28 +41,47 @@ class Cache:
 
     folder: Path
 
-    def tokenizer(self, corpus: Corpus, vocab_size: int, progress: "Progress") -> Path:
-        """The folder of a tokenizer of so many entries, learned from `corpus` where it is not there yet.
+    def tokenizer(
+        self, corpus: Corpus, vocab_size: int, progress: "Progress", max_tokens: int | None = None
+    ) -> Path:
+        """The folder of a tokenizer of so many entries, learned from `corpus` where it is not there yet; with
+        `max_tokens` from about as much text as these are.
 
         Raises `UserError` when the text supports no such vocabulary.
         """
-        path = self.folder / f"tokenizer-{_fingerprint(corpus, vocab_size, SAMPLE_BYTES)}"
+        path = self.folder / f"tokenizer-{_fingerprint(corpus, max_tokens, vocab_size, SAMPLE_BYTES)}"
         if not path.exists():
+            texts = tracked(corpus, progress)
+            if max_tokens is not None:
+                texts = _beginning(texts, BYTES_A_TOKEN * max_tokens)
             with new_folder(path) as aside:
-                train_tokenizer(tracked(corpus, progress), vocab_size, SAMPLE_BYTES, progress).save(aside)
+                train_tokenizer(texts, vocab_size, SAMPLE_BYTES, progress).save(aside)
         return path
 
-    def shards(self, corpus: Corpus, tokenizer: Tokenizer, progress: "Progress") -> Path:
+    def shards(
+        self, corpus: Corpus, tokenizer: Tokenizer, progress: "Progress", max_tokens: int | None = None
+    ) -> Path:
         """The folder of the shards of `corpus`, packed with `tokenizer` where it is not there yet."""
-        path = self.folder / f"shards-{_fingerprint(corpus, tokenizer.fingerprint)}"
+        path = self.folder / f"shards-{_fingerprint(corpus, max_tokens, tokenizer.fingerprint)}"
         if not (path / META).exists():
-            pack(corpus, tokenizer, path, progress=progress)
+            pack(corpus, tokenizer, path, progress=progress, max_tokens=max_tokens)
         return path
 
 
-def _fingerprint(corpus: Corpus, *more: Any) -> str:
+def _beginning(texts: Iterator[str], size: int) -> Iterator[str]:
+    """The first texts, until they have so many bytes."""
+    for text in texts:
+        yield text
+        size -= len(text.encode())
+        if size <= 0:
+            return
+
+
+def _fingerprint(corpus: Corpus, max_tokens: int | None, *more: Any) -> str:
     text = [[_place(source.name), source.size, _version(source.name)] for source in corpus.sources]
-    seen = json.dumps([text, corpus.text_column, corpus.on_error, *more])
+    limits = [corpus.max_documents, corpus.group_column, max_tokens]
+    chosen = [limits] if any(limit is not None for limit in limits) else []
+    seen = json.dumps([text, corpus.text_column, corpus.on_error, *more, *chosen])
     return hashlib.sha256(seen.encode()).hexdigest()[:16]
 
 

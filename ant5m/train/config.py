@@ -36,6 +36,13 @@ class TrainConfig:
     default: built-in English, packed into the run folder"""
     text_column: str = "text"
     """name of the text field in rows of --data"""
+    group_column: str | None = None
+    """field of what rows of --data belong to, as chapters to a book: all rows of it are held out, or none"""
+    max_documents: Count | None = None
+    """of --data, read only so many documents of each file or hf: data set, its first ones"""
+    max_tokens: Count | None = None
+    """of --data, pack only about so many tokens of each text, its first ones; --tokens says how many of them
+    are trained on, again and again"""
     tokenizer: Path | None = None
     """tokenizer folder; default: the one beside the shards, or a new one learned from the text, with as many
     entries as the model has rows"""

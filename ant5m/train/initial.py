@@ -35,6 +35,9 @@ INHERITED = (
     "seed",
     "data",
     "text_column",
+    "group_column",
+    "max_documents",
+    "max_tokens",
 )
 """settings that a run with the optimizer of another one takes from it, where nobody said otherwise"""
 CHANGEABLE = ("vocab_size", "max_position_embeddings", "rope_theta", "initializer_range")

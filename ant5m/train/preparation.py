@@ -25,6 +25,7 @@ from ant5m.errors import UserError
 from ant5m.model.checkpoint import check_tokenizer
 from ant5m.model.config import PRESETS
 from ant5m.model.costs import count_parameters
+from ant5m.train.config import TrainConfig
 from ant5m.train.run import Run
 
 DEFAULT_VALIDATION_FRACTION = 0.02
@@ -48,6 +49,7 @@ def prepare(run: Run, model_chosen: bool = True) -> None:
         if not model_chosen:
             _check_default_model(run, tokenizer.vocab_size, run.config.tokenizer)
     if not run.config.data:
+        _refuse_limits(run.config, "the built-in text")
         _pack_default_text(run)
     elif any(map(is_mixture, run.config.data)):
         run.mixture = _prepare_mixture(run)
@@ -56,6 +58,7 @@ def prepare(run: Run, model_chosen: bool = True) -> None:
             _check_default_model(run, Shards.open(first, verify=False).vocab_size, first)
     elif _is_packed(run.config.data):
         run.packed = Path(run.config.data[0])
+        _refuse_limits(run.config, f"{run.packed}")
         if not model_chosen:
             _check_default_model(run, Shards.open(run.packed, verify=False).vocab_size, run.packed)
     else:
@@ -83,10 +86,12 @@ def _prepare_mixture(run: Run) -> Mixture:
         raise UserError("--checkpoint-words counts the words of one text: leave it out with a mixture")
     mixture = Mixture.read(Path(run.config.data[0]))
     packed = [data for data in mixture.data if _is_packed((data,))]
-    texts = {data: Corpus.open([data], run.config.text_column) for data in mixture.data if data not in packed}
+    texts = {data: _open(run, [data]) for data in mixture.data if data not in packed}
     if packed:
         Shards.join([Shards.open(folder, verify=False) for folder in packed])  # one tokenizer?
-    if texts:
+    if not texts:
+        _refuse_limits(run.config, "the shards of the mixture")
+    else:
         packs = _pack_texts(run, list(texts.values()), Path(packed[0]) / "tokenizer" if packed else None)
         made = dict(zip(texts, packs, strict=True))
         mixture = mixture.at([str(made.get(data, data)) for data in mixture.data])
@@ -99,8 +104,21 @@ def _is_packed(names: tuple[str, ...]) -> bool:
 
 
 def _pack_given_text(run: Run) -> Path:
-    corpus = Corpus.open(run.config.data, run.config.text_column)
-    return _pack_texts(run, [corpus])[0]
+    return _pack_texts(run, [_open(run, run.config.data)])[0]
+
+
+def _open(run: Run, names: Sequence[str]) -> Corpus:
+    config = run.config
+    corpus = Corpus.open(names, config.text_column)
+    return dataclasses.replace(corpus, max_documents=config.max_documents, group_column=config.group_column)
+
+
+def _refuse_limits(config: TrainConfig, where: str) -> None:
+    for name in ("max_documents", "max_tokens", "group_column"):
+        if getattr(config, name) is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')} is for text that is yet to be packed, unlike {where}"
+            )
 
 
 def _pack_texts(run: Run, texts: Sequence[Corpus], packed: Path | None = None) -> list[Path]:
@@ -114,7 +132,7 @@ def _pack_texts(run: Run, texts: Sequence[Corpus], packed: Path | None = None) -
     try:
         with Progress(console=Console(stderr=True)) as progress:
             tokenizer = _tokenizer(run, made, corpus, progress, packed)
-            return [made.shards(text, tokenizer, progress) for text in texts]
+            return [made.shards(text, tokenizer, progress, run.config.max_tokens) for text in texts]
     finally:
         with contextlib.suppress(OSError):
             made.folder.rmdir()  # where nothing was made
@@ -129,7 +147,7 @@ def _tokenizer(run: Run, made: Cache, corpus: Corpus, progress: Progress, packed
 
 def _learned(run: Run, made: Cache, corpus: Corpus, progress: Progress) -> Path:
     try:
-        return made.tokenizer(corpus, run.model.vocab_size, progress)
+        return made.tokenizer(corpus, run.model.vocab_size, progress, run.config.max_tokens)
     except VocabularyTooLarge as error:
         fitting = _nearest_preset(run, 0, error.supported)
         remedy = f"take --model {fitting}, or give more text" if fitting else "give more text"
