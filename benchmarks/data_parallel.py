@@ -13,7 +13,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from provenance import RESULTS, provenance
@@ -24,6 +26,7 @@ from ant5m.data.tokenizer import train_tokenizer
 from ant5m.files import write_json
 from ant5m.train.metrics import read_metrics
 
+RUN = {"steps": 1_000, "batch-size": 8, "micro-batch-size": 4, "sample-every": 0, "eval-every": 1_000}
 SUM = """
 import time, torch
 from ant5m.ranks import join
@@ -68,27 +71,28 @@ def compare(folder: Path, number: int, steps: int) -> dict[str, float]:
     row = {}
     for name, processes, threads in (("one process", 1, 2), ("two processes", 2, 1)):
         out = folder / f"{name}-{number}"
-        words = ["--data", shards, "--out", out, "--steps", steps, "--batch-size", 8]
-        words += [
-            "--micro-batch-size",
-            4,
-            "--device",
-            "cpu",
-            "--sample-every",
-            0,
-            "--eval-tokens",
-            1_024,
-            "--eval-every",
-            steps,
-        ]
-        words += ["--checkpoint-every", steps, "--processes", processes]
-        command = [sys.executable, "-m", "ant5m", "train", *map(str, words)]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-        lines = [line for line in read_metrics(out / "metrics.jsonl") if line["kind"] == "train"]
+        asked = {"data": shards, "out": out, "device": "cpu", "processes": processes, **RUN}
+        words = [str(word) for flag, value in asked.items() for word in (f"--{flag}", value)]
+        lines = train_steps([sys.executable, "-m", "ant5m", "train", *words], out, threads, steps)
         spent = lines[-1]["seconds"] - lines[1]["seconds"]
         row[name] = (lines[-1]["tokens"] - lines[1]["tokens"]) / spent
-    print(json.dumps(row))
+    print(json.dumps(row), flush=True)
     return row
+
+
+def train_steps(command: list[str], out: Path, threads: int, steps: int) -> list[dict[str, Any]]:
+    """The metrics of so many steps, or a few more, of a run that is stopped before it evaluates and exports."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    process = subprocess.Popen(command, env=environment)
+    lines: list[dict[str, Any]] = []
+    while len(lines) < steps:
+        time.sleep(0.5)  # of no core's time
+        if process.poll() is not None:
+            raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+        lines = [line for line in read_metrics(out / "metrics.jsonl") if line["kind"] == "train"]
+    process.terminate()
+    process.wait()
+    return [line for line in read_metrics(out / "metrics.jsonl") if line["kind"] == "train"]
 
 
 def in_torchrun(code: str) -> "subprocess.CompletedProcess[str]":

@@ -6,6 +6,9 @@ Run on an H200 (torch 2.11, Triton 3.6) on 2026-11-26.
 import copy
 import dataclasses
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,6 +175,66 @@ def test_among_ranks_two_graphs_are_the_step():
     assert one.captured and two.captured
     for a, b in pairs:
         assert torch.allclose(a, b, rtol=1e-4)
+
+
+ALONE_OVER_NCCL = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import torch
+import torch.distributed as dist
+from test_gpu import batches, make
+from ant5m.ranks import Ranks
+from ant5m.train.step import CapturedStep
+
+store = dist.HashStore()
+dist.init_process_group("nccl", store=store, rank=0, world_size=1)
+ranks = Ranks(0, 1, store, dist.new_group(backend="gloo"))
+asked = {"layers": 2, "precision": "fp32", "kind": "muon"}
+one, other = CapturedStep(make(**asked)), make(**asked)
+other.ranks = ranks
+two = CapturedStep(other)
+pairs = [torch.stack((one(*batch), two(*batch))) for batch in batches(20, 8, 16_384, 256)]
+assert one.captured and two.captured
+assert all(torch.allclose(a, b, rtol=1e-4) for a, b in pairs)
+{"leave": ranks.leave, "fail": lambda: ranks.fail(OSError())}[sys.argv[2]]()
+print("left", flush=True)
+"""
+
+
+@pytest.mark.parametrize("end", ["leave", "fail"])
+def test_two_graphs_with_nccl_between_are_the_step_and_the_process_ends(end):
+    """In a group of one: what is not seen is a second GPU. A captured sum would hang at the end."""
+    command = [sys.executable, "-c", ALONE_OVER_NCCL, str(Path(__file__).parent), end]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "left\n", process.communicate(timeout=60)
+        assert process.wait(timeout=10) == 0, process.stderr.read()
+    finally:
+        process.kill()
+
+
+def test_a_step_of_a_share_of_the_batch_bounds_what_more_gpus_can_gain(capsys):
+    """Nothing is demanded of the times: they belong to the device."""
+    milliseconds = {}
+    for gpus in (1, 2, 8):
+        step = make(rows=64 // gpus)
+        step.ranks = Twins()
+        captured, (batch,) = CapturedStep(step), batches(1, 64 // gpus, 16_384)
+        ends = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        for number in range(WARM_UP + 23):
+            if number == WARM_UP + 3:
+                ends[0].record()
+            captured(*batch)
+        ends[1].record()
+        ends[1].synchronize()
+        assert captured.captured
+        milliseconds[gpus] = ends[0].elapsed_time(ends[1]) / 20
+    with capsys.disabled():
+        for gpus, time in milliseconds.items():
+            bound = milliseconds[1] / time
+            print(
+                f"\n{65_536 // gpus:,} tokens: {time:.2f} ms; {gpus} GPUs have at most {bound:.2f} times one"
+            )
 
 
 def test_a_captured_step_of_the_cuda_backend_learns():
