@@ -81,7 +81,7 @@ def compare(folder: Path, number: int, steps: int) -> dict[str, float]:
 
 
 def train_steps(command: list[str], out: Path, threads: int, steps: int) -> list[dict[str, Any]]:
-    """The metrics of so many steps, or a few more, of a run that is stopped before it evaluates and exports."""
+    """The metrics of about so many steps of a run that is stopped before it evaluates and exports."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     process = subprocess.Popen(command, env=environment)
     lines: list[dict[str, Any]] = []

@@ -246,6 +246,28 @@ def test_resume_is_exact_and_may_change_the_batch_and_the_ranks(sources, taken):
     assert [rank.state_dict() for rank in ranks] == [loader.state_dict()] * 4
 
 
+def test_phases_that_the_clock_begins(sources):
+    """From the next block on, once; a state in between goes on in the same way."""
+    phases = ((0.0, (1, 0, 0)), (0.5, (0, 1, 0)), (0.9, (0, 0, 1)))
+    loader = make(sources, 6, phases=phases)
+    rows(loader, 3)
+    state = loader.state_dict()
+    loader.reach(250)  # of the first phase still
+    assert loader.state_dict() == state
+    loader.reach(400)
+    assert loader.state_dict()["starts"] == [0, 18, 540]
+    rows(loader, 2)
+    assert loader.taken == [18, 12, 0]
+    other = make(sources, 4, phases=phases)
+    other.load_state_dict(loader.state_dict())
+    rows(other, 1)  # inside a block of 6
+    for one in (loader, other):
+        one.reach(600)
+    assert loader.state_dict()["starts"] == [0, 18, 30] and other.state_dict()["starts"] == [0, 18, 36]
+    rows(loader, 1), rows(other, 2)
+    assert loader.taken == [18, 12, 6] and other.taken == [18, 18, 2 + 4]
+
+
 def test_a_stop_inside_a_block(sources):
     loader = make(sources, 6, phases=PHASES)
     everything = rows(loader, 80)
@@ -269,6 +291,8 @@ def test_states_of_other_mixtures_are_refused(sources):
         {"block": 0},
         {"block": "6"},
         {"position": -1},
+        {"starts": [0, 5]},
+        {"starts": ["0"]},
     )
     for change in changes:
         with pytest.raises(UserError, match="damaged"):

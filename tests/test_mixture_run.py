@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import random
+import shutil
 import signal
 
 import pytest
+from test_pace import clock  # noqa: F401  (a fixture)
 from test_resume import fingerprint, interrupt  # noqa: F401  (a fixture)
-from test_train import MODEL, WORDS
+from test_train import MODEL, WORDS, of_kind
 
 from ant5m.cli import call
 from ant5m.data.corpus import Corpus
@@ -19,7 +21,7 @@ from ant5m.eval.perplexity import run_data
 from ant5m.export.card import card_of_run
 from ant5m.files import write_json
 from ant5m.model.checkpoint import latest_checkpoint
-from ant5m.train import TrainConfig, pretrain
+from ant5m.train import TrainConfig, pace, pretrain
 from ant5m.train.metrics import read_metrics
 
 MIXTURE = """
@@ -116,6 +118,32 @@ def test_stopped_and_resumed_equals_uninterrupted(config, tmp_path, interrupt): 
     assert fingerprint(whole.out) == fingerprint(config.out)
     evaluations = [json.loads((out / "eval.json").read_text()) for out in (whole.out, config.out)]
     assert evaluations[0] == evaluations[1]
+
+
+def test_phases_follow_the_clock_as_the_learning_rate_does(config, clock, monkeypatch, tmp_path):  # noqa: F811
+    """Planned for 35 steps, a run that has time for half of them still has its last phase; from a checkpoint
+    it is repeated exactly, whatever the clock says."""
+    monkeypatch.setattr(pace, "FINISH_TOKENS", 0)
+    monkeypatch.setattr("ant5m.train.pretraining.measure_speed", lambda *_: 1 / 128)
+    clock.slow_from = 6
+    limits = {"steps": None, "max_minutes": 1.0, "keep_last": 9, "eval_every": 10, "sample_every": 0}
+    run = pretrain(dataclasses.replace(config, **limits)).run
+    planned = json.loads((run / "config.json").read_text())["train"]["steps"]
+    states = [json.loads((one / "state.json").read_text()) for one in sorted(run.glob("checkpoints/*"))]
+    loaders = [state["loader"] for state in states]
+    begun = loaders[-1]["starts"][1]
+    assert loaders[0]["starts"][1] == round(0.6 * planned * 4) > loaders[-1]["position"] > begun
+    assert begun % 4 == 0 and states[-1]["step"] - begun // 4 >= 3
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    for checkpoint in (again / "checkpoints").iterdir():
+        if checkpoint.name != "step-00000004":
+            shutil.rmtree(checkpoint)
+    clock.step = 0.01
+    pretrain(TrainConfig(resume=again, max_minutes=30.0))
+    last = states[-1]["step"]
+    lines = [[(line["step"], line["loss"]) for line in of_kind(one, "train")] for one in (run, again)]
+    assert lines[0] == lines[1][:last]
 
 
 def test_a_resumed_run_keeps_its_mixture(config, material, interrupt, tmp_path):  # noqa: F811

@@ -79,6 +79,10 @@ class Loader:
             return self._resident.gather(starts, self.sequence_length)
         return _gather(self._tokens, starts, self.sequence_length)
 
+    def reach(self, place: int) -> None:
+        """By the clock the run is as far as if all ranks together had taken so many sequences. Without phases
+        nothing follows from it."""
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values for JSON: where the loader is, and on what data."""
         return {

@@ -16,6 +16,8 @@ from ant5m.data.shards import Shards
 from ant5m.data.shares import Shares
 from ant5m.errors import UserError
 
+DAMAGED = "the saved position in the mixture is damaged: resume from another checkpoint"
+
 
 class MixtureLoader(Loader):
     """As `Loader`, from several sources: `shares` says which one each sequence comes from.
@@ -64,16 +66,27 @@ class MixtureLoader(Loader):
         inside = self._shares.deal(self._taken)[: self._position - sum(self._taken)]
         return [t + int((inside == source).sum()) for source, t in enumerate(self._taken)]
 
+    def reach(self, place: int) -> None:
+        """The phases up to there begin with the next block, where they have not begun."""
+        start = sum(self._taken)
+        now = start if start == self._position else start + self._shares.block
+        self._shares = self._shares.begun(now, place)
+
     def state_dict(self) -> dict[str, Any]:
-        order = self._orders[0].name
-        return {**super().state_dict(), "order": order, "block": self._shares.block, "taken": self._taken}
+        order, shares = self._orders[0].name, self._shares
+        more = {"order": order, "block": shares.block, "taken": self._taken, "starts": list(shares.starts)}
+        return {**super().state_dict(), **more}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        state = {"starts": list(self._shares.starts), **state}  # as planned, in states that do not name them
         taken, block, position = (state.get(name) for name in ("taken", "block", "position"))
         if not _agree(taken, block, position, len(self.sizes)):
-            raise UserError("the saved position in the mixture is damaged: resume from another checkpoint")
+            raise UserError(DAMAGED)
         super().load_state_dict(state)
-        self._shares = dataclasses.replace(self._shares, block=state["block"])
+        if not _follow(state["starts"], len(self._shares.starts)):
+            raise UserError(DAMAGED)
+        starts = tuple(state["starts"])
+        self._shares = dataclasses.replace(self._shares, block=state["block"], starts=starts)
         self._taken = list(state["taken"])
 
     def _starts(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -114,3 +127,10 @@ def _agree(taken: Any, block: Any, position: Any, sources: int) -> bool:
     if not all(isinstance(number, int) and number >= 0 for number in (*taken, block, position)):
         return False
     return sum(taken) <= position < sum(taken) + block
+
+
+def _follow(starts: Any, phases: int) -> bool:
+    """Whether these are the starts of so many phases."""
+    if not isinstance(starts, list) or len(starts) != phases:
+        return False
+    return all(isinstance(start, int) for start in starts) and starts[0] == 0 and starts == sorted(starts)

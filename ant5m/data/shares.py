@@ -1,5 +1,6 @@
 """Which source each sequence of a run comes from, when several are mixed."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -62,6 +63,12 @@ class Shares:
         sources = np.repeat(np.arange(len(counts)), counts)
         places = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in counts])
         return sources[np.argsort(places, kind="stable")]
+
+    def begun(self, now: int, reached: int) -> "Shares":
+        """The same, but the phases up to the place `reached` begin now, at the end of a block, where they
+        have not begun."""
+        starts = tuple(now if now < start <= reached else start for start in self.starts)
+        return dataclasses.replace(self, starts=starts)
 
     def planned(self, places: int) -> list[float]:
         """Sequences of each source in the first `places` of the run."""

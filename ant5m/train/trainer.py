@@ -211,6 +211,7 @@ class Trainer:
     def _move(self, position: int) -> None:
         self.position = position
         self._position.fill_(position)
+        self.loader.reach(position * self.settings.batch_size)  # phases of a mixture are of the schedule, too
 
     def _should_abort(self, stop: Stop) -> bool:
         # One rank cannot leave a step without the others.
