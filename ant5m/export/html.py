@@ -67,7 +67,7 @@ def export_html(
         "ENGINE": _source("engine.js"),
         "PAGE": _source("page.js"),
         # A token may spell the end of the script that it stands in.
-        "MODEL": json.dumps(model, separators=(",", ":")).replace("<", "\\u003c"),
+        "MODEL": json.dumps(model, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
         "WEIGHTS": base64.b64encode(weights).decode(),
     }.items():
         page = page.replace(f"@{key}@", value)
