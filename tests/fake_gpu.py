@@ -29,6 +29,7 @@ from ant5m.kernels.registry import OPS  # noqa: E402
 from ant5m.model.ant import Ant  # noqa: E402
 from ant5m.model.config_file import load_config  # noqa: E402
 from ant5m.ranks import Ranks  # noqa: E402
+from ant5m.train import average as averaging  # noqa: E402
 from ant5m.train import step as module  # noqa: E402
 from ant5m.train.loss_scaler import LossScaler  # noqa: E402
 from ant5m.train.losses import make_loop_loss  # noqa: E402
@@ -70,7 +71,7 @@ def pretend(capability):
     torch.optim.AdamW.step = lambda self: None
 
 
-def train(capability, precision, documents=False, loop_loss="none", ranks=None, qk_norm=False):
+def train(capability, precision, documents=False, loop_loss="none", ranks=None, qk_norm=False, limited=False):
     """The ops of two steps of two micro-batches."""
     pretend(capability)
     with FakeTensorMode(), torch.device("cuda"):
@@ -82,6 +83,9 @@ def train(capability, precision, documents=False, loop_loss="none", ranks=None, 
             optimizer = Optimizer(net, "muon", precision=precision)
             step = Step(net, optimizer, Schedule(9), 2, 1.0, precision, scaler, 0, eos, loss)
             step.ranks = ranks or step.ranks
+            if limited:  # as a run that a time limit ends, with an average of its weights
+                step._position = torch.zeros(1, dtype=torch.int64, device="cuda")
+                step.on_update = [averaging.AverageWeights(net, 0.999).on_update]
             ids = torch.zeros(4, 1_024, dtype=torch.int64, device="cuda")
             with Ours() as ours:
                 assert all(step(ids, ids).device.type == "cuda" for _ in range(2))
@@ -109,6 +113,21 @@ def mixed():
         module.document_starts = starts
 
 
+def mixed_average():
+    """An average that counts on the host."""
+    made = averaging.AverageWeights.__init__
+
+    def counting(self, net, decay):
+        made(self, net, decay)
+        self._count = torch.zeros((), device="cpu")
+
+    averaging.AverageWeights.__init__ = counting
+    try:
+        return train((9, 0), "bf16", limited=True)
+    finally:
+        averaging.AverageWeights.__init__ = made
+
+
 def reading():
     """A clipping that asks for the norm."""
     clip = module.clip
@@ -127,12 +146,15 @@ CASES = {
     "9.0 bf16 unlikelihood": lambda: train((9, 0), "bf16", loop_loss="unlikelihood"),
     "9.0 bf16 ditto": lambda: train((9, 0), "bf16", loop_loss="ditto"),
     "9.0 bf16 ranks": lambda: train((9, 0), "bf16", ranks=fake_ranks()),
+    "9.0 bf16 average": lambda: train((9, 0), "bf16", limited=True),
+    "9.0 fp16 average": lambda: train((9, 0), "fp16", limited=True),
     "9.0 bf16 QK-norm": lambda: train((9, 0), "bf16", qk_norm=True),
     "7.5 fp16": lambda: train((7, 5), "fp16"),
     "7.5 fp16 QK-norm": lambda: train((7, 5), "fp16", qk_norm=True),
     "7.5 fp16 documents": lambda: train((7, 5), "fp16", documents=True),
     "7.5 fp32": lambda: train((7, 5), "fp32"),
     "mixed": mixed,
+    "mixed average": mixed_average,
     "reading": reading,
 }
 
