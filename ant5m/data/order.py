@@ -37,6 +37,13 @@ class Order:
 
     def at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """Numbers below `count` at `places`, which go on from one epoch into the next; int64 of any shape."""
+        if not places.size:
+            return np.empty_like(places)
+        first, last = int(places.min()), int(places.max())
+        block = self._block_at(first)
+        if block == self._block_at(last):  # as nearly always: then most of what follows is saved
+            epoch, part = divmod(block, self._blocks)
+            return self._of_block(block)[places - (epoch * self.count + part * self._block)]
         epochs, within = np.divmod(places, self.count)
         blocks = epochs * self._blocks + within // self._block
         numbers = np.empty_like(places)
@@ -44,6 +51,10 @@ class Order:
             inside = blocks == block
             numbers[inside] = self._of_block(int(block))[within[inside] % self._block]
         return numbers
+
+    def _block_at(self, place: int) -> int:
+        epoch, within = divmod(place, self.count)
+        return epoch * self._blocks + within // self._block
 
     def _of_block(self, block: int) -> NDArray[np.int64]:
         if block != self._there:
@@ -80,14 +91,19 @@ def permute(values: NDArray[np.uint64], count: int, keys: NDArray[np.uint64]) ->
 def _network(
     values: NDArray[np.uint64], lefts: int, rights: int, keys: NDArray[np.uint64]
 ) -> NDArray[np.uint64]:
-    left, right = np.divmod(values, np.uint64(rights))
-    sizes = np.uint64(lefts), np.uint64(rights)
+    left, right = values // np.uint64(rights), _modulo(values, rights)
     for number, key in enumerate(keys):
         if number % 2:
-            right = (right + _mix(left + key) % sizes[1]) % sizes[1]
+            right = _modulo(right + _modulo(_mix(left + key), rights), rights)
         else:
-            left = (left + _mix(right + key) % sizes[0]) % sizes[0]
-    return left * sizes[1] + right
+            left = _modulo(left + _modulo(_mix(right + key), lefts), lefts)
+    return left * np.uint64(rights) + right
+
+
+def _modulo(x: NDArray[np.uint64], size: int) -> NDArray[np.uint64]:
+    """x % size. NumPy divides by one number with vector instructions, but takes remainders one by one."""
+    divisor = np.uint64(size)
+    return x - x // divisor * divisor
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
