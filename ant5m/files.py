@@ -17,7 +17,7 @@ from typing import Any, TypeVar, overload
 import filelock
 import msgspec
 
-from ant5m.errors import UserError
+from ant5m.errors import UserError, first_line
 
 LOCK = ".lock"
 """in a folder that is being written; without meaning when no process holds it"""
@@ -131,6 +131,26 @@ def parse_json(raw: bytes | str, name: str, type: Any = Any) -> Any:
     except ValueError as error:  # bytes that are not UTF-8, bad JSON, an integer of thousands of digits
         raise UserError(f"{name} is not valid JSON ({str(error).partition(';')[0]})") from None
     return check_json(value, name, type)
+
+
+@overload
+def read_toml(path: Path) -> dict[str, Any]: ...
+@overload
+def read_toml(path: Path, type: type[T]) -> T: ...
+def read_toml(path: Path, type: Any = dict[str, Any]) -> Any:
+    """`read_json` of a TOML file."""
+    try:
+        return msgspec.toml.decode(read_bytes(path, LARGEST_JSON), type=type)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{path}: {what_and_where(error)}") from None
+    except RecursionError:
+        raise UserError(f"{path} is not valid TOML (nested too deeply)") from None
+    except (msgspec.MsgspecError, ValueError) as error:  # ValueError: bytes that are not UTF-8
+        raise UserError(f"{path} is not valid TOML ({first_line(error)})") from None
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, not a TOML file") from None
 
 
 def read_object(path: Path, schema: Any) -> dict[str, Any]:

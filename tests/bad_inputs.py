@@ -47,7 +47,6 @@ def _compressed():
         yield f"a.json{ending}", pack(b'[{"text":"a b c"},')
         yield f"a.tar{ending}", pack(b"x" * 600)
         yield f"a.parquet{ending}", whole
-    yield "a.jsonl.xz", lzma.compress(ROWS, lzma.FORMAT_ALONE)
     checked = zstandard.ZstdCompressor(write_checksum=True).compress(ROWS)
     yield "a.jsonl.zst", checked[:-1]
     yield "a.jsonl.zst", checked[:-1] + bytes([checked[-1] ^ 1])
@@ -245,7 +244,7 @@ RUNS = (
     *({"train": value} for value in (None, 5, {"data": 5}, {"nope": 1}, {"steps": -1})),
     *({"model": value} for value in (None, {}, 5)),
     *({"data": value} for value in ([], 5)),
-    *({"shards": value} for value in (5, "a\0b", "absent")),
+    *({"shards": value} for value in (5, [])),
     *({"minutes": value} for value in ("x", [])),
     *({"mixture": value} for value in (5, {"a": 1}, {"sources": {"a": "shards"}, "phases": []})),
     {"mixture": {"sources": {"a": "shards"}, "phases": [{"from": 0, "weights": {"b": 1}}]}},

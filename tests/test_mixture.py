@@ -102,7 +102,7 @@ def test_mistakes_in_the_file(tmp_path, before, after, message):
 
 
 def test_files_that_are_none(tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="does not exist"):
         Mixture.read(tmp_path / "nowhere.toml")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\0")
     with pytest.raises(UserError, match="not valid TOML"):

@@ -12,8 +12,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 from ant5m.data.shares import Shares, make_shares
-from ant5m.errors import UserError, first_line
-from ant5m.files import LARGEST_JSON, read_bytes, what_and_where
+from ant5m.errors import UserError
+from ant5m.files import read_toml, what_and_where
 
 SUFFIX = ".toml"
 MANY_EPOCHS = 4
@@ -87,15 +87,9 @@ class Mixture:
 
         Raises `UserError` with one line about the first thing that is wrong.
         """
+        parsed = read_toml(file, _File)
         try:
-            parsed = msgspec.toml.decode(read_bytes(file, LARGEST_JSON), type=_File)
             return _checked(parsed, folder or file.parent)
-        except msgspec.ValidationError as error:
-            raise UserError(f"{file}: {what_and_where(error)}") from None
-        except (msgspec.DecodeError, ValueError) as error:  # ValueError: bytes that are not UTF-8
-            raise UserError(f"{file} is not valid TOML ({first_line(error)})") from None
-        except OSError as error:
-            raise UserError(f"{file} cannot be read ({error.strerror})") from None
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
 

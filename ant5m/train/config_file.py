@@ -6,10 +6,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from ant5m.errors import UserError, first_line
-from ant5m.files import LARGEST_JSON, read_bytes
+from ant5m.errors import UserError
+from ant5m.files import read_toml
 from ant5m.train.config import TrainConfig
 
 WIDTH = 100
@@ -20,14 +18,7 @@ def read_config(path: Path) -> TrainConfig:
 
     Raises `UserError` when it cannot be read, or names or holds something impossible.
     """
-    try:
-        values = msgspec.toml.decode(read_bytes(path, LARGEST_JSON), type=dict[str, Any])
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder, not a TOML file") from None
-    except (msgspec.MsgspecError, ValueError) as error:
-        raise UserError(f"{path} is not valid TOML ({first_line(error)})") from None
+    values = read_toml(path)
     try:
         return TrainConfig.from_dict(values)
     except UserError as error:

@@ -13,8 +13,8 @@ import threading
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import FrameType
-from typing import Any
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -25,6 +25,7 @@ from ant5m import torchrun
 from ant5m.device import installed_memory
 from ant5m.errors import UserError
 from ant5m.files import read_json
+from ant5m.schema import Count
 from ant5m.train.config import DEFAULT_MODEL, TrainConfig
 from ant5m.train.run import latest_run, next_folder
 
@@ -73,18 +74,27 @@ def count_processes(config: TrainConfig) -> int:
     return count
 
 
+@dataclass
+class _Kept:
+    device: str = "auto"
+    processes: Count | None = None
+
+
+@dataclass
+class _RunFile:
+    """What is relied upon of the config.json of a resumed run."""
+
+    train: _Kept
+
+
 def _asked(config: TrainConfig) -> tuple[str, int | None]:
     """Device and number of processes, of a resumed run those that it was begun with, where it says so."""
     device, count = config.device, config.processes
     folder = latest_run() if str(config.resume) == "latest" else config.resume
     if folder is None or not (folder / "config.json").is_file():
         return device, count
-    kept = read_json(folder / "config.json", dict[str, Any]).get("train", {})
-    if device == "auto" and isinstance(kept.get("device"), str):
-        device = kept["device"]
-    if count is None and isinstance(kept.get("processes"), int):
-        count = kept["processes"]
-    return device, count
+    kept = read_json(folder / "config.json", _RunFile).train
+    return (kept.device if device == "auto" else device), (kept.processes if count is None else count)
 
 
 def _refuse_lonely_tasks(config: TrainConfig) -> None:
