@@ -1,9 +1,10 @@
-"""A training step (forward, backward, clipping, AdamW) of the larger presets beside transformers.
+"""A training step (forward, backward, clipping, AdamW) of larger models beside transformers.
 
-    python benchmarks/larger_presets.py [--presets ant-10m ant-25m] [--tokens 256] [--rounds 2]
+    python benchmarks/larger_presets.py [--models ant-10m archaea-74m shape.json] [--batch-size 4]
+    python benchmarks/larger_presets.py --instruction-set avx2 --qk-norm
 
 One thread, interleaved, ratios of processor time: other work on the machine takes less part in them.
-Prints a table and writes a file in results/.
+Prints a line for each and adds it to a file in results/.
 """
 
 import argparse
@@ -15,55 +16,76 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch, and for the variants' processes
 
-import torch
 from provenance import RESULTS, provenance
 from variant import Variant
 
-from ant5m import kernels
+from ant5m import _cpu
 from ant5m.files import write_json
-from ant5m.model.config import PRESETS
+from ant5m.model.config_file import load_config
 
 LARGER = ("ant-10m", "ant-25m", "ant-50m", "ant-100m")
+FILE = RESULTS / "larger-presets.json"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--presets", nargs="*", default=LARGER, choices=PRESETS)
-    parser.add_argument("--tokens", type=int, default=256, help="of a step, one sequence")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--models", nargs="*", default=LARGER, help="presets or config files")
+    parser.add_argument("--batch-size", type=int, default=1, help="sequences of a step")
+    parser.add_argument("--context", type=int, default=1_024, help="tokens of a sequence")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--instruction-set", choices=_cpu.instruction_sets(), help="default: the best")
+    parser.add_argument("--bf16", action="store_true", help="products in bf16, transformers' in autocast")
+    parser.add_argument("--qk-norm", action="store_true", help="the same shape with QK-norm, too")
     flags = parser.parse_args()
-    rows = {preset: measure(preset, flags.tokens, flags.rounds) for preset in flags.presets}
-    found = {"provenance": provenance(), "tokens": flags.tokens, "rounds": flags.rounds, "presets": rows}
-    write_json(RESULTS / "larger-presets.json", found)
+    rows = json.loads(FILE.read_text())["rows"] if FILE.exists() else []
+    for model in flags.models:
+        rows += measure(model, flags)
+        write_json(FILE, {"rows": rows})
 
 
-def measure(preset: str, tokens: int, rounds: int) -> dict[str, dict[str, float]]:
-    """{variant: seconds a step, speed over transformers in the same precision, memory}, printed, too."""
-    bf16 = ("-bf16",) if kernels.multiplies_bf16(torch.device("cpu")) else ()
+def measure(model: str, flags: argparse.Namespace) -> list[dict]:
+    """For each variant seconds a step, speed over transformers, and memory; printed, too."""
+    if flags.instruction_set == "avx2":  # torch's own loops, too; MKL chooses by the maker of the processor
+        os.environ["ATEN_CPU_CAPABILITY"] = "avx2"
+    precision = "bf16" if flags.bf16 else "fp32"
+    suffix = "-bf16" if flags.bf16 else ""
     with tempfile.TemporaryDirectory() as folder:
-        normed = Path(folder) / "qk-norm.json"
-        normed.write_text(json.dumps({**PRESETS[preset].to_dict(), "qk_norm": True}))
-        figures: dict[str, dict[str, float]] = {}
-        for suffix in ("", *bf16):
-            shapes = {"transformers": preset, "cpu": preset, "cpu QK-norm": str(normed)}
-            variants = {
-                name: Variant(name.split()[0] + suffix, shape, 1, tokens) for name, shape in shapes.items()
-            }
-            seconds = {name: [] for name in variants}
-            for _ in range(rounds):
-                for name, variant in variants.items():
-                    seconds[name].append(variant.step()["processor_seconds"])
+        shapes = {"transformers": model, "cpu": model}
+        if flags.qk_norm:
+            normed = Path(folder) / "qk-norm.json"
+            normed.write_text(json.dumps({**load_config(model).to_dict(), "qk_norm": True}))
+            shapes["cpu QK-norm"] = str(normed)
+        variants = {
+            name: Variant(
+                name.split()[0] + suffix, shape, flags.batch_size, flags.context, flags.instruction_set
+            )
+            for name, shape in shapes.items()
+        }
+        seconds = {name: [] for name in variants}
+        for _ in range(flags.rounds):
             for name, variant in variants.items():
-                variant.close()
-                pairs = zip(seconds["transformers"], seconds[name], strict=True)
-                figures[name + suffix] = {
-                    "processor_seconds": round(statistics.median(seconds[name]), 3),
-                    "speed_over_transformers": round(statistics.median(a / b for a, b in pairs), 3),
-                    "peak_bytes": variant.peak_bytes,
-                }
-    for name, one in figures.items():
-        print(preset, name, *(f"{key} {value}" for key, value in one.items()), sep="  ", flush=True)
-    return figures
+                seconds[name].append(variant.step()["processor_seconds"])
+        for variant in variants.values():
+            variant.close()
+    rows = []
+    for name, variant in variants.items():
+        pairs = zip(seconds["transformers"], seconds[name], strict=True)
+        row = {
+            "model": Path(model).stem,
+            "variant": name,
+            "precision": precision,
+            "instruction_set": flags.instruction_set or _cpu.instruction_set(),
+            "batch_size": flags.batch_size,
+            "context": flags.context,
+            "processor_seconds": [round(value, 3) for value in seconds[name]],
+            "speed_over_transformers": round(statistics.median(a / b for a, b in pairs), 3),
+            "peak_bytes": variant.peak_bytes,
+            "memory_over_transformers": round(variant.peak_bytes / variants["transformers"].peak_bytes, 3),
+        }
+        print(*(f"{key} {value}" for key, value in row.items()), sep="  ", flush=True)
+        rows.append(row)
+    rows[0] |= {"shape": load_config(model).to_dict(), "provenance": provenance()}
+    return rows
 
 
 if __name__ == "__main__":

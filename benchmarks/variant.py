@@ -44,9 +44,17 @@ class Variant:
         name: transformers, transformers-compiled, transformers-liger, a kernel backend in the same loop, or
             trainer: the step of `ant5m train`. With -bf16 behind it in that precision, else on a GPU in the
             one that it trains in, on a CPU in fp32.
+        instruction_set: of our C++, where it shall not be the best that the processor has.
     """
 
-    def __init__(self, name: str, preset: str, batch_size: int, sequence_length: int):
+    def __init__(
+        self,
+        name: str,
+        preset: str,
+        batch_size: int,
+        sequence_length: int,
+        instruction_set: str | None = None,
+    ):
         self.name, self.tokens = name, batch_size * sequence_length
         self.seconds: list[float] = []
         self.peak_bytes = 0
@@ -56,6 +64,7 @@ class Variant:
             "preset": preset,
             "batch_size": batch_size,
             "sequence_length": sequence_length,
+            "instruction_set": instruction_set,
         }
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__)), json.dumps(settings)],
@@ -86,8 +95,11 @@ class Variant:
 def _serve(settings: dict[str, Any]) -> None:
     import torch
 
+    from ant5m import _cpu
     from ant5m.model.config_file import load_config
 
+    if settings.get("instruction_set"):
+        _cpu.use(settings["instruction_set"])
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = load_config(settings["preset"])

@@ -135,10 +135,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             index = torch.where(mask, targets[chunk], 0)[:, None]
             logits = torch.mm(hidden[chunk], weight.T, out=buffer[: len(mask)]).to(wide)
             # logsumexp = max - log(softmax at the max): exact however small the target's probability is.
-            highest, where = logits.max(-1, keepdim=True)
+            m, where = logits.max(-1, keepdim=True)
             target_logit = logits.gather(-1, index)
             delta = torch.softmax(logits, -1, out=logits)
-            lse = highest - delta.gather(-1, where).log_()
+            lse = m - delta.gather(-1, where).log_()
             losses = lse - target_logit
             total += losses.squeeze(-1).masked_fill_(~mask, 0).sum()
             if not (need_hidden or need_weight):

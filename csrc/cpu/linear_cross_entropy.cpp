@@ -94,8 +94,8 @@ struct Block {
     float inverse_count;
     float* hidden_lanes;  // [loaded / kLanes, dim, kLanes], times log2(e), each panel packed in place along dim
     float* hidden_rows;   // [loaded, row], zero behind dim and behind the last token; packed along the tokens
-    float* highest;       // [tiles, kTokens]
-    float* total;         // [tiles, kTokens]
+    float* m;             // [tiles, kTokens], the tile's largest logit
+    float* l;             // [tiles, kTokens], the sum of its exponentials, relative to m
     float* argmax = nullptr;  // [tiles, kTokens], row of the tile's first largest logit; null when not wanted
     float* exponentials = nullptr;  // [tiles, kTokens / kLanes, entries, kLanes]; null when no gradient is wanted
     float* shift;         // [kTokens], the softmax's maximum
@@ -128,8 +128,8 @@ struct Block {
         };
         hidden_lanes = take(loaded * dim);
         hidden_rows = take(loaded * row);
-        highest = take(cut.tiles * kTokens);
-        total = take(cut.tiles * kTokens);
+        m = take(cut.tiles * kTokens);
+        l = take(cut.tiles * kTokens);
         shift = take(kTokens);
         scale = take(kTokens);
         target_logit = take(kTokens);
@@ -222,8 +222,8 @@ struct Block {
                     store(at, e);
                 }
             ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {
-                store(highest + tile * kTokens + panel * kLanes + j * kWidth, most[j]);
-                store(total + tile * kTokens + panel * kLanes + j * kWidth, sum[j]);
+                store(m + tile * kTokens + panel * kLanes + j * kWidth, most[j]);
+                store(l + tile * kTokens + panel * kLanes + j * kWidth, sum[j]);
             }
         }
     }
@@ -233,13 +233,13 @@ struct Block {
         for (int64_t panel = 0; panel < panels; ++panel)
             for (int j = 0; j < kVecs; ++j) {
                 const int64_t at = panel * kLanes + j * kWidth;
-                Vec most = ANT5M_ISA::load(highest + at);
+                Vec most = ANT5M_ISA::load(m + at);
                 for (int64_t tile = 1; tile < cut.tiles; ++tile)
-                    most = max(most, ANT5M_ISA::load(highest + tile * kTokens + at));
+                    most = max(most, ANT5M_ISA::load(m + tile * kTokens + at));
                 Vec sum = {};
                 for (int64_t tile = 0; tile < cut.tiles; ++tile)
-                    sum += ANT5M_ISA::load(total + tile * kTokens + at) *
-                           exp2(ANT5M_ISA::load(highest + tile * kTokens + at) - most);
+                    sum += ANT5M_ISA::load(l + tile * kTokens + at) *
+                           exp2(ANT5M_ISA::load(m + tile * kTokens + at) - most);
                 store(shift + at, most);
                 store(scale + at, sum);
             }
@@ -264,7 +264,7 @@ struct Block {
         sum_up();
         for (int64_t token = 0; token < tokens; ++token) {
             int64_t tile = 0;
-            while (tile + 1 < cut.tiles && highest[tile * kTokens + token] != shift[token]) ++tile;
+            while (tile + 1 < cut.tiles && m[tile * kTokens + token] != shift[token]) ++tile;
             most_likely[first + token] = cut.first(tile) + static_cast<int64_t>(argmax[tile * kTokens + token]);
             log_sum[first + token] = (shift[token] + log2f(scale[token])) * kLn2;
         }
@@ -281,7 +281,7 @@ struct Block {
         Vec factor[kVecs];
         ANT5M_UNROLL for (int j = 0; j < kVecs; ++j) {
             const int64_t at = panel * kLanes + j * kWidth;
-            factor[j] = exp2(ANT5M_ISA::load(highest + tile * kTokens + at) - ANT5M_ISA::load(shift + at)) *
+            factor[j] = exp2(ANT5M_ISA::load(m + tile * kTokens + at) - ANT5M_ISA::load(shift + at)) *
                         ANT5M_ISA::load(scale + at);
         }
         for (int64_t i = 0; i < n; ++i)
