@@ -72,6 +72,34 @@ def test_from_many_threads():
     assert not wrong
 
 
+FORKED = """
+import os, signal, threading
+from ant5m import _cpu
+
+def keep_the_lock_busy():
+    while True:
+        pieces = [_cpu.Memory(_cpu.LARGE) for _ in range(50)]
+        del pieces
+        _cpu.release_memory()  # without the interpreter's lock, which the fork below waits for
+
+threading.Thread(target=keep_the_lock_busy, daemon=True).start()
+for _ in range(20):
+    child = os.fork()
+    if not child:
+        signal.alarm(10)
+        _cpu.Memory(_cpu.LARGE)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, "the child waited for a lock of a thread that it does not have"
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked here")
+def test_a_child_forked_while_a_thread_has_the_lock():
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
 def test_small_tensors_are_torchs():
     before = _cpu.held()
     x = empty(LIKE, 3, 5)
