@@ -377,7 +377,7 @@ def test_the_tables_of_bad_inputs_are_long():
 def test_bad_input_is_one_line(server, stock, tmp_path, long):
     folder = copied(stock, tmp_path)
     before = {path.name for path in folder.iterdir()}
-    chosen = BAD if long else random.Random(2).sample(BAD, 30)
+    chosen = BAD if long else random.Random(2).sample(BAD, 20)
     wrong = []
     for words in chosen:
         outcome = server.run(words, folder)
@@ -391,7 +391,7 @@ def test_bad_input_is_one_line(server, stock, tmp_path, long):
 @pytest.mark.parametrize("long", LONG)
 def test_a_bad_file_is_one_line(server, stock, tmp_path, long):
     """`data pack` alone keeps what it has packed: the same command goes on when the text is mended."""
-    chosen = BAD_FILES if long else random.Random(3).sample(BAD_FILES, 30)
+    chosen = BAD_FILES if long else random.Random(3).sample(BAD_FILES, 15)
     wrong = []
     for number, (file, content, words) in enumerate(chosen):
         folder = copied(stock, tmp_path / str(number))
@@ -455,7 +455,7 @@ def test_a_place_that_cannot_be_written_is_one_line_and_no_loss(
     check(whole, name, folder)
 
 
-@pytest.mark.parametrize("empty", [True, False])
+@pytest.mark.parametrize("empty", [True, pytest.param(False, marks=SLOW)])
 def test_a_run_that_ended_before_its_first_checkpoint_is_told_of_as_that(server, stock, tmp_path, empty):
     """By every command that opens a run; resumed, it begins anew."""
     folder = copied(stock, tmp_path)
