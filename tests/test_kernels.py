@@ -11,6 +11,7 @@ from ant5m import kernels
 from ant5m.errors import UserError
 from ant5m.kernels import dispatch, reference, registry
 from ant5m.kernels.tracing import constant_when_traced
+from ant5m.kernels.tree_mask import TreeMask
 
 
 @pytest.fixture(autouse=True)
@@ -260,3 +261,9 @@ def test_choices_of_many_shapes_are_not_kept_for_ever(monkeypatch):
     for n in range(1, 12):
         kernels.swiglu(torch.ones(n), torch.ones(n))
     assert len(kernels.swiglu.chosen) <= 4
+
+
+def test_a_tree_mask_of_no_rows_or_positions():
+    for shape in ((0, 3), (2, 0)):
+        mask = TreeMask(torch.zeros(shape, dtype=torch.int64))
+        assert mask.biases(2, torch.zeros(1)) == [None]

@@ -46,7 +46,7 @@ class TreeMask:
     @staticmethod
     def _bias(ends: torch.Tensor, group: int, like: torch.Tensor) -> torch.Tensor | None:
         size = ends.shape[1]
-        if int(ends.min()) >= size:
+        if bool((ends >= size).all()):  # also where there is nothing
             return None
         position = torch.arange(size)
         seen = (position <= position[:, None]) & (position[:, None] < ends[:, None, :])
