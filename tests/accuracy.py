@@ -230,7 +230,10 @@ def heads_first(x):
 def check_op(name, backend, draw, layout=lambda x: x, tolerance=None, samples=None):
     """The op `name` of a backend, called as a training step calls it, beside its composition in float64:
     outputs and every gradient; where its backend cannot run it, its own parts do. `samples`: instead of all
-    that the op's record has."""
+    that the op's record has.
+
+    Where rounding is all there is, as in the gradient of an RMSNorm over one channel, which is 0 but for
+    epsilon, it may be off by twice what the reference in the same dtype is."""
     op = OPS[name]
     tolerance = tolerance or {fp32: 1e-5, fp16: 6e-3, bf16: 3e-2}[draw.dtype]
 
@@ -244,16 +247,26 @@ def check_op(name, backend, draw, layout=lambda x: x, tolerance=None, samples=No
         tensors = tensors_of(arguments)
         given = with_tensors(arguments, [layout(x) for x in tensors])
         wide = with_tensors(arguments, [x.double() if x.is_floating_point() else x for x in tensors])
-        if op.differentiable:
-            pairs = zip(results_of(mine, given), results_of(truth, wide), strict=True)
-        else:
-            with torch.no_grad():
-                outs, exact = mine(*given), truth(*wide)
-            pairs = zip(outs, exact, strict=True) if isinstance(outs, tuple) else [(outs, exact)]
-        for i, (got, expected) in enumerate(pairs):
+        exact = _outcome(op, truth, wide)
+        for i, (got, expected) in enumerate(zip(_outcome(op, mine, given), exact, strict=True)):
             assert got.shape == expected.shape, (name, i)
             if not got.is_floating_point():
                 assert draw.dtype != fp32 or torch.equal(got, expected), (name, i)
             elif got.numel():
-                off, usual = ((x.square().mean().sqrt()) for x in (got.double() - expected, expected))
-                assert off <= tolerance * (usual + 1e-2), (name, i, off, usual)
+                off, size = _rms(got.double() - expected), _rms(expected)
+                if off > tolerance * (size + 1e-2):
+                    usual = _rms(_outcome(op, truth, arguments)[i].double() - expected)
+                    assert backend != "reference" and off <= 2 * usual, (name, i, off, size, usual)
+
+
+def _outcome(op, function, arguments):
+    """Outputs, and gradients where there are any."""
+    if op.differentiable:
+        return results_of(function, arguments)
+    with torch.no_grad():
+        outs = function(*arguments)
+    return outs if isinstance(outs, tuple) else (outs,)
+
+
+def _rms(x):
+    return x.square().mean().sqrt()
