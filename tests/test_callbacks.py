@@ -94,10 +94,10 @@ def test_an_average_of_the_weights_is_a_callback(config, monkeypatch):  # noqa: 
         def on_end(self, trainer):
             self.act(trainer)
 
-    def with_average(run, settings, net, data):
+    def with_average(run, settings, net, *rest):
         averages.append(Average(net))
         seen.append([weight.clone() for weight in averages[0].weights])
-        return [*make(run, settings, net, data), averages[0], Look()]
+        return [*make(run, settings, net, *rest), averages[0], Look()]
 
     monkeypatch.setattr(pretraining, "_make_callbacks", with_average)
     pretrain(dataclasses.replace(config, steps=3))

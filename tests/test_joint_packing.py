@@ -325,7 +325,7 @@ def test_mistakes_are_one_line(tmp_path, corpus, tokenizer, capsys):
         return err
 
     assert "2 parts at most, not into 3" in told(*xz, "--parts", 3)
-    assert "one part or more, not in 0" in told(*texts, "--parts", 0)
+    assert "1 to 10,000 parts, not in 0" in told(*texts, "--parts", 0)
     assert "at least one process must work, not 0" in told(*texts, "--parts", 2, "--workers", 0)
     assert not (tmp_path / "out").exists()
     assert "damaged or not compressed" in told(*xz, "--parts", 2, "--workers", 1)
